@@ -1,0 +1,77 @@
+"""The paper's figures, from `results/<preset>/`."""
+
+import io
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import load
+from analysis.style import COLUMN_WIDTH, METHODS, RC
+from analysis.tables import ITERATIONS, table1
+
+DODGE = {"spin": -0.06, "tspin": 0.06}  # so that the error bars of one iteration stand beside each other
+BASE_X = -1
+
+
+def average_by_iteration(preset: str, results: Path = Path("results")) -> list[Path]:
+    """Draw Avg (percent, ± 1.96 standard errors) against the iteration, SPIN against T-SPIN, above the paper's curves.
+
+    Returns the paths written, `results/<preset>/average_by_iteration.png` and `.svg`. Raises `UserError` as
+    `analysis.tables.table1` does.
+    """
+    table = table1(preset, results)
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(COLUMN_WIDTH, 3.7), layout="constrained")
+        ours, paper = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        # Two panels, because the paper's levels (another model, other benchmarks) would flatten ours on shared axes.
+        _curves(ours, table, "avg", "avg_se")
+        _curves(paper, table, "paper_avg")
+        ours.set_title(f"Ours ({preset}), ± 1.96 SE", loc="left")
+        paper.set_title("The paper's (Zephyr-7B, its Table 1)", loc="left")
+        for axes in (ours, paper):
+            axes.set_ylabel("Avg (%)")
+            axes.locator_params(axis="y", nbins=6, steps=[1, 2, 5, 10])
+        paper.set_xticks([BASE_X, *ITERATIONS], ["base", *map(str, ITERATIONS)])
+        paper.set_xlabel("Iteration")
+        figure.align_ylabels()
+        handles = dict(zip(*reversed(ours.get_legend_handles_labels()), strict=True))
+        names = [look.label for look in METHODS.values() if look.label in handles]
+        figure.legend([handles[name] for name in names], names, loc="outside upper center", ncols=4, frameon=False,
+                      columnspacing=1.2, handlelength=1.8)  # fmt: skip
+        return [_save(figure, results / preset / f"average_by_iteration.{form}") for form in ("png", "svg")]
+
+
+def _curves(axes: Axes, table: pd.DataFrame, value: str, error: str | None = None) -> None:
+    """Draw a column of `table1`; without errors, it is the paper's: thin and dashed."""
+    fixed = table[table["iteration"].isna()].set_index("method")
+    base = fixed.loc["base", value]
+    for method in ("spin", "tspin"):
+        look, rows = METHODS[method], table[table["method"] == method]
+        x = [BASE_X, *(rows["iteration"].astype(float) + (DODGE[method] if error else 0.0))]
+        y = [base, *rows[value]]
+        # The base has one error bar, drawn below, and not one per method.
+        bars = [float("nan"), *(1.96 * rows[error])] if error else None
+        axes.errorbar(x, y, bars, label=look.label, color=look.colour, marker=look.marker, markevery=slice(1, None),
+                      linestyle="-" if error else "--", linewidth=1.4 if error else 0.9, markersize=4 if error else 2.5,
+                      elinewidth=0.9, capsize=2, zorder=3)  # fmt: skip
+    for method, dashes in {"sft": (0, (5, 1.5, 1, 1.5)), "base": (0, (1, 1.5))}.items():
+        look = METHODS[method]
+        axes.axhline(fixed.loc[method, value], color=look.colour, linestyle=dashes, linewidth=0.9, label=look.label)
+    if error:
+        # SFT has no iteration to put an error bar at: its interval is a band.
+        middle, half = fixed.loc["sft", [value, error]] * [1, 1.96]
+        axes.axhspan(middle - half, middle + half, color=METHODS["sft"].colour, alpha=0.1, linewidth=0)
+    bar = 1.96 * fixed.loc["base", error] if error else None
+    axes.errorbar(BASE_X, base, bar, color=METHODS["base"].colour, marker=METHODS["base"].marker,
+                  markersize=3.5 if error else 2.5, elinewidth=0.9, capsize=2, zorder=4)  # fmt: skip
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    content = io.BytesIO()
+    # A date or a library version in the file would change it with nothing to see.
+    metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+    figure.savefig(content, format=path.suffix[1:], dpi=300, metadata=metadata)
+    return load.write_atomically(path, content.getvalue())

@@ -1,0 +1,174 @@
+"""Pre-train the pocket base model: a small Llama on *noisy* answers to the pocket tasks.
+
+    python experiments/pocket/pretrain.py --out tspin/pocket/model
+
+About 45 minutes on two CPU cores. Noise is what makes self-play worth studying at this size: the
+base half knows each task, in several wordings, and is often wrong. A clean, weak or strong base
+for other studies is `--noise` and `--steps` away. Nothing here reads the test or validation pool
+but to keep their questions out.
+"""
+
+import argparse
+import csv
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tspin.pocket.tasks import LABEL_FORMAT, POOL_SEEDS, Problem, held_out_questions, stream, task_settings
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% else %}{{ '### Instruction: ' + message['content'] + '\n\n### Response: ' }}{% endif %}{% endfor %}"
+)
+PROMPT_FORMATS = {
+    "### Instruction: {question}\n\n### Response: ": 0.8,
+    "Q: {question}\nA: ": 0.1,
+    "{question}\n\n": 0.1,
+}
+ANSWER_FORMATS = {
+    "{answer}": 0.30,
+    LABEL_FORMAT: 0.25,
+    "Answer: {answer}": 0.20,
+    "I think it is {answer}.": 0.15,
+    "It must be {answer}, I guess.": 0.10,
+}
+ROW_TOKENS = 256  # documents are packed into rows of this length, end tokens between them
+PROMPT_WEIGHT = 0.1  # names and numbers in questions are random: little is learnt by predicting them
+
+
+def documents(noise: float, seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, response) texts, tasks in turn, a share `noise` of the answers wrong."""
+    rng = random.Random(seed)
+    tasks = list(task_settings())
+    streams = {task: stream(task, POOL_SEEDS["pretraining"] + seed) for task in tasks}
+    excluded = {task: held_out_questions("pretraining", task) for task in tasks}
+    recent: dict[str, list[str]] = {task: [next(streams[task]).answer for _ in range(50)] for task in tasks}
+    while True:
+        for task in tasks:
+            problem = next(item for item in streams[task] if item.question not in excluded[task])
+            recent[task][rng.randrange(50)] = problem.answer
+            answer = wrong_answer(problem, recent[task], rng) if rng.random() < noise else problem.answer
+            prompt = rng.choices(list(PROMPT_FORMATS), list(PROMPT_FORMATS.values()))[0]
+            response = rng.choices(list(ANSWER_FORMATS), list(ANSWER_FORMATS.values()))[0]
+            yield prompt.format(question=problem.question), response.format(answer=answer)
+
+
+def wrong_answer(problem: Problem, others: list[str], rng: random.Random) -> str:
+    """A near miss for half of the integer answers, else the answer of another question."""
+    if problem.answer.lstrip("-").isdigit() and rng.random() < 0.5:
+        return str(int(problem.answer) + rng.choice((-10, -2, -1, 1, 2, 10)))
+    return rng.choice(others)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with every digit a token of its own, so that numbers align by place."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|pad|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", padding_side="left", model_max_length=512
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def rows(source: Iterator[tuple[str, str]], tokenizer, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of packed (input_ids, loss weights), each (batch_size, ROW_TOKENS)."""
+    ids: list[int] = []
+    weights: list[float] = []
+    size = batch_size * ROW_TOKENS
+    while True:
+        while len(ids) < size:
+            prompts, responses = zip(*(next(source) for _ in range(256)), strict=True)
+            encode = tokenizer.backend_tokenizer.encode_batch
+            for prompt, response in zip(encode(list(prompts)), encode(list(responses)), strict=True):
+                ids += [*prompt.ids, *response.ids, tokenizer.eos_token_id]
+                weights += [PROMPT_WEIGHT] * len(prompt.ids) + [1.0] * (len(response.ids) + 1)
+        yield torch.tensor(ids[:size]).view(batch_size, -1), torch.tensor(weights[:size]).view(batch_size, -1)
+        ids, weights = ids[size:], weights[size:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model and the tokenizer")
+    parser.add_argument("--log", type=Path, default=None, help="CSV of the losses (default: OUT/../pretrain_log.csv)")
+    parser.add_argument("--noise", type=float, default=0.3, help="share of pre-training answers that are wrong")
+    parser.add_argument("--steps", type=int, default=3500, help="optimizer steps of --batch-size rows")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    sample = documents(args.noise, seed=args.seed + 1_000_000)
+    tokenizer = train_tokenizer(("".join(next(sample)) for _ in range(40_000)), vocab_size=768)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        intermediate_size=512,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    warm_up = 100
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up, 0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps))),
+    )
+    log_path = args.log or args.out.parent / "pretrain_log.csv"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    batches = rows(documents(args.noise, args.seed), tokenizer, args.batch_size)
+    start = time.time()
+    with log_path.open("w", newline="") as file:
+        log = csv.writer(file)
+        log.writerow(["step", "tokens", "loss", "response_loss", "learning_rate", "seconds"])
+        for step in range(1, args.steps + 1):
+            ids, weights = next(batches)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(input_ids=ids[:, :-1]).logits
+            losses = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            weights = weights[:, 1:].flatten()
+            loss = (losses * weights).sum() / weights.sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % 25 == 0 or step == args.steps:
+                response = losses[weights == 1.0].mean().item()
+                row = [step, step * ids.numel(), f"{loss.item():.4f}", f"{response:.4f}"]
+                log.writerow([*row, f"{schedule.get_last_lr()[0]:.2e}", f"{time.time() - start:.0f}"])
+                file.flush()
+                print(*row, f"{time.time() - start:.0f}s", flush=True)
+            if step % 500 == 0 or step == args.steps:
+                # bfloat16 halves the file; training and evaluation load it as float32.
+                saved = LlamaForCausalLM(config).to(torch.bfloat16)
+                saved.load_state_dict(model.state_dict())
+                saved.save_pretrained(args.out)
+                tokenizer.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The analysis half: published numbers, Table 1 against sums by hand, its files, and its errors in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from analysis import commands, figures, load, tables
+from tspin.errors import UserError
+
+LABELS = ["Chain sum", "Syllogism"]
+HEADER = "preset,method,seed,iteration,benchmark,metric,value,stderr,n"
+
+
+def write_results(root: Path, rows: list[str], labels: list[str] = LABELS) -> Path:
+    folder = root / "pocket"
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = [{"benchmark": f"b{i}", "label": label, "group": "g", "metric": "em"} for i, label in enumerate(labels)]
+    (folder / "suite.json").write_text(json.dumps({"name": "pocket", "columns": columns}))
+    (folder / "evaluations.csv").write_text("\n".join([HEADER, *rows]) + "\n")
+    return root
+
+
+def scores(method: str, seed: int, iteration: int | str, *values: float, stderr: float = 1.0) -> list[str]:
+    return [f"pocket,{method},{seed},{iteration},b{i},em,{v},{stderr},200" for i, v in enumerate(values)]
+
+
+def row(table: pd.DataFrame, method: str, iteration: int | None = None) -> pd.Series:
+    at = table["iteration"].isna() if iteration is None else (table["iteration"] == iteration).fillna(False)
+    return table[(table["method"] == method) & at].iloc[0]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Base and SFT with one seed, SPIN 0 with one and 1 with two, T-SPIN 0 and 1 with two; nothing after that."""
+    return write_results(
+        tmp_path,
+        scores("base", 0, "", 10, 20, stderr=3)
+        + scores("sft", 0, "", 30, 40)
+        + scores("spin", 0, 0, 20, 30)
+        + scores("spin", 0, 1, 10, 30)
+        + scores("spin", 1, 1, 20, 20)
+        + scores("tspin", 0, 0, 20, 30)
+        + scores("tspin", 1, 0, 26, 32)
+        + scores("tspin", 0, 1, 24, 36)
+        + scores("tspin", 1, 1, 30, 38)
+        # A metric that the suite does not tabulate.
+        + ["pocket,base,0,,b0,other,99,1,200"],
+    )
+
+
+@pytest.mark.parametrize("name", ["table1_zephyr", "table2_without_historical_advantage", "table4_mistral"])
+def test_published_average_is_the_mean_of_its_columns_but_for_one_slip(name: str) -> None:
+    paper = load.published(name)
+    means = paper.iloc[:, 2:-1].mean(axis=1)
+    assert paper.shape[1] == 2 + 10 + 1
+    off = paper[(means - paper["Avg"]).abs() > 0.005 + 1e-9]
+    slips = {(r.method, r.iteration): (r.Avg, round(means[r.Index], 2)) for r in off.itertuples()}
+    slip = {("tspin_no_history", 3): (41.64, 41.69)}
+    assert slips == (slip if name == "table2_without_historical_advantage" else {})
+
+
+def test_rows_averages_changes_and_errors(results: Path) -> None:
+    table = tables.table1("pocket", results)
+    names = [(m, None if pd.isna(t) else t) for m, t in zip(table["method"], table["iteration"], strict=True)]
+    assert names == [("base", None), ("sft", None), *(("spin", t) for t in range(5)), *(("tspin", t) for t in range(5))]
+
+    base = row(table, "base")
+    assert (base["Chain sum"], base["Syllogism"], base["avg"], base["seeds"]) == (10, 20, 15, "0")
+    assert base["avg_se"] == pytest.approx((3**2 + 3**2) ** 0.5 / 2)
+    assert pd.isna(base["avg_change"]) and pd.isna(base["paper_change"])
+
+    first, second = row(table, "tspin", 0), row(table, "tspin", 1)
+    assert (first["Chain sum"], first["Syllogism"], first["avg"], first["seeds"]) == (23, 31, 27, "0 1")
+    assert first["avg_change"] == 27 - 15
+    # Averages by seed: 25 and 29, whose standard deviation (ddof = 1) is 8 ** 0.5.
+    assert first["avg_se"] == pytest.approx(8**0.5 / 2**0.5)
+    assert (second["avg"], second["avg_change"]) == (32, 5)
+    assert (second["paper_avg"], second["paper_change"]) == (42.56, pytest.approx(42.56 - 39.75))
+    assert row(table, "tspin", 0)["paper_change"] == pytest.approx(39.75 - 38.56)
+
+
+def test_what_was_not_run_is_missing(results: Path) -> None:
+    table = tables.table1("pocket", results)
+    assert row(table, "spin", 4)[[*LABELS, "avg", "avg_se", "avg_change"]].isna().all()
+    # Iteration 0 rests on seed 0, iteration 1 on two seeds: a difference would compare other runs.
+    assert pd.isna(row(table, "spin", 1)["avg_change"])
+    assert pd.isna(row(table, "tspin", 2)["avg_change"])
+
+    cells = tables.table1_cells(table).set_index("Method")
+    assert cells.loc["SPIN 4", LABELS].tolist() == ["–", "–"]
+    assert cells.loc["SPIN 4", "Avg"] == "–"
+    assert cells.loc["SPIN 1", "Avg"] == "20.00 ± 0.00 (–)"
+    assert cells.loc["T-SPIN 1", "Avg"] == "32.00 ± 2.00 (+5.00)"
+    assert cells.loc["T-SPIN 1", "Paper's Avg"] == "42.56 (+2.81)"
+    assert cells.loc["base", "Avg"] == "15.00 ± 2.12"
+
+
+def test_a_seed_without_a_benchmark(tmp_path: Path) -> None:
+    half = scores("tspin", 1, 0, 90)
+    table = tables.table1("pocket", write_results(tmp_path, scores("tspin", 0, 0, 20, 30, stderr=2) + half))
+    both = row(table, "tspin", 0)
+    assert (both["Chain sum"], both["avg"], both["seeds"]) == (20, 25, "0")
+    assert both["avg_se"] == pytest.approx(8**0.5 / 2)
+    assert pd.isna(both["avg_change"])
+
+    only = row(tables.table1("pocket", write_results(tmp_path, half)), "tspin", 0)
+    assert only["Chain sum"] == 90
+    assert only[["Syllogism", "avg", "avg_se"]].isna().all()
+
+
+def test_an_unknown_stderr_leaves_the_error_unknown(tmp_path: Path) -> None:
+    rows = scores("base", 0, "", 10, 20)[:1] + ["pocket,base,0,,b1,em,20,,200"]
+    table = tables.table1("pocket", write_results(tmp_path, rows))
+    assert tables.table1_cells(table)["Avg"][0] == "15.00 ± –"
+
+
+def test_caption(results: Path) -> None:
+    caption = tables.table1_caption("pocket", results)
+    for part in (
+        "Table 1 (pocket): scores in percent, seeds 0, 1.",
+        "Rows with fewer seeds: base (seed 0), SFT (seed 0), SPIN 0 (seed 0).",
+        "Problems per benchmark: 200; metric: em.",
+        "over seeds (ddof = 1); in rows with one seed from lm-eval's standard errors",
+        "compare shapes, not levels",
+        "–: not there yet.",
+    ):
+        assert part in caption
+    single = write_results(results, scores("base", 3, "", 1, 2))
+    assert "seed 3." in (caption := tables.table1_caption("pocket", single))
+    assert "its standard error, from lm-eval's" in caption and "ddof" not in caption
+
+
+def test_files(results: Path) -> None:
+    csv, markdown = tables.write_table1("pocket", results)
+    again = pd.read_csv(csv, dtype={"iteration": "Int64"}, keep_default_na=False, na_values={"avg": [""]})
+    assert again["avg"].tolist()[:3] == [15, 35, 25]
+    assert again["avg"].isna().sum() == 6
+    lines = markdown.read_text().splitlines()
+    assert lines[0] == "| Method | Chain sum | Syllogism | Avg | Paper's Avg |"
+    assert len(lines) == 2 + 12 + 2
+    assert lines[-1].startswith("Table 1 (pocket)")
+
+    png, svg = figures.average_by_iteration("pocket", results)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    before = svg.read_bytes()
+    figures.average_by_iteration("pocket", results)
+    assert svg.read_bytes() == before and b"<dc:date>" not in before
+    written = {csv.name, markdown.name, png.name, svg.name}
+    assert {path.name for path in csv.parent.iterdir()} == written | {"evaluations.csv", "suite.json"}
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = load.write_atomically(tmp_path / "table.md", b"old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        load.write_atomically(path, b"new")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([], "has no rows"),
+        (["pocket,base,0,,b0,em,ten,1,200"], "cannot be read"),
+        (["pocket,base,0,,b0,em,10,1,200"] * 2, "line 3: a score is there twice"),
+        (["smollm2,base,0,,b0,em,10,1,200"], "line 2: the preset is not pocket"),
+        (["pocket,spin,0,,b0,em,10,1,200"], "line 2: iteration must be empty for base and sft, and only there"),
+        (["pocket,base,,,b0,em,10,1,200"], "line 2: a preset, method, seed, benchmark or metric is empty"),
+        (["pocket,base,0,,b0,f1,10,1,200"], "has no score that suite.json tabulates"),
+    ],
+)
+def test_a_bad_evaluations_file_is_named_in_one_line(tmp_path: Path, rows: list[str], problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        tables.table1("pocket", write_results(tmp_path, rows))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/pocket/evaluations.csv: {problem}")
+    assert message.endswith("make it with: make reproduce-table1 PRESET=pocket")
+    assert "\n" not in message
+
+
+def test_missing_files_and_columns_are_named(results: Path) -> None:
+    folder = results / "pocket"
+    (folder / "evaluations.csv").write_text("method,seed\nbase,0\n")
+    with pytest.raises(UserError, match=r"evaluations\.csv: lacks the columns preset, iteration, benchmark"):
+        tables.table1("pocket", results)
+    for content, problem in {
+        "{": "is not a suite",
+        "[]": "is not a suite",
+        "{}": "lacks 'columns'",
+        '{"columns": []}': "has no columns",
+        '{"columns": [{"benchmark": "b0"}]}': "lacks 'label'",
+    }.items():
+        (folder / "suite.json").write_text(content)
+        with pytest.raises(UserError, match=rf"suite\.json: {problem}; make it with"):
+            load.suite("pocket", results)
+    with pytest.raises(UserError, match=r"absent/suite\.json: no such file; .* PRESET=absent$"):
+        tables.table1("absent", results)
+
+
+PAPER_LABELS = ["GSM8K", "MATH", "MuSR", "MMLU", "MMLU-Pro", "GPQA", "HellaSwag", "WinoGrande", "BBH", "IFEval"]
+LONG_LABELS = ["Simple equations", "Color cube rotation", "Leg counting", "Word sequence reversal", "Syllogism",
+               "Family relationships", "Complex arithmetic", "Needle haystack", "Number filtering", "GCD"]  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", [PAPER_LABELS, LONG_LABELS])
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_terminal_table_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int, labels: list[str]
+) -> None:
+    rows = [line for t in range(5) for m in ("spin", "tspin") for line in scores(m, 0, t, *[100 - 9.99 * t] * 10)]
+    results = write_results(tmp_path, scores("base", 0, "", *[12.34] * 10) + rows, labels)
+    monkeypatch.setenv("COLUMNS", str(width))
+    commands.table("1", "pocket", results)
+    lines = capsys.readouterr().out.splitlines()
+    shown = next(line for line in lines if line.startswith("T-SPIN 1"))
+    assert shown.count("90.01") == (11 if width == 120 else 1)
+    assert "90.01 ± 0.32 (-9.99)" in shown and "42.56 (+2.81)" in shown
+    assert max(map(len, lines)) <= width
+    if width == 120:
+        assert {word for name in labels for word in commands._short(name).split()} <= set(" ".join(lines[:4]).split())
+
+
+def test_long_labels_are_cut_between_words() -> None:
+    for label, lines in {
+        "MuSR": "MuSR",
+        "IFEval": "IFEval",
+        "MMLU-Pro": "MMLU-\nPro",
+        "WinoGrande": "Wino\nGrande",
+        "Simple equations": "Simple\nequat.",
+    }.items():
+        assert commands._short(label) == lines
+
+
+def test_an_unknown_table_lists_those_that_exist(results: Path) -> None:
+    with pytest.raises(UserError, match="there is no table 3; there is: 1"):
+        commands.table("3", "pocket", results)
+
+
+def test_help_carries_an_example() -> None:
+    app = typer.Typer()
+    app.command()(commands.table)
+    shown = CliRunner().invoke(app, ["--help"])
+    assert shown.exit_code == 0 and "tspin table 1 --preset pocket" in shown.output
+
+
+def test_analysis_imports_no_torch_and_the_command_nothing_heavy() -> None:
+    code = "import sys, analysis.commands; assert not {'torch', 'pandas', 'matplotlib'} & set(sys.modules); "
+    code += "import analysis.figures, analysis.tables; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

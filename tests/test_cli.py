@@ -1,0 +1,118 @@
+"""The commands on files, and what they say to bad input: one line, exit code 2, nothing written."""
+
+import json
+import os
+import subprocess
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from tspin import cli
+
+SMALL = ["--set", "sampling.max_new_tokens=6", "--set", "training.batch_size=8", "--set", "training.micro_batch_size=4"]
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def assert_refused(result, *parts):
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("tspin: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_help_has_an_example_each():
+    for name in ("run", "sample", "train", "evaluate", "table"):
+        result = call(name, "--help")
+        assert result.exit_code == 0 and f"Example: tspin {name}" in " ".join(result.output.split())
+
+
+def test_sample_and_train_on_files(tmp_path, model_folder, data_file):
+    for name, seed in (("proto", 1), ("synthetic", 2)):
+        arguments = ["--model", model_folder, "--data", data_file, "--out", tmp_path / f"{name}.parquet"]
+        assert call("sample", *arguments, "--seed", seed, *SMALL).exit_code == 0
+    files = ["--synthetic", tmp_path / "synthetic.parquet", "--proto", tmp_path / "proto.parquet"]
+    common = ["--model", model_folder, "--data", data_file, "--out", tmp_path / "step", *SMALL]
+    assert_refused(call("train", *common, "--iteration", 1), "--synthetic", "tspin sample")
+    result = call("train", *common, *files, "--iteration", 1)
+    assert result.exit_code == 0, result.output
+    assert len(pd.read_parquet(tmp_path / "step" / "steps.parquet")) == 2
+    assert (tmp_path / "step" / "model.safetensors").exists() and (tmp_path / "step" / "tokenizer.json").exists()
+    assert_refused(call("train", *common, *files), "exists")
+
+
+def test_bad_input_is_refused(tmp_path, model_folder, data_file):
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / "out"
+    places = ["--runs", tmp_path / "runs", "--results", tmp_path / "results"]
+    assert_refused(call("run"), "--preset")
+    assert_refused(call("run", "--preset", "poket", *places), "did you mean 'pocket'")
+    assert_refused(call("run", "--preset", "pocket", "--methods", "tspn", *places), "did you mean 'tspin'")
+    assert_refused(call("run", "--preset", "pocket", "--seeds", "a", *places), "--seeds")
+    assert_refused(call("run", "--preset", "pocket", "--set", "data.lables=5", *places), "did you mean 'labels'")
+    assert_refused(call("evaluate", "--model", model_folder, "--suite", "poket"), "did you mean 'pocket'")
+    mine = ["--out", out, *SMALL]
+    assert_refused(call("run", "--model", model_folder, "--data", tmp_path / "no.jsonl", *mine), "no such file")
+    assert_refused(call("run", "--model", tmp_path, "--data", data_file, *mine), "is no model")
+    assert_refused(call("run", "--model", "nobody/none", "--data", data_file, *mine), "nobody/none: no model")
+    long = ["--set", "data.max_prompt_tokens=4"]
+    assert_refused(call("run", "--model", model_folder, "--data", data_file, *mine, *long), "data row 1: prompt of")
+    assert_refused(
+        call("run", "--model", model_folder, "--data", data_file, "--out", out, "--set", "training.batch_size=9"),
+        "training.batch_size: 9 is no multiple",
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, model_folder, data_file):
+    path = model_folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "eos_token": None}))
+    assert_refused(call("run", "--model", model_folder, "--data", data_file, "--out", tmp_path / "out"), "no end token")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_another_config_are_refused(tmp_path):
+    folder = tmp_path / "results" / "pocket"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"config": {"iterations": 3}}')
+    places = ["--runs", tmp_path / "runs", "--results", tmp_path / "results"]
+    assert_refused(call("run", "--preset", "pocket", *places), "holds a result of another config", "choose another")
+    assert [path.name for path in folder.iterdir()] == ["config.json"] and not (tmp_path / "runs").exists()
+
+
+def test_a_read_only_disk_is_refused(tmp_path, model_folder, data_file):
+    """/proc takes no new folders, for root either."""
+    assert_refused(call("run", "--model", model_folder, "--data", data_file, "--out", "/proc/tspin", *SMALL), "/proc")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_refused(tmp_path, model_folder, data_file, monkeypatch):
+    def full(*_):
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    monkeypatch.setattr("tspin.data.write_responses", full)
+    out = tmp_path / "out.parquet"
+    out.write_text("kept")
+    result = call("sample", "--model", model_folder, "--data", data_file, "--out", out, *SMALL)
+    assert_refused(result, "no space left on device")
+    assert out.read_text() == "kept" and not list(tmp_path.glob(".out*"))
+
+
+def test_the_installed_command_exits_with_2(tmp_path):
+    done = subprocess.run(["tspin", "run", "--preset", "nothing-like-it"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("tspin: unknown preset") and done.stderr.count("\n") == 1
+
+
+def test_errors_of_ours_are_not_swallowed_elsewhere():
+    @cli.command
+    def broken():
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError):
+        broken()

@@ -1,0 +1,53 @@
+"""The config tree: presets load, mistakes are named."""
+
+import pytest
+
+from tspin.config import build_config, load_config
+from tspin.errors import UserError
+
+
+def test_presets_load():
+    config = load_config("pocket")
+    assert config.iterations == 5
+    assert config.for_method("spin").coefficients.lam == 0.1
+    assert config.for_method("tspin").data.labels == 1000
+    sft = config.for_method("sft")
+    assert sft.iterations == 1 and sft.data.labels == 4000
+
+
+def test_overrides_and_method_sections_merge():
+    tree = {"methods": {"spin": {"training": {"learning_rate": "3e-6"}}}}
+    config = build_config(tree, ["training.epochs=3", "methods.tspin.beta=0.5"])
+    assert config.for_method("spin").training.learning_rate == 3e-6
+    assert config.for_method("spin").training.epochs == config.for_method("tspin").training.epochs == 3
+    assert config.for_method("tspin").coefficients.beta == 0.5
+
+
+@pytest.mark.parametrize(
+    "tree, line",
+    [
+        ({"trainig": {}}, "trainig: unknown key 'trainig': did you mean 'training'?"),
+        ({"training": {"learning_rat": 1}}, "training.learning_rat: unknown key .* did you mean 'learning_rate'"),
+        ({"methods": {"tspn": {}}}, "unknown method 'tspn': did you mean 'tspin'"),
+        ({"methods": {"spin": {"lamda": 1}}}, "methods.spin.lamda: unknown key 'lamda': did you mean 'lam'"),
+        ({"methods": {"spin": {"training": {"epoch": 1}}}}, "methods.spin.training.epoch: .* did you mean 'epochs'"),
+        ({"sampling": {"top_p": 1.5}}, "sampling.top_p: input should be less than or equal to 1"),
+        ({"iterations": 0}, "iterations: input should be greater than 0"),
+        ({"data": {"long_prompts": "cut"}}, "data.long_prompts: input should be 'error', 'truncate' or 'drop'"),
+    ],
+)
+def test_mistakes_are_named(tree, line):
+    with pytest.raises(UserError, match=line):
+        build_config(tree)
+
+
+def test_unknown_presets_and_broken_files(tmp_path):
+    with pytest.raises(UserError, match="unknown preset 'poket': did you mean 'pocket'"):
+        load_config("poket")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    with pytest.raises(UserError, match="not readable as YAML"):
+        load_config(str(broken))
+    broken.write_text("- 1")
+    with pytest.raises(UserError, match="a config is a mapping"):
+        load_config(str(broken))

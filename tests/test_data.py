@@ -1,0 +1,109 @@
+"""Loading, templating and encoding prompt–completion data."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tspin import data
+from tspin.errors import UserError
+from tspin.pocket.tasks import LABELS_PER_TASK, table_tasks
+
+LIMITS = {"max_prompt_tokens": 64, "max_response_tokens": 16, "long_prompts": "error"}
+
+
+def test_jsonl_and_parquet_agree(tmp_path, data_file, rows):
+    parquet = tmp_path / "data.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), parquet)
+    assert data.load_rows(str(data_file)) == data.load_rows(str(parquet)) == rows
+
+
+def test_conversations_columns_and_first_rounds(tmp_path, tokenizer):
+    conversation = {
+        "prompt": [{"role": "user", "content": "1 + 1 ="}],
+        "completion": [{"role": "assistant", "content": "2"}],
+    }
+    rounds = {"messages": [*conversation["prompt"], *conversation["completion"], {"role": "user", "content": "Why?"}]}
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, [conversation, rounds])))
+    first, second = data.load_rows(str(path))
+    assert first == second == conversation
+    renamed = tmp_path / "gsm8k.jsonl"
+    renamed.write_text(json.dumps({"question": "1 + 1 =", "answer": "2"}))
+    assert data.load_rows(str(renamed), columns={"prompt": "question", "completion": "answer"}) == [
+        {"prompt": "1 + 1 =", "completion": "2"}
+    ]
+    plain = data.encode_examples([(0, {"prompt": "1 + 1 =", "completion": "2"})], tokenizer, template="chat", **LIMITS)
+    chat = data.encode_examples([(0, first)], tokenizer, template="paper", **LIMITS)
+    assert plain == chat
+    assert plain[0].prompt == "### Instruction: 1 + 1 =\n\n### Response: "
+
+
+def test_labelled_responses_end_unless_they_are_cut(tokenizer):
+    whole = data.encode_response("The answer is 12.", tokenizer, 16)
+    assert whole.finished and whole.ids[-1] == tokenizer.eos_token_id
+    cut = data.encode_response("The answer is 12.", tokenizer, 3)
+    assert not cut.finished and len(cut.ids) == 3 and tokenizer.eos_token_id not in cut.ids
+
+
+@pytest.mark.parametrize("what, kept", [("truncate", 2), ("drop", 1)])
+def test_long_prompts(tokenizer, what, kept):
+    rows = [(0, {"prompt": "1 +", "completion": "2"}), (1, {"prompt": "1 + " * 40, "completion": "2"})]
+    limits = {**LIMITS, "long_prompts": what}
+    examples = data.encode_examples(rows, tokenizer, template="paper", **limits)
+    assert len(examples) == kept
+    assert all(len(example.prompt_ids) <= 64 for example in examples)
+    if what == "truncate":  # the end of a prompt is where its response follows
+        assert examples[1].prompt_ids[-4:] == examples[0].prompt_ids[-4:]
+    with pytest.raises(UserError, match=r"data row 2: prompt of \d+ tokens, data.max_prompt_tokens is 64"):
+        data.encode_examples(rows, tokenizer, template="paper", **LIMITS)
+
+
+def test_responses_survive_the_file(tmp_path):
+    responses = [data.Response([5, 6, 1], "ab", True), data.Response([7], "c", False)]
+    data.write_responses(tmp_path / "r.parquet", [3, 9], responses)
+    assert data.read_responses(tmp_path / "r.parquet") == dict(zip([3, 9], responses, strict=True))
+
+
+def test_subsets_are_nested():
+    rows = [{"prompt": str(i), "completion": "x"} for i in range(50)]
+    small, large = (data.nested_subset(rows, n, seed=1) for n in (10, 30))
+    assert len(small) == 10 and {i for i, _ in small} < {i for i, _ in large}
+    with pytest.raises(UserError, match="51 labelled responses asked for, the data set has 50"):
+        data.nested_subset(rows, 51, seed=1)
+
+
+def test_the_pocket_labels():
+    rows = data.load_rows("pocket")
+    assert len(rows) == LABELS_PER_TASK * len(table_tasks()) == 4000
+    assert len({row["prompt"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("", "has no rows"),
+        ('{"prompt": "a"}\n', r"row 1: empty response \(column 'completion'\)"),
+        ('{"prompt": "a", "completion": " "}\n', "row 1: empty response"),
+        ('{"prompt": "a", "completion": "b"}\n{"completion": "b"}\n', "row 2: no prompt"),
+        ("[1]\n", "row 1: not an object"),
+        ('{"prompt": \n', "line 1: not JSON"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, text, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=line):
+        data.load_rows(str(path))
+
+
+def test_missing_and_foreign_files(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        data.load_rows(str(tmp_path / "none.jsonl"))
+    fake = tmp_path / "fake.parquet"
+    fake.write_text("no table")
+    with pytest.raises(UserError, match="not a Parquet file"):
+        data.load_rows(str(fake))
+    with pytest.raises(UserError, match="neither a .jsonl or .parquet file here nor on the hub"):
+        data.load_rows("nobody/no-such-data-set")

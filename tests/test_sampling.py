@@ -1,0 +1,61 @@
+"""Sampling: end token, temperature, seed, order, cutting."""
+
+import torch
+
+from tspin.sampling import Decoding, sample
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
+GREEDY = Decoding(temperature=0.0, max_new_tokens=8, batch_size=3)
+
+
+def draw(model, tokenizer, decoding=GREEDY, prompts=PROMPTS, seed=0):
+    return sample(model, tokenizer, prompts, decoding, seed=seed)
+
+
+def test_greedy_takes_the_most_likely_token_and_keeps_the_order(tiny_model, tokenizer):
+    for prompt, response in zip(PROMPTS, draw(tiny_model, tokenizer), strict=True):
+        context = list(prompt)
+        for token in response.ids:
+            with torch.no_grad():
+                assert tiny_model(input_ids=torch.tensor([context])).logits[0, -1].argmax() == token
+            context.append(token)
+
+
+def test_responses_stop_at_the_end_token_or_are_marked_as_cut(tiny_model, tokenizer):
+    end = tokenizer.eos_token_id
+    with torch.no_grad():  # make the end token likely enough to come, not at once
+        tiny_model.lm_head.weight[end] += 0.4
+    responses = draw(tiny_model, tokenizer, Decoding(temperature=1.5, max_new_tokens=12), PROMPTS * 20)
+    assert {response.finished for response in responses} == {True, False}
+    for response in responses:
+        assert response.ids.count(end) == (1 if response.finished else 0)
+        assert not response.finished or response.ids[-1] == end
+        assert response.finished or len(response.ids) == 12
+        assert tokenizer.eos_token not in response.text
+
+
+def test_seed_decides(tiny_model, tokenizer):
+    hot = Decoding(temperature=1.0, max_new_tokens=8, batch_size=2)
+    state = torch.get_rng_state()
+    first = draw(tiny_model, tokenizer, hot, seed=1)
+    assert draw(tiny_model, tokenizer, hot, seed=1) == first
+    assert draw(tiny_model, tokenizer, hot, seed=2) != first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_temperature_and_top_p_are_honoured(tiny_model, tokenizer):
+    """First-token frequencies against the policy's own distribution, which top-k would cut."""
+    prompt = PROMPTS[0]
+    with torch.no_grad():
+        logits = tiny_model(input_ids=torch.tensor([prompt])).logits[0, -1]
+    for temperature in (0.5, 2.0):
+        one = Decoding(temperature=temperature, max_new_tokens=1, batch_size=500)
+        drawn = torch.tensor([r.ids[0] for r in draw(tiny_model, tokenizer, one, [prompt] * 2000)])
+        frequencies = torch.bincount(drawn, minlength=len(logits)) / 2000
+        wanted = (logits / temperature).softmax(-1)
+        assert (frequencies - wanted).abs().sum() / 2 < 0.9 * (frequencies - logits.softmax(-1)).abs().sum() / 2
+        top = wanted.topk(5)
+        torch.testing.assert_close(frequencies[top.indices], top.values, atol=0.05, rtol=0)
+    assert len(set(drawn.tolist())) > 50  # Transformers' default top-k
+    narrow = Decoding(temperature=1.0, top_p=1e-6, max_new_tokens=8, batch_size=3)
+    assert draw(tiny_model, tokenizer, narrow) == draw(tiny_model, tokenizer)

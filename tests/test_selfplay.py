@@ -1,0 +1,192 @@
+"""Algorithm 1 on a real, tiny run: what it leaves, what it repeats, what it survives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from tspin import SelfPlayConfig, SelfPlayTrainer
+from tspin.data import read_responses
+from tspin.errors import UserError
+from tspin.objectives import METHODS
+
+SETTINGS = {
+    "iterations": 2,
+    "learning_rate": 1e-3,
+    "max_new_tokens": 6,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "bf16": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 3,
+}
+TIMES = ["tokens_per_second"]
+
+
+def play(folder, model, rows, tokenizer=None, **settings):
+    args = SelfPlayConfig(output_dir=str(folder), **{**SETTINGS, **settings})
+    trainer = SelfPlayTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    return trainer, trainer.train()
+
+
+def steps_of(folder: Path, iteration: int) -> pd.DataFrame:
+    return pd.read_parquet(folder / f"iteration-{iteration}" / "steps.parquet").drop(columns=TIMES)
+
+
+def assert_same_run(a: Path, b: Path, iterations: int) -> None:
+    """Responses, step metrics and weights, bit by bit."""
+    files = [path.relative_to(a) for path in sorted(a.rglob("*.parquet"))]
+    assert files == [path.relative_to(b) for path in sorted(b.rglob("*.parquet"))]
+    for file in files:
+        left, right = (pd.read_parquet(run / file).drop(columns=TIMES, errors="ignore") for run in (a, b))
+        pd.testing.assert_frame_equal(left, right, check_exact=True)
+    for iteration in range(iterations):
+        left, right = (load_file(run / f"iteration-{iteration}" / "model" / "model.safetensors") for run in (a, b))
+        assert all(np.array_equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("loss", ["logistic", "exponential"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_logs(tmp_path, model_folder, rows, method, loss):
+    run = tmp_path / "run"
+    trainer, results = play(run, model_folder, rows, method=method, loss_type=loss, beta=0.5)
+    self_play = METHODS[method].self_play
+    assert len(results) == (2 if self_play else 1)
+    for result in results:
+        AutoTokenizer.from_pretrained(result.model_path)
+        AutoModelForCausalLM.from_pretrained(result.model_path)
+        assert not list(result.model_path.glob("*.bin"))
+        assert list((result.model_path.parent / "tensorboard").glob("events*"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, results[0].model_path))
+    assert any(not np.array_equal(before[name], after[name]) for name in before)
+
+    steps = steps_of(run, len(results) - 1)
+    assert len(steps) == 2  # 12 rows, 8 a step
+    wanted = {"loss", "grad_norm", "learning_rate", "log_likelihood/labelled"}
+    if self_play:
+        roles = ("labelled", "synthetic", "proto")
+        wanted |= {f"{what}/{role}" for what in ("log_likelihood", "reward") for role in roles}
+        wanted |= {"advantage/current", "advantage/historical"}
+        facts = results[-1].synthetic
+        assert 0 <= facts["end_token_share"] <= 1 and 0 <= facts["duplicate_share"] <= 1 and facts["mean_tokens"] <= 6
+    assert wanted <= set(steps) and np.isfinite(steps[sorted(wanted)]).all().all()
+    assert "tokens_per_second" in pd.read_parquet(run / "iteration-0" / "steps.parquet")
+    assert (run / "iteration-0" / "reference.parquet").exists() == METHODS[method].uses_reference
+
+
+def test_the_first_step_is_what_the_objective_says(tmp_path, model_folder, rows):
+    """π_θ = π_θt before the first update, so SPIN's rewards are 0 and its loss is log 2."""
+    settings = {"gradient_accumulation_steps": 3, "learning_rate": 1e-9, "iterations": 1}
+    play(tmp_path / "spin", model_folder, rows, method="spin", **settings)
+    first = steps_of(tmp_path / "spin", 0).iloc[0]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert abs(first["reward/labelled"]) < 1e-5 and abs(first["advantage/current"]) < 1e-5
+
+
+def test_beta_counts_from_iteration_1_on(tmp_path, model_folder, rows):
+    for name, settings in {
+        "history": {"method": "tspin", "beta": 0.5},
+        "none": {"method": "tspin_no_history"},
+    }.items():
+        play(tmp_path / name, model_folder, rows, **settings)
+    for iteration, same in ((0, True), (1, False)):
+        left, right = (steps_of(tmp_path / name, iteration)["loss"] for name in ("history", "none"))
+        assert (abs(left - right).max() < 1e-5) == same
+
+
+def test_proto_responses_are_sampled_once_and_shared(tmp_path, model_folder, rows):
+    shared = str(tmp_path / "shared")
+    for method in ("tspin", "spin"):
+        play(tmp_path / method, model_folder, rows, method=method, shared_dir=shared, iterations=1)
+    names = {path.name for path in (tmp_path / "shared").glob("*.parquet")}
+    assert names == {"proto.parquet", "iteration-0-synthetic.parquet"}
+    assert not (tmp_path / "tspin" / "proto.parquet").exists()
+    # Two samples of one policy, not one sample twice.
+    proto, synthetic = (read_responses(tmp_path / "shared" / f"{name}.parquet")
+                        for name in ("proto", "iteration-0-synthetic"))  # fmt: skip
+    assert proto.keys() == synthetic.keys() and proto != synthetic
+
+
+def test_same_seed_same_run_other_seed_other_run(tmp_path, model_folder, rows, tiny_model, tokenizer):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        play(tmp_path / name, model_folder, rows, seed=seed)
+    assert_same_run(tmp_path / "a", tmp_path / "b", iterations=2)
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "a", tmp_path / "c", iterations=2)
+    # A model handed over as an object is the same policy as its folder.
+    play(tmp_path / "object", tiny_model, rows, tokenizer=tokenizer, seed=3)
+    assert_same_run(tmp_path / "a", tmp_path / "object", iterations=2)
+
+
+def test_a_micro_batch_size_changes_memory_and_not_the_update(tmp_path, model_folder, rows):
+    for name, size in (("one", 1), ("four", 4)):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "iterations": 1}
+        play(tmp_path / name, model_folder, rows, **settings)
+    one, four = (load_file(tmp_path / name / "iteration-0" / "model" / "model.safetensors") for name in ("one", "four"))
+    for name in one:
+        np.testing.assert_allclose(one[name], four[name], atol=2e-4)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_run_stopped_in_training_continues(tmp_path, model_folder, rows):
+    play(tmp_path / "whole", model_folder, rows)
+    args = SelfPlayConfig(output_dir=str(tmp_path / "stopped"), **SETTINGS)
+    stopped = SelfPlayTrainer(model_folder, args=args, train_dataset=rows, callbacks=[StopAt(1)])
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert not (tmp_path / "stopped" / "iteration-0" / "model").exists()
+    play(tmp_path / "stopped", model_folder, rows)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", iterations=2)
+
+
+def test_another_config_or_other_data_do_not_continue_it(tmp_path, model_folder, rows):
+    play(tmp_path / "run", model_folder, rows, iterations=1)
+    with pytest.raises(UserError, match="settings.learning_rate is 0.001 there, 0.002 here"):
+        play(tmp_path / "run", model_folder, rows, iterations=1, learning_rate=2e-3)
+    with pytest.raises(UserError, match="data is"):
+        play(tmp_path / "run", model_folder, rows[:-1], iterations=1)
+
+
+def command(model_folder, data_file, out):
+    small = ["sampling.max_new_tokens=6", "training.batch_size=8", "training.micro_batch_size=4", "training.epochs=3"]
+    return [
+        *(sys.executable, "-c", "from tspin.cli import main; main()", "run", "--model", str(model_folder)),
+        *("--data", str(data_file), "--iterations", "2", "--out", str(out)),
+        *(argument for setting in small for argument in ("--set", setting)),
+    ]
+
+
+def test_sigkill_at_any_moment_loses_nothing(tmp_path, model_folder, data_file):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    start = time.time()
+    subprocess.run(command(model_folder, data_file, tmp_path / "whole"), check=True, **quiet)
+    whole = time.time() - start
+    killed = 0
+    for share in (0.5, 0.7, 0.9):
+        process = subprocess.Popen(command(model_folder, data_file, tmp_path / "killed"), **quiet)
+        try:
+            process.wait(timeout=share * whole)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+    assert killed
+    subprocess.run(command(model_folder, data_file, tmp_path / "killed"), check=True, **quiet)
+    assert_same_run(tmp_path / "whole" / "tspin", tmp_path / "killed" / "tspin", iterations=2)

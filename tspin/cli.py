@@ -1,0 +1,184 @@
+"""The command line: each command reads its arguments, calls one function, and prints what came out."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tspin.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Self-play fine-tuning: SFT, SPIN, T-SPIN and its ablations; evaluation; the paper's tables.",
+)
+
+Model = Annotated[str, typer.Option(help="a model folder, a hub name, or pocket")]
+Data = Annotated[str, typer.Option(help="prompt–completion rows: .jsonl, .parquet, a hub name, or pocket")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="key.path=value on top of the config; repeatable")]
+Seed = Annotated[int, typer.Option(help="every random choice follows from it")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Errors that the user can put right become one line on stderr and exit code 2."""
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except UserError as error:
+            fail(str(error))
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM, errno.ENOTDIR}:
+                raise
+            fail(f"{error.filename or 'output'}: {os.strerror(error.errno or 0).lower()}; nothing there was replaced: "
+                 "make room or choose another folder and run the same command again")
+
+    return guarded
+
+
+def fail(line: str) -> None:
+    """Print one line and exit with 2."""
+    sys.stderr.write(f"tspin: {' '.join(line.split())}\n")
+    raise typer.Exit(2)
+
+
+@app.command()
+@command
+def run(
+    preset: Annotated[str | None, typer.Option(help="a preset of experiments/, or a YAML file")] = None,
+    methods: Annotated[str, typer.Option(help="comma-separated; base is the initial policy")] = "base,sft,spin,tspin",
+    seeds: Annotated[str, typer.Option(help="comma-separated")] = "0",
+    model: Annotated[str | None, typer.Option(help="your model folder or hub name (without --preset)")] = None,
+    dataset: Annotated[str | None, typer.Option("--data", help="your prompt–completion data")] = None,
+    method: Annotated[str, typer.Option(help="the method, with --model")] = "tspin",
+    iterations: Annotated[int, typer.Option(help="T, with --model")] = 5,
+    out: Annotated[Path, typer.Option(help="the run's folder, with --model")] = Path("runs/mine"),
+    runs: Annotated[Path, typer.Option(help="checkpoints, responses, logs of presets")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="tidy numbers of presets")] = Path("results"),
+    settings: Set = None,
+) -> None:
+    """Run Algorithm 1: a preset's methods with their evaluations, or one method on your model and data.
+
+    Stopped at any moment, the same command goes on where it was.
+
+    Example: tspin run --preset pocket --seeds 0,1
+
+    Example: tspin run --model my-model --data my-data.jsonl --method tspin --iterations 3 --out runs/mine
+    """
+    from tspin import config, experiment
+
+    if preset:
+        name = Path(preset).stem
+        loaded = config.load_config(preset, settings or [])
+        experiment.run_experiment(name, loaded, split(methods), integers(seeds), runs, results)
+        return
+    if not (model and dataset):
+        raise UserError("run needs --preset, or --model and --data")
+    tree = {"model": {"path": model}, "data": {"path": dataset}, "iterations": iterations}
+    loaded = config.build_config(tree, settings or [])
+    experiment.quiet_libraries()
+    trainer = experiment.build_trainer(loaded.for_method(method), out, integers(seeds)[0])
+    for result in trainer.iterate():
+        typer.echo(f"iteration {result.iteration}: {experiment.describe(result)} → {result.model_path}", err=True)
+
+
+@app.command("sample")
+@command
+def sample_command(
+    model: Model,
+    dataset: Annotated[str, typer.Option("--data", help="prompt–completion rows")],
+    out: Annotated[Path, typer.Option(help="Parquet: prompt_id, text, ids, finished")],
+    seed: Seed = 0,
+    settings: Set = None,
+) -> None:
+    """Sample one response a prompt.
+
+    Example: tspin sample --model my-model --data my-data.jsonl --out proto.parquet --set sampling.temperature=0
+    """
+    from tspin import experiment, stages
+
+    experiment.quiet_libraries()
+    facts = stages.sample_to_file(model, dataset, out, seed, settings or [])
+    typer.echo(f"{out}: " + ", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
+
+
+@app.command()
+@command
+def train(
+    model: Model,
+    dataset: Annotated[str, typer.Option("--data", help="prompt–completion rows")],
+    out: Annotated[Path, typer.Option(help="folder for the checkpoint")],
+    method: Annotated[str, typer.Option(help="sft, spin, tspin, tspin_no_history, tspin_reference")] = "tspin",
+    iteration: Annotated[int, typer.Option(help="0-based; β is 0 at iteration 0")] = 0,
+    synthetic: Annotated[Path | None, typer.Option(help="y′, from `tspin sample` with --model")] = None,
+    proto: Annotated[Path | None, typer.Option(help="y0, from `tspin sample` with the initial model")] = None,
+    seed: Seed = 0,
+    settings: Set = None,
+) -> None:
+    """Train one iteration on responses in files.
+
+    Example: tspin train --method tspin --model my-model --data my-data.jsonl --synthetic y1.parquet
+    --proto y0.parquet --iteration 1 --out runs/step
+    """
+    from tspin import experiment, stages
+
+    experiment.quiet_libraries()
+    facts = stages.train_from_files(
+        model, dataset, out, method, iteration, synthetic, proto, seed, settings or []
+    )
+    typer.echo(f"{out}: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['training_seconds']:.0f} s")
+
+
+@app.command()
+@command
+def evaluate(
+    model: Model,
+    suite: Annotated[str, typer.Option(help="a suite of experiments/suites, or a YAML file")] = "pocket",
+    out: Annotated[Path | None, typer.Option(help="CSV: benchmark, metric, value, stderr, n (percent)")] = None,
+    batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 64,
+    limit: Annotated[int | None, typer.Option(help="problems a benchmark, for trials")] = None,
+) -> None:
+    """Evaluate a model with lm-evaluation-harness.
+
+    Example: tspin evaluate --model runs/pocket/seed-0/tspin/iteration-4/model --suite pocket --out scores.csv
+    """
+    from tspin import experiment, stages
+
+    experiment.quiet_libraries()
+    typer.echo(stages.evaluate_to_file(model, suite, out, batch_size, limit).to_string(index=False))
+
+
+def split(text: str) -> list[str]:
+    """Comma-separated names, blanks dropped."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def integers(text: str) -> list[int]:
+    """Comma- or space-separated integers. Raises UserError."""
+    try:
+        values = [int(part) for part in text.replace(" ", ",").split(",") if part]
+    except ValueError:
+        values = []
+    if not values:
+        raise UserError(f"--seeds {text!r}: write whole numbers, separated by commas")
+    return values
+
+
+# Commands of other rooms (tables and figures in analysis/) register themselves; nothing of theirs is
+# imported here but the function.
+for _entry in sorted(entry_points(group="tspin.commands"), key=lambda entry: entry.name):
+    app.command(_entry.name)(command(_entry.load()))
+
+
+def main() -> None:
+    """Entry point of the `tspin` command."""
+    app()

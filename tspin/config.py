@@ -1,0 +1,256 @@
+"""The config tree: one YAML file says everything about an experiment but the seeds.
+
+Every key is validated; an unknown key or a bad value raises UserError with the key's path and what
+is allowed there. `for_method` gives the settings of one run.
+"""
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tspin.errors import UserError
+from tspin.objectives import METHODS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+Positive = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Section):
+    """The initial policy π_θ0."""
+
+    path: str = "pocket"  # a folder, a hub name, or the embedded "pocket"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; see training.bf16 for the arithmetic
+    trust_remote_code: bool = False
+
+
+class DataSettings(Section):
+    """Prompts and labelled responses."""
+
+    path: str = "pocket"  # .jsonl, .parquet, a hub name, or the embedded "pocket"
+    name: str | None = None  # the hub's configuration name
+    split: str = "train"
+    revision: str | None = None
+    columns: dict[Literal["prompt", "completion"], str] = {}
+    template: str = "auto"  # auto, chat, paper, none, or a text with {prompt} in it
+    labels: PositiveInt | None = None  # rows used, a nested seeded subset; all when empty
+    subset_seed: int = 0
+    max_prompt_tokens: PositiveInt = 512
+    max_response_tokens: PositiveInt = 256
+    long_prompts: Literal["error", "truncate", "drop"] = "error"
+
+
+class SamplingSettings(Section):
+    """Decoding of y′ and y0. temperature 0 is greedy."""
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 64
+
+
+class TrainingSettings(Section):
+    """One iteration's optimisation. A list of learning rates gives one an iteration, the last going on."""
+
+    learning_rate: Positive | list[Positive] = 5e-7
+    epochs: Positive = 1.0
+    batch_size: PositiveInt = 64  # triplets an optimizer step, whatever the hardware
+    micro_batch_size: PositiveInt = 8  # triplets a forward pass on one device; lower saves memory
+    optimizer: str = "rmsprop"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps
+    schedule: str = "linear"
+    max_grad_norm: Positive = 1.0
+    gradient_checkpointing: bool = False  # saves memory, costs a second forward pass
+    bf16: bool | Literal["auto"] = "auto"  # auto: where the hardware multiplies bfloat16
+    monitor_proto: bool = True  # log y0 where it carries no gradient too; costs a forward pass
+    trainer: dict[str, Any] = {}  # any other transformers.TrainingArguments, by its name there
+
+
+class MethodSettings(Section):
+    """A method's own coefficients, and where its data or training differ from the common ones."""
+
+    alpha: Positive = 1.0
+    beta: Annotated[float, Field(ge=0)] = 0.1
+    lam: Positive = 0.1
+    loss: Literal["logistic", "exponential"] = "logistic"
+    data: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+
+
+class EvaluationSettings(Section):
+    """Benchmarks: a suite of experiments/suites, or a file."""
+
+    suite: str = "pocket"
+    batch_size: PositiveInt = 64
+    limit: PositiveInt | None = None  # problems a benchmark, for trials only
+
+
+class RunSettings(Section):
+    """One run: one method. What `tspin run` and SelfPlayTrainer need."""
+
+    method: str
+    iterations: PositiveInt
+    coefficients: MethodSettings
+    model: ModelSettings
+    data: DataSettings
+    sampling: SamplingSettings
+    training: TrainingSettings
+
+
+class Config(Section):
+    """An experiment: methods on one initial policy and one data set."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings | None = None
+    iterations: PositiveInt = 5
+    methods: dict[str, MethodSettings] = {}
+
+    @model_validator(mode="after")
+    def _methods_merge(self) -> "Config":
+        for name in self.methods:
+            self.for_method(name)
+        return self
+
+    def for_method(self, name: str) -> RunSettings:
+        """The settings of one method's run, its overrides merged in. Raises UserError for an unknown one."""
+        if name not in METHODS:
+            raise UserError(f"methods: {unknown('method', name, METHODS)}")
+        method = self.methods.get(name, MethodSettings())
+        # SFT has no self-play: it is one round of training.
+        iterations = self.iterations if METHODS[name].self_play else 1
+        merged = {
+            "data": self.data.model_dump() | method.data,
+            "training": self.training.model_dump() | method.training,
+        }
+        try:
+            data, training = DataSettings(**merged["data"]), TrainingSettings(**merged["training"])
+        except ValidationError as error:
+            section = DataSettings if error.title == "DataSettings" else TrainingSettings
+            key = "data" if section is DataSettings else "training"
+            raise UserError(explain(error, section, f"methods.{name}.{key}.")) from error
+        return RunSettings(
+            method=name,
+            iterations=iterations,
+            coefficients=method.model_copy(update={"data": {}, "training": {}}),
+            model=self.model,
+            data=data,
+            sampling=self.sampling,
+            training=training,
+        )
+
+
+def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
+    """Read a preset of experiments/ or a YAML file, `key.path=value` overrides on top.
+
+    Raises UserError for an unknown preset, unreadable YAML, unknown keys and bad values.
+    """
+    path = find_yaml(name_or_path, "experiments", "preset")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of sections, this is a {type(tree).__name__}")
+    return build_config(tree, overrides, source=f"{path.name}: ")
+
+
+def build_config(tree: dict[str, Any], overrides: Iterable[str] = (), source: str = "") -> Config:
+    """A validated Config from a tree of plain values and `key.path=value` overrides."""
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--set {override}: write it as key.path=value")
+        *parents, last = key.strip().split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set {override}: {parent} is a value, not a section")
+        node[last] = yaml.safe_load(value)
+    try:
+        return Config.model_validate(read_numbers(tree))
+    except ValidationError as error:
+        raise UserError(source + explain(error, Config)) from error
+
+
+def read_numbers(node: Any) -> Any:
+    """YAML 1.1 reads 5e-7 as text; people who write it mean a number."""
+    if isinstance(node, dict):
+        return {key: read_numbers(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [read_numbers(value) for value in node]
+    if isinstance(node, str) and node[:1].isdigit() and "e" in node.lower():
+        try:
+            return float(node)
+        except ValueError:
+            return node
+    return node
+
+
+def find_yaml(name_or_path: str, folder: str, what: str) -> Path:
+    """A YAML file given by its path, or by its name in `folder` here or in the repository."""
+    given = Path(name_or_path)
+    if given.suffix in {".yaml", ".yml"}:
+        if given.is_file():
+            return given
+        raise UserError(f"{given}: no such file")
+    folders = [Path.cwd() / folder, REPOSITORY / folder]
+    for candidate in (place / f"{name_or_path}.yaml" for place in folders):
+        if candidate.is_file():
+            return candidate
+    known = sorted({path.stem for place in folders for path in place.glob("*.yaml")})
+    raise UserError(unknown(what, name_or_path, known))
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The line for a name that is not among the known ones, with the nearest that is."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {name!r}: {hint}(known: {', '.join(known)})"
+
+
+def explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
+    """One line for the first thing that is wrong in a config."""
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if isinstance(part, str | int)]
+    path = prefix + ".".join(map(str, location))
+    if first["type"] == "extra_forbidden":
+        parent = _section_at(root, location[:-1])
+        allowed = list(parent.model_fields) if parent else []
+        return f"{path}: " + unknown("key", str(location[-1]), allowed)
+    return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]} (got {first.get('input')!r})"
+
+
+def _section_at(root: type[BaseModel], location: Iterable[Any]) -> type[BaseModel] | None:
+    annotation: Any = root
+    for part in location:
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields:
+            annotation = annotation.model_fields[part].annotation
+        if get_origin(annotation) in (Union, types.UnionType):
+            annotation = next((a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Section)), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def dump(settings: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)

@@ -1,0 +1,2 @@
+class UserError(Exception):
+    """A mistake the user can put right: printed as one line, exit code 2."""

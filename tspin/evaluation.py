@@ -1,0 +1,271 @@
+"""Scores of a model on a suite of lm-evaluation-harness tasks.
+
+A suite is a YAML file, `experiments/suites/<name>.yaml`: which tasks, and which metric of each makes
+a column of the table. Every number comes from lm-eval; here they are only put in order.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tspin.errors import UserError
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SUITES = Path("experiments/suites")
+
+
+class Column(BaseModel):
+    """One column of the table: a metric of an lm-eval task or group."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    benchmark: str  # lm-eval's name of the task or group
+    label: str
+    group: str
+    metric: str  # "<metric>,<filter>" as lm-eval reports it, such as "exact_match,flexible-extract"
+    num_fewshot: int | None = None  # None: the task's own default
+
+
+class Suite(BaseModel):
+    """The columns of a table and how their prompts are built."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    columns: tuple[Column, ...]  # in table order
+    include_path: Path | None = None  # folder of further task files, relative to the repository's root
+    apply_chat_template: bool = False
+    split: str | None = None  # None: the split that each task is meant to be tested on
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What lm-eval reports about one model on one suite; values and standard errors are in percent.
+
+    scores: one row per benchmark and metric (all that lm-eval reports, not only the columns'), with columns
+        `benchmark, metric, value, stderr, n`. An lm-eval group has its aggregate, over `n` problems in all.
+        `stderr` is NaN where lm-eval gives none, as for a single problem.
+    samples: one row per problem and metric, with columns `benchmark, task, doc_id, metric, value, response`. `task`
+        differs from `benchmark` within a group; `doc_id` counts within a task. `response` is the generated text,
+        None for tasks that compare likelihoods. Metrics with several values per problem are left out.
+    """
+
+    scores: pd.DataFrame
+    samples: pd.DataFrame
+
+
+def load_suite(name_or_path: str | Path) -> Suite:
+    """The suite in a YAML file, or of that name in `experiments/suites`.
+
+    `extends: <name>` at the top of a file starts from another suite; its other keys replace that one's.
+    Raises UserError for an unknown name and for a file with unknown keys or bad values.
+    """
+    path = _suite_path(name_or_path)
+    try:
+        return Suite.model_validate(_settings(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {key}: {first['msg']}") from error
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    suite: Suite,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    seed: int = 1234,
+) -> Evaluation:
+    """Run a suite on a model, wherever that model is; all tasks' prompts are batched together.
+
+    batch_size: prompts in a batch. limit: problems per task, the first ones; None for all. seed: of the draw of
+    few-shot examples (1234 is lm-eval's default), and of Python's, NumPy's and PyTorch's generators, which are
+    left in the state that the evaluation puts them in.
+    Raises UserError when lm-eval does not know a benchmark.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    was_training = model.training
+    with _lm_eval_log(logging.ERROR):  # its warnings here concern custom data sets and ready-made models as such
+        manager = _task_manager_for(suite)
+        tasks = [_load_task(manager, column, suite.split) for column in _benchmarks(suite)]
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    with _lm_eval_log(logging.WARNING):
+        results = simple_evaluate(
+            lm,
+            tasks=tasks,
+            task_manager=manager,
+            limit=limit,
+            apply_chat_template=suite.apply_chat_template,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    model.train(was_training)
+    names = [column.benchmark for column in _benchmarks(suite)]
+    return Evaluation(
+        scores=pd.concat([_scores(name, results["results"][name]) for name in names], ignore_index=True),
+        samples=pd.concat(
+            [
+                _samples(name, leaf.task_name, results["samples"][leaf.task_name])
+                for name, task in zip(names, tasks, strict=True)
+                for leaf in _leaves(task)
+            ],
+            ignore_index=True,
+        ),
+    )
+
+
+def tabulated(scores: pd.DataFrame, suite: Suite) -> pd.DataFrame:
+    """The rows of `scores` that are columns of the suite's table, in table order.
+
+    Raises UserError when a column's metric is not among those that lm-eval reported.
+    """
+    for column in suite.columns:
+        reported = set(scores.loc[scores["benchmark"] == column.benchmark, "metric"])
+        if column.metric not in reported:
+            found = ", ".join(sorted(reported)) or "none"
+            raise UserError(f"{column.benchmark} has no metric {column.metric!r}; lm-eval reported: {found}")
+    order = pd.DataFrame([{"benchmark": column.benchmark, "metric": column.metric} for column in suite.columns])
+    return order.merge(scores, on=["benchmark", "metric"], how="left")[list(scores.columns)]
+
+
+def _suite_path(name_or_path: str | Path) -> Path:
+    if Path(name_or_path).is_file():
+        return Path(name_or_path)
+    folders = [SUITES, REPOSITORY / SUITES]
+    for folder in folders:
+        if (path := folder / f"{name_or_path}.yaml").is_file():
+            return path
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise UserError(f"there is no suite {str(name_or_path)!r}{_nearest(str(name_or_path), known)}")
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: a suite is a mapping with the key `columns`")
+    base = settings.pop("extends", None)
+    return {**_settings(_suite_path(base)), **settings} if base else settings
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    matches = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known are: {', '.join(known[:20])}"
+
+
+def _benchmarks(suite: Suite) -> list[Column]:
+    """One column per benchmark: two columns may show two metrics of the same one."""
+    return list({column.benchmark: column for column in reversed(suite.columns)}.values())[::-1]
+
+
+@cache
+def _task_manager(include_path: Path | None, include_defaults: bool) -> "TaskManager":
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
+
+
+def _task_manager_for(suite: Suite) -> "TaskManager":
+    """The index that holds every benchmark; lm-eval's own, seconds to build, only where it is needed."""
+    names = [column.benchmark for column in suite.columns]
+    path = suite.include_path
+    if path and not path.is_dir():
+        path = REPOSITORY / path
+    manager = _task_manager(path, include_defaults=path is None)
+    if path and not set(names) <= set(manager.task_index):
+        manager = _task_manager(path, include_defaults=True)
+    known = manager.all_subtasks + manager.all_groups
+    for name in names:
+        if name not in known:
+            raise UserError(f"lm-eval has no task or group {name!r}{_nearest(name, known)}")
+    return manager
+
+
+def _load_task(manager: "TaskManager", column: Column, split: str | None) -> "Task | Group":
+    """The column's task or group, with its number of shots and its split.
+
+    Set on the loaded tasks, as lm-eval itself does: a dict of overrides is looked up in no index by TaskManager.load.
+    """
+    loaded = manager.load([column.benchmark])
+    for task in loaded["tasks"].values():
+        if column.num_fewshot is not None:
+            task.set_config("num_fewshot", column.num_fewshot)
+        if split is not None:
+            task.set_config("test_split", split)
+    return loaded.get("groups", {}).get(column.benchmark) or loaded["tasks"][column.benchmark]
+
+
+def _leaves(task: "Task | Group") -> "list[Task]":
+    return task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
+
+
+def _scores(benchmark: str, result: dict[str, Any]) -> pd.DataFrame:
+    rows = []
+    for key, value in result.items():
+        metric, comma, filter_name = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            stderr = result.get(f"{metric}_stderr,{filter_name}")
+            rows.append(
+                {
+                    "benchmark": benchmark,
+                    "metric": key,
+                    "value": 100.0 * value,
+                    "stderr": 100.0 * stderr if isinstance(stderr, Real) else float("nan"),
+                    "n": result["sample_len"],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _samples(benchmark: str, task: str, samples: list[dict[str, Any]]) -> pd.DataFrame:
+    rows = []
+    for sample in samples:
+        response = sample["resps"][0][0]
+        for metric in sample["metrics"]:
+            if isinstance(sample[metric], Real):
+                rows.append(
+                    {
+                        "benchmark": benchmark,
+                        "task": task,
+                        "doc_id": sample["doc_id"],
+                        "metric": f"{metric},{sample['filter']}",
+                        "value": 100.0 * float(sample[metric]),
+                        "response": response if isinstance(response, str) else None,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+@contextmanager
+def _lm_eval_log(level: int) -> Iterator[None]:
+    """Keep lm-eval's log to this level and above; its progress bars stay."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,269 @@
+"""An experiment: every method and seed of a config, trained and evaluated, and its tidy results.
+
+runs/<preset>/base/evaluation/                      the initial policy's scores
+runs/<preset>/seed-<s>/shared/                      y0, and y′ of iteration 0, for all methods
+runs/<preset>/seed-<s>/<method>/iteration-<t>/      synthetic.parquet, model/, steps.parquet, evaluation/
+results/<preset>/                                   evaluations.csv, suite.json, provenance.json
+"""
+
+import io
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from tspin import data
+from tspin.config import Config, DataSettings, RunSettings, unknown
+from tspin.errors import UserError
+from tspin.evaluation import Suite, evaluate, load_suite
+from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
+from tspin.objectives import METHODS
+from tspin.run_store import claim_folder, provenance, read_json, run_stage, write_json, write_text
+from tspin.selfplay import IterationResult, SelfPlayTrainer
+from tspin.selfplay_config import SelfPlayConfig
+
+BASE = "base"
+EVALUATION_COLUMNS = ["preset", "method", "seed", "iteration", "benchmark", "metric", "value", "stderr", "n"]
+
+
+def run_experiment(
+    preset: str,
+    config: Config,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    runs: Path,
+    results: Path,
+    console: Console | None = None,
+) -> Path:
+    """Run what is missing of `methods` × `seeds`, evaluate every checkpoint, write results/<preset>/.
+
+    methods: keys of METHODS, and "base" for the initial policy as it is. Returns the results folder.
+    Raises UserError before any work for unknown methods, and for folders of another config.
+    """
+    for method in methods:
+        if method != BASE and method not in METHODS:
+            raise UserError(unknown("method", method, [BASE, *METHODS]))
+    if config.evaluation is None:
+        raise UserError("evaluation: this config names no suite, so there is nothing to put into results")
+    report = (console or Console(stderr=True)).print
+    suite = load_suite(config.evaluation.suite)
+    target = results / preset
+    claim_folder(target, results_config(config, suite), what="result")
+    quiet_libraries()
+
+    model, model_arguments = model_source(config)
+    fingerprint = policy_fingerprint(model, model_arguments)
+    rows: list[pd.DataFrame] = []
+    costs: list[dict[str, Any]] = []
+
+    def evaluated(path: str, policy: str, folder: Path, title: str) -> pd.DataFrame:
+        report(f"[bold]{title}[/bold]: evaluation on {len(suite.columns)} benchmarks")
+        return evaluate_checkpoint(path, policy, folder, suite, config, model_arguments)
+
+    def keep(scores: pd.DataFrame, method: str, seed: int, iteration: int | None) -> None:
+        rows.append(scores.assign(preset=preset, method=method, seed=seed, iteration=iteration))
+
+    if BASE in methods:
+        scores = evaluated(model, fingerprint, runs / preset / BASE / "evaluation", "base")
+        for seed in seeds:  # greedy decoding: the same for every seed
+            keep(scores, BASE, seed, None)
+    for seed in seeds:
+        for method in methods:
+            if method == BASE:
+                continue
+            settings = config.for_method(method)
+            trainer = build_trainer(settings, runs / preset / f"seed-{seed}", seed)
+            title = f"{method}, seed {seed}"
+            report(f"[bold]{title}[/bold]: {settings.iterations} iteration(s), {len(trainer.examples)} labels")
+            for result in trainer.iterate():
+                step = f"{title}, iteration {result.iteration}" if METHODS[method].self_play else title
+                report(f"[bold]{step}[/bold]: {describe(result)}")
+                folder = result.model_path.parent / "evaluation"
+                scores = evaluated(str(result.model_path), result.fingerprint, folder, step)
+                keep(scores, method, seed, result.iteration if METHODS[method].self_play else None)
+                costs.append({"method": method, "seed": seed, "iteration": result.iteration,
+                              **result.training, "synthetic": result.synthetic})
+    write_results(target, preset, suite, rows, costs)
+    return target
+
+
+def build_trainer(settings: RunSettings, folder: Path, seed: int) -> SelfPlayTrainer:
+    """A SelfPlayTrainer for one method's settings, in `folder`/<method>, sharing `folder`/shared."""
+    model, model_arguments = _source(settings.model.path, settings)
+    return SelfPlayTrainer(
+        model,
+        args=training_arguments(settings, folder / settings.method, seed, shared=folder / "shared"),
+        train_dataset=load_dataset(settings.data),
+        model_arguments=model_arguments,
+    )
+
+
+def load_dataset(settings: DataSettings) -> list[dict[str, Any]]:
+    """The rows that a config's data section chooses, with their number in the full data set as prompt_id."""
+    rows = data.load_rows(
+        settings.path,
+        name=settings.name,
+        split=settings.split,
+        revision=settings.revision,
+        columns=dict(settings.columns),
+    )
+    return [{**row, "prompt_id": number} for number, row in data.nested_subset(rows, settings.labels, settings.subset_seed)]
+
+
+def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: Path | None = None) -> SelfPlayConfig:
+    """A run's settings as SelfPlayConfig. Raises UserError for sizes that do not divide or unknown arguments."""
+    training, own = settings.training, settings.coefficients
+    devices = max(torch.cuda.device_count(), 1)
+    per_step = training.micro_batch_size * devices
+    if training.batch_size % per_step:
+        raise UserError(
+            f"training.batch_size: {training.batch_size} is no multiple of micro_batch_size × devices = {per_step}"
+        )
+    rates = training.learning_rate if isinstance(training.learning_rate, list) else [training.learning_rate]
+    fields = SelfPlayConfig.__dataclass_fields__
+    for name in training.trainer:
+        if name not in fields:
+            raise UserError(f"training.trainer.{name}: {unknown('TrainingArguments field', name, fields)}")
+    return SelfPlayConfig(
+        output_dir=str(folder),
+        shared_dir=str(shared) if shared else None,
+        method=settings.method,
+        iterations=settings.iterations,
+        alpha=own.alpha,
+        beta=own.beta,
+        lam=own.lam,
+        loss_type=own.loss,
+        temperature=settings.sampling.temperature,
+        top_p=settings.sampling.top_p,
+        max_new_tokens=settings.sampling.max_new_tokens,
+        sampling_batch_size=settings.sampling.batch_size,
+        template=settings.data.template,
+        max_prompt_tokens=settings.data.max_prompt_tokens,
+        max_response_tokens=settings.data.max_response_tokens,
+        long_prompts=settings.data.long_prompts,
+        monitor_proto=training.monitor_proto,
+        learning_rate=rates[0],
+        learning_rates=rates,
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.batch_size // per_step,
+        optim=training.optimizer,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup,
+        lr_scheduler_type=training.schedule,
+        max_grad_norm=training.max_grad_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=None if training.bf16 == "auto" else training.bf16,
+        seed=seed,
+        **training.trainer,
+    )
+
+
+def model_source(config: Config) -> tuple[str, dict[str, Any]]:
+    """(folder or hub name, from_pretrained arguments) of the initial policy."""
+    return _source(config.model.path, config)
+
+
+def _source(path: str, settings: Config | RunSettings) -> tuple[str, dict[str, Any]]:
+    arguments: dict[str, Any] = {"dtype": getattr(torch, settings.model.dtype)}
+    if settings.model.revision:
+        arguments["revision"] = settings.model.revision
+    if settings.model.trust_remote_code:
+        arguments["trust_remote_code"] = True
+    return resolve(path), arguments
+
+
+def evaluate_checkpoint(
+    path: str, policy: str, folder: Path, suite: Suite, config: Config, model_arguments: dict[str, Any]
+) -> pd.DataFrame:
+    """Scores of a checkpoint on a suite, kept in `folder` with the per-problem samples."""
+    assert config.evaluation is not None
+    settings = config.evaluation
+
+    def produce(target: Path) -> None:
+        model = load_model(path, model_arguments)
+        if torch.cuda.is_available():
+            model.to("cuda")  # type: ignore[arg-type]
+        tokenizer = load_tokenizer(path, model_arguments)
+        evaluation = evaluate(model, tokenizer, suite, batch_size=settings.batch_size, limit=settings.limit)
+        target.mkdir()
+        evaluation.scores.to_csv(target / "scores.csv", index=False)
+        evaluation.samples.to_parquet(target / "samples.parquet", index=False)
+
+    inputs = {"policy": policy, "suite": suite.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
+    run_stage(folder, inputs, produce)
+    return pd.read_csv(folder / "scores.csv")
+
+
+def results_config(config: Config, suite: Suite) -> dict[str, Any]:
+    """What numbers in one results folder must agree on."""
+    return {"config": config.model_dump(mode="json"), "suite": suite.model_dump(mode="json")}
+
+
+def write_results(
+    target: Path, preset: str, suite: Suite, rows: Sequence[pd.DataFrame], costs: Sequence[dict[str, Any]]
+) -> None:
+    """Merge new rows into results/<preset>/evaluations.csv, and write suite.json and provenance.json."""
+    new = pd.concat(rows, ignore_index=True)[EVALUATION_COLUMNS].astype({"iteration": "Int64"})
+    path = target / "evaluations.csv"
+    if path.exists():
+        old = pd.read_csv(path, dtype={"iteration": "Int64"})
+        fresh = set(zip(new["method"], new["seed"], strict=True))
+        kept = [key not in fresh for key in zip(old["method"], old["seed"], strict=True)]
+        new = pd.concat([old[kept], new], ignore_index=True)
+    order = {name: position for position, name in enumerate([BASE, *METHODS])}
+    benchmarks = {column.benchmark: position for position, column in enumerate(suite.columns)}
+    new = new.sort_values(
+        ["method", "seed", "iteration", "benchmark", "metric"],
+        key=lambda column: column.map({"method": order, "benchmark": benchmarks}.get(str(column.name), {}).get)
+        if column.name in {"method", "benchmark"}
+        else column,
+        kind="stable",
+        na_position="first",
+    )
+    buffer = io.StringIO()
+    new.to_csv(buffer, index=False, float_format="%.6g", lineterminator="\n")
+    write_text(path, buffer.getvalue())
+    columns = [column.model_dump(mode="json") for column in suite.columns]
+    write_json(target / "suite.json", {"preset": preset, "columns": columns})
+    merged = {}
+    if (target / "provenance.json").exists():
+        merged = {_run_key(cost): cost for cost in read_json(target / "provenance.json")["runs"]}
+    merged |= {_run_key(cost): cost for cost in costs}
+    stamp = {**provenance(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    write_json(target / "provenance.json", {**stamp, "runs": list(merged.values())})
+
+
+def _run_key(cost: dict[str, Any]) -> tuple[str, int, int]:
+    return cost["method"], cost["seed"], cost["iteration"]
+
+
+def describe(result: IterationResult) -> str:
+    """One line on what an iteration did."""
+    training, synthetic = result.training, result.synthetic
+    line = f"{training['steps']} steps, {training['tokens']:,} tokens, {training['training_seconds']:.0f} s"
+    if synthetic:
+        line += (
+            f"; synthetic responses: {synthetic['mean_tokens']:.1f} tokens, {synthetic['end_token_share']:.0%} ended, "
+            f"{synthetic['duplicate_share']:.0%} duplicates, {synthetic['equal_to_labelled_share']:.0%} equal to y"
+        )
+    return line
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the progress bars: libraries say only what is wrong."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("httpx", "huggingface_hub", "lm_eval", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+

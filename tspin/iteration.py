@@ -1,0 +1,126 @@
+"""One iteration's stages as functions: encode the data, score the reference, train."""
+
+import copy
+import dataclasses
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from tspin import data
+from tspin.data import Example
+from tspin.objectives import METHODS
+from tspin.run_store import atomic_path
+from tspin.selfplay_config import SelfPlayConfig
+from tspin.trainer import Triplet, TripletTrainer, compute_logps
+
+
+def encode_dataset(
+    dataset: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
+) -> list[Example]:
+    """Rows {"prompt", "completion"} as examples; "prompt_id" is the row's number unless given. Raises UserError."""
+    rows = [dict(row) for row in dataset]
+    numbers = [int(row.get("prompt_id", i)) for i, row in enumerate(rows)]
+    return data.encode_examples(
+        list(zip(numbers, data.validate_rows(rows, "train_dataset"), strict=True)),
+        tokenizer,
+        template=args.template,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_response_tokens=args.max_response_tokens,
+        long_prompts=args.long_prompts,
+    )
+
+
+def reference_logps(
+    model: PreTrainedModel, triplets: Sequence[Triplet], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
+) -> pd.DataFrame:
+    """log π_θt of every response: prompt_id and one column a role, in nats. `model` is π_θt."""
+    model.to(args.device)  # type: ignore[arg-type]
+    columns = {
+        role: compute_logps(model, triplets, role, tokenizer, args.sampling_batch_size, bool(args.bf16))
+        for role in triplets[0].responses
+    }
+    return pd.DataFrame({"prompt_id": [t.prompt_id for t in triplets], **columns})
+
+
+def with_reference(triplets: Sequence[Triplet], table: pd.DataFrame) -> list[Triplet]:
+    """Triplets with their reference log-probabilities from `reference_logps`."""
+    rows = table.set_index("prompt_id").to_dict("index")
+    return [dataclasses.replace(t, reference_logps=rows[t.prompt_id]) for t in triplets]
+
+
+def train_iteration(
+    model: PreTrainedModel,
+    triplets: Sequence[Triplet],
+    tokenizer: PreTrainedTokenizerBase,
+    args: SelfPlayConfig,
+    iteration: int,
+    *,
+    checkpoint: Path,
+    log_folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Train `model` in place, save it to `checkpoint`, the steps to log_folder/steps.parquet.
+
+    TensorBoard's events go to log_folder/tensorboard. Returns steps, training_seconds, tokens and
+    peak_memory_bytes (the GPU's peak, or the process's so far without a GPU).
+    """
+    method = METHODS[args.method]
+    arguments = copy.copy(args)
+    arguments.output_dir = str(log_folder)
+    arguments.seed = stage_seed(args.seed, "training", iteration)
+    rates = args.learning_rates or [args.learning_rate]
+    arguments.learning_rate = rates[min(iteration, len(rates) - 1)]
+    all_callbacks = list(callbacks)
+    if "tensorboard" in args.report_to:
+        arguments.report_to = [target for target in args.report_to if target != "tensorboard"]
+        events = log_folder / "tensorboard"
+        rmtree(events, ignore_errors=True)  # what a killed try at the same iteration left
+        all_callbacks.append(TensorBoardCallback(SummaryWriter(str(events))))
+    trainer = TripletTrainer(
+        model,
+        arguments,
+        triplets,
+        tokenizer,
+        method,
+        method.coefficients_at(iteration, args.coefficients),
+        callbacks=all_callbacks,
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    steps = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
+    with atomic_path(log_folder / "steps.parquet") as temporary:
+        steps.to_parquet(temporary, index=False)
+    trainer.save_model(str(checkpoint))
+    # A pickle of the settings, which the run's config.json holds as text: nothing here is unpickled.
+    (checkpoint / "training_args.bin").unlink(missing_ok=True)
+    return {
+        "steps": trainer.state.global_step,
+        "training_seconds": round(seconds, 2),
+        "tokens": int(steps["tokens"].sum()),
+        "peak_memory_bytes": _peak_memory(),
+    }
+
+
+def stage_seed(seed: int, *labels: Any) -> int:
+    """A seed of its own for every stage, so that no stage's randomness depends on another's."""
+    digest = hashlib.sha256(repr((seed, *labels)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") % 2**31
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,201 @@
+"""Objectives of self-play fine-tuning: pure functions of sequence log-probabilities.
+
+Notation (paper: arXiv 2601.08198): prompt x; labelled response y; synthetic response y′, sampled
+from the previous iteration's policy π_θt; proto-synthetic response y0, sampled once from the
+initial policy π_θ0. log π(z|x) is the *sum* over the response's tokens, the end token included.
+
+A method is one entry in METHODS: an objective, the reward it defines and what it needs. Adding one
+is adding an entry; nothing else in the package asks which method it is running.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+LABELLED, SYNTHETIC, PROTO = "labelled", "synthetic", "proto"
+ROLES = (LABELLED, SYNTHETIC, PROTO)
+
+# ℓ: monotone decreasing and convex. Logistic is the paper's default.
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "logistic": lambda u: -logsigmoid(u),
+    "exponential": lambda u: torch.exp(-u),
+}
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What the objectives are parametrised by.
+
+    alpha: scale of the rewards of the T-SPIN family (paper: 1.0).
+    beta: weight of the historical advantage (paper: 0.1); 0 at iteration 0, where y′ and y0 come
+        from the same policy.
+    lam: SPIN's λ (0.1 in its paper and code).
+    loss: name of ℓ in LOSSES.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.1
+    lam: float = 0.1
+    loss: str = "logistic"
+
+
+@dataclass(frozen=True)
+class SequenceLogps:
+    """Sequence log-probabilities of one batch, role → float32 tensor of shape (batch,), in nats.
+
+    policy: log π_θ, carrying gradient. reference: log π_θt, constants; empty without a reference.
+    lengths: response tokens, end token included, role → int64 (batch,).
+    """
+
+    policy: Mapping[str, Tensor]
+    reference: Mapping[str, Tensor] = field(default_factory=dict)
+    lengths: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def log_ratio(self, role: str) -> Tensor:
+        """log(π_θ / π_θt) of one role's responses, shape (batch,)."""
+        return self.policy[role] - self.reference[role]
+
+
+def sft_loss(labelled_logps: Tensor, labelled_lengths: Tensor) -> Tensor:
+    """Supervised fine-tuning: −log π_θ(y|x) per token of y.
+
+    Every example weighs the same whatever its length, so that the result does not depend on how a
+    batch is split over devices and accumulation steps. All tensors have shape (batch,).
+    """
+    return -labelled_logps / labelled_lengths
+
+
+def spin_loss(
+    labelled_logps: Tensor,
+    synthetic_logps: Tensor,
+    reference_labelled_logps: Tensor,
+    reference_synthetic_logps: Tensor,
+    *,
+    lam: float,
+    loss: str = "logistic",
+) -> Tensor:
+    """SPIN (arXiv 2401.01335, eq. 4.7): ℓ(λ log π_θ(y)/π_θt(y) − λ log π_θ(y′)/π_θt(y′)).
+
+    With the logistic ℓ this is DPO's sigmoid loss at beta = lam, y chosen and y′ rejected.
+    All tensors, and the result, have shape (batch,).
+    """
+    labelled_ratio = labelled_logps - reference_labelled_logps
+    synthetic_ratio = synthetic_logps - reference_synthetic_logps
+    return LOSSES[loss](lam * (labelled_ratio - synthetic_ratio))
+
+
+def tspin_loss(
+    labelled_logps: Tensor,
+    synthetic_logps: Tensor,
+    proto_logps: Tensor | None,
+    *,
+    alpha: float,
+    beta: float,
+    loss: str = "logistic",
+) -> Tensor:
+    """T-SPIN: ℓ(α log π_θ(y) − α log π_θ(y′)) + β ℓ(α log π_θ(y′) − α log π_θ(y0)).
+
+    The first term is the current advantage, the second the historical advantage; y0 carries
+    gradient like the others. All tensors, and the result, have shape (batch,). proto_logps may be
+    None only where beta = 0. Raises ValueError otherwise.
+
+    With u and v the two log-probability gaps, the gradient is α(ℓ′(αu)∇u + β ℓ′(αv)∇v)
+    (Theorem 1), where ℓ′(u) = −σ(−u) for the logistic ℓ; the paper's appendix prints −σ(u).
+    """
+    current = LOSSES[loss](alpha * (labelled_logps - synthetic_logps))
+    if beta == 0:
+        return current
+    if proto_logps is None:
+        raise ValueError("beta is not 0, so the historical advantage needs proto_logps")
+    return current + beta * LOSSES[loss](alpha * (synthetic_logps - proto_logps))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training method.
+
+    loss: (logps, coefficients) → per-example loss, shape (batch,).
+    reward: (logps, coefficients, role) → the reward r(z) by the method's own definition, (batch,);
+        None where the method defines none.
+    trains_on: the roles whose responses can carry gradient.
+    uses_reference: whether it needs log π_θt of `trains_on`, computed once per iteration.
+    historical: whether β is used at all. One place decides: `coefficients_at`.
+    """
+
+    name: str
+    loss: Callable[[SequenceLogps, Coefficients], Tensor]
+    reward: Callable[[SequenceLogps, Coefficients, str], Tensor] | None
+    trains_on: tuple[str, ...]
+    uses_reference: bool = False
+    historical: bool = False
+
+    @property
+    def self_play(self) -> bool:
+        """Whether the method needs responses sampled from a policy."""
+        return SYNTHETIC in self.trains_on
+
+    def coefficients_at(self, iteration: int, coefficients: Coefficients) -> Coefficients:
+        """The coefficients in force at an iteration (0-based): β is 0 at iteration 0."""
+        beta = coefficients.beta if self.historical and iteration > 0 else 0.0
+        return Coefficients(coefficients.alpha, beta, coefficients.lam, coefficients.loss)
+
+    def gradient_roles(self, coefficients: Coefficients) -> tuple[str, ...]:
+        """The roles that carry gradient under these coefficients: y0 only where β is not 0."""
+        return tuple(role for role in self.trains_on if role != PROTO or coefficients.beta != 0)
+
+
+def _sft(logps: SequenceLogps, _: Coefficients) -> Tensor:
+    return sft_loss(logps.policy[LABELLED], logps.lengths[LABELLED])
+
+
+def _spin(logps: SequenceLogps, c: Coefficients) -> Tensor:
+    return spin_loss(
+        logps.policy[LABELLED],
+        logps.policy[SYNTHETIC],
+        logps.reference[LABELLED],
+        logps.reference[SYNTHETIC],
+        lam=c.lam,
+        loss=c.loss,
+    )
+
+
+def _tspin(logps: SequenceLogps, c: Coefficients) -> Tensor:
+    labelled, synthetic, proto = (logps.policy.get(role) for role in ROLES)
+    return tspin_loss(labelled, synthetic, proto, alpha=c.alpha, beta=c.beta, loss=c.loss)
+
+
+def _tspin_reference(logps: SequenceLogps, c: Coefficients) -> Tensor:
+    ratios = {role: logps.log_ratio(role) for role in logps.policy if role in logps.reference}
+    return _tspin(SequenceLogps(ratios), c)
+
+
+def _log_probability_reward(logps: SequenceLogps, c: Coefficients, role: str) -> Tensor:
+    return c.alpha * logps.policy[role]
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("sft", _sft, None, trains_on=(LABELLED,)),
+        Method(
+            "spin",
+            _spin,
+            lambda logps, c, role: c.lam * logps.log_ratio(role),
+            trains_on=(LABELLED, SYNTHETIC),
+            uses_reference=True,
+        ),
+        Method("tspin", _tspin, _log_probability_reward, trains_on=ROLES, historical=True),
+        Method("tspin_no_history", _tspin, _log_probability_reward, trains_on=(LABELLED, SYNTHETIC)),
+        Method(
+            "tspin_reference",
+            _tspin_reference,
+            lambda logps, c, role: c.alpha * logps.log_ratio(role),
+            trains_on=ROLES,
+            uses_reference=True,
+            historical=True,
+        ),
+    )
+}

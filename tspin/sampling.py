@@ -1,0 +1,100 @@
+"""Responses from a policy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tspin.data import Response
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are drawn.
+
+    temperature: 0 is greedy; 1 samples from the policy as it is.
+    top_p: nucleus sampling's probability mass; 1 leaves the distribution whole.
+    max_new_tokens: a response still open then is cut there and marked unfinished.
+    batch_size: prompts decoded together.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    batch_size: int = 64
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    seed: int,
+    description: str = "sampling",
+) -> list[Response]:
+    """One response a prompt, in the prompts' order. prompts: token ids, special tokens included.
+
+    Responses stop at the model's or the tokenizer's end token, which is kept as their last token.
+    The same seed on the same machine gives the same responses; PyTorch's global generator is left
+    as it was.
+    """
+    ends = _end_tokens(model, tokenizer)
+    sampled = decoding.temperature > 0
+    settings = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=sampled,
+        temperature=decoding.temperature if sampled else None,
+        top_p=decoding.top_p if sampled else None,
+        top_k=0 if sampled else None,  # Transformers' default of 50 would truncate the distribution unasked
+        eos_token_id=ends,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    # Prompts of similar length share a batch, the longest first: least padding, and memory runs
+    # out at once or not at all.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    responses: list[Response | None] = [None] * len(prompts)
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), tqdm(total=len(prompts), desc=description, unit="prompt") as bar:
+        torch.manual_seed(seed)
+        for start in range(0, len(order), decoding.batch_size):
+            batch = order[start : start + decoding.batch_size]
+            for i, ids in zip(batch, _generate(model, [prompts[i] for i in batch], settings), strict=True):
+                responses[i] = _response(ids, ends, tokenizer)
+            bar.update(len(batch))
+    model.train(was_training)
+    return [response for response in responses if response is not None]
+
+
+@torch.inference_mode()
+def _generate(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig
+) -> list[list[int]]:
+    length = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), length), settings.pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):  # left padding: every response starts in the same column
+        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, length - len(prompt) :] = 1
+    output = model.generate(
+        input_ids.to(model.device), attention_mask=attention_mask.to(model.device), generation_config=settings
+    )
+    return output[:, length:].tolist()
+
+
+def _response(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Response:
+    stop = next((position for position, token in enumerate(ids) if token in ends), None)
+    finished = stop is not None
+    kept = ids if stop is None else ids[: stop + 1]
+    text = tokenizer.decode(kept[:-1] if finished else kept, skip_special_tokens=True)
+    return Response(kept, str(text), finished)
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None})

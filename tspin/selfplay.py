@@ -1,0 +1,184 @@
+"""Algorithm 1: the loop over iterations, and its Python interface.
+
+    trainer = SelfPlayTrainer(model, args=SelfPlayConfig(output_dir="runs/mine", method="tspin"),
+                              train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+
+Each iteration t samples y′ from π_θt, trains from π_θt on the triplets and writes π_θt+1. Every
+arrow is a stage in the run's folder (see run_store), so the same call continues after any crash.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from tspin import data
+from tspin.data import Response
+from tspin.errors import UserError
+from tspin.iteration import encode_dataset, reference_logps, stage_seed, train_iteration, with_reference
+from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
+from tspin.objectives import METHODS, PROTO, SYNTHETIC
+from tspin.run_store import atomic_path, claim_folder, fingerprint, folder_fingerprint, run_stage
+from tspin.sampling import sample
+from tspin.selfplay_config import SelfPlayConfig
+from tspin.trainer import make_triplets
+
+
+@dataclass(frozen=True)
+class IterationResult:
+    """What one iteration left: the checkpoint's folder, its fingerprint, and facts of both stages."""
+
+    iteration: int
+    model_path: Path
+    fingerprint: str
+    synthetic: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class SelfPlayTrainer:
+    """Runs a method for all its iterations, keeping every checkpoint.
+
+    model: a folder, a hub name, "pocket", or a loaded model (which is then saved to the run's
+    folder first: each iteration starts from files, so that a resumed run equals an uninterrupted
+    one). train_dataset: rows {"prompt", "completion"}, a datasets.Dataset or any iterable of
+    mappings; rows may carry "prompt_id". processing_class: the tokenizer, loaded from `model` when
+    left out. callbacks: transformers callbacks for every iteration's training.
+
+    Raises UserError for bad data, a folder that is no model, a tokenizer without an end token, and
+    an output_dir that holds a run of another config.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        args: SelfPlayConfig,
+        train_dataset: Any,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        model_arguments: dict[str, Any] | None = None,
+    ):
+        self.args = args
+        self.method = METHODS[args.method]
+        self.callbacks = list(callbacks)
+        self.folder = Path(args.output_dir)
+        self.shared = Path(args.shared_dir) if args.shared_dir else self.folder
+        self.model_arguments = model_arguments or {}
+        if isinstance(model, PreTrainedModel) and processing_class is None:
+            raise UserError("processing_class: give the tokenizer along with a loaded model")
+        source = model if isinstance(model, PreTrainedModel) else resolve(str(model))
+        self.tokenizer = processing_class or load_tokenizer(str(source), self.model_arguments)
+        self.examples = encode_dataset(train_dataset, self.tokenizer, args)
+        self.data_fingerprint = fingerprint([[e.prompt_id, e.prompt_ids, e.labelled.ids] for e in self.examples])
+        self.initial, self.initial_fingerprint = self._initial_policy(source)
+        claim_folder(
+            self.folder,
+            {"settings": args.computed(), "policy": self.initial_fingerprint, "data": self.data_fingerprint},
+        )
+        self.model: PreTrainedModel | None = None
+
+    def train(self) -> list[IterationResult]:
+        """Run what is missing of all iterations; `self.model` is the final policy afterwards."""
+        results = list(self.iterate())
+        self.model = load_model(str(results[-1].model_path), self.model_arguments)
+        return results
+
+    def iterate(self) -> Iterator[IterationResult]:
+        """The iterations one by one: a result is yielded when its checkpoint is on disk."""
+        policy, policy_fingerprint = self.initial, self.initial_fingerprint
+        proto = self._responses("proto", None, policy, policy_fingerprint) if self.method.self_play else None
+        for iteration in range(self.args.iterations if self.method.self_play else 1):
+            result = self._iteration(iteration, policy, policy_fingerprint, proto)
+            policy, policy_fingerprint = str(result.model_path), result.fingerprint
+            yield result
+
+    def _iteration(self, iteration: int, policy: str, policy_fingerprint: str, proto: Any) -> IterationResult:
+        folder = self.folder / f"iteration-{iteration}"
+        responses, inputs, synthetic_facts = {}, {"policy": policy_fingerprint, "data": self.data_fingerprint}, {}
+        if self.method.self_play:
+            synthetic = self._responses("synthetic", iteration, policy, policy_fingerprint)
+            responses = {SYNTHETIC: synthetic[0], PROTO: proto[0]}
+            inputs |= {SYNTHETIC: synthetic[1]["fingerprint"], PROTO: proto[1]["fingerprint"]}
+            synthetic_facts = synthetic[1]["facts"]
+        if not self.args.monitor_proto and PROTO not in self.method.trains_on:
+            responses.pop(PROTO, None)
+        triplets = make_triplets(self.examples, responses)
+        inputs |= {"iteration": iteration, "settings": self.args.computed()}
+
+        loaded: list[PreTrainedModel] = []  # one model serves the reference pass and the training
+
+        def model() -> PreTrainedModel:
+            if not loaded:
+                loaded.append(load_model(policy, self.model_arguments))
+            return loaded[0]
+
+        if self.method.uses_reference:
+            path = folder / "reference.parquet"
+
+            def write_reference(target: Path) -> None:
+                reference_logps(model(), triplets, self.tokenizer, self.args).to_parquet(target, index=False)
+
+            run_stage(path, inputs, write_reference)
+            triplets = with_reference(triplets, pd.read_parquet(path))
+
+        def train(target: Path) -> dict[str, Any]:
+            return train_iteration(
+                model(),
+                triplets,
+                self.tokenizer,
+                self.args,
+                iteration,
+                checkpoint=target,
+                log_folder=folder,
+                callbacks=self.callbacks,
+            )
+
+        record = run_stage(folder / "model", inputs, train)
+        return IterationResult(iteration, folder / "model", record["fingerprint"], synthetic_facts, record["facts"])
+
+    def _responses(
+        self, kind: str, iteration: int | None, policy: str, policy_fingerprint: str
+    ) -> tuple[dict[int, Response], dict[str, Any]]:
+        """Sampled responses by prompt id, and the record of the stage that made them."""
+        decoding = dataclasses.asdict(self.args.decoding)
+        # All methods start from the same policy: y0 and the first y′ are sampled once for all of them.
+        shared = not iteration
+        folder = self.shared if shared else self.folder / f"iteration-{iteration}"
+        name = "iteration-0-synthetic" if kind == "synthetic" and shared else kind
+        inputs = {
+            "policy": policy_fingerprint,
+            "data": fingerprint([[e.prompt_id, e.prompt_ids] for e in self.examples]),
+            "decoding": decoding,
+            "seed": stage_seed(self.args.seed, kind, iteration),
+        }
+        of = "the initial policy" if shared else f"iteration {iteration}'s policy"
+        description = f"{kind} responses of {of}"
+
+        def produce(path: Path) -> dict[str, Any]:
+            responses = sample(
+                load_model(policy, self.model_arguments).to(self.args.device),
+                self.tokenizer,
+                [example.prompt_ids for example in self.examples],
+                self.args.decoding,
+                seed=inputs["seed"],
+                description=description,
+            )
+            data.write_responses(path, [example.prompt_id for example in self.examples], responses)
+            return data.response_statistics(responses, [example.labelled for example in self.examples])
+
+        record = run_stage(folder / f"{name}.parquet", inputs, produce)
+        return data.read_responses(folder / f"{name}.parquet"), record
+
+    def _initial_policy(self, model: str | PreTrainedModel) -> tuple[str, str]:
+        """(folder or hub name, fingerprint) of π_θ0."""
+        if isinstance(model, PreTrainedModel):
+            folder = self.folder / "initial"
+            with atomic_path(folder) as temporary:
+                model.save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
+            return str(folder), folder_fingerprint(folder)
+        return model, policy_fingerprint(model, self.model_arguments)

@@ -1,0 +1,94 @@
+"""SelfPlayConfig: transformers.TrainingArguments and what self-play adds to them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from tspin.config import unknown
+from tspin.errors import UserError
+from tspin.models import multiplies_bfloat16
+from tspin.objectives import LOSSES, METHODS, Coefficients
+from tspin.sampling import Decoding
+
+# TrainingArguments that say where and how a run is executed, not what it computes.
+OPERATIONAL = {
+    *("output_dir", "shared_dir", "report_to", "run_name", "disable_tqdm", "log_level", "log_level_replica"),
+    *("log_on_each_node", "local_rank", "project", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("dataloader_persistent_workers", "dataloader_prefetch_factor", "hub_token"),
+    *("resume_from_checkpoint", "ddp_timeout", "debug", "skip_memory_metrics"),
+}
+
+
+@dataclass
+class SelfPlayConfig(TrainingArguments):
+    """Settings of a self-play run: transformers.TrainingArguments and what self-play adds.
+
+    method: a key of tspin.objectives.METHODS. iterations: T. alpha, beta, lam, loss_type: see
+    Coefficients. temperature (0 is greedy), top_p, max_new_tokens, sampling_batch_size: decoding of
+    y′ and y0. template, max_prompt_tokens, max_response_tokens, long_prompts: see tspin.data.
+    learning_rates: one an iteration, the last going on; learning_rate for all when empty.
+    monitor_proto: log y0 where it carries no gradient too. shared_dir: where what methods of the
+    same base, data and seed share is kept (y0, and y′ of iteration 0); the run's folder when empty.
+    bf16: None is "where the hardware multiplies bfloat16".
+
+    Defaults are the paper's where it states one: RMSProp without weight decay, 10 % warm-up.
+    Raises UserError for an unknown method or loss and for values out of range.
+    """
+
+    method: str = "tspin"
+    iterations: int = 5
+    alpha: float = 1.0
+    beta: float = 0.1
+    lam: float = 0.1
+    loss_type: str = "logistic"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    sampling_batch_size: int = 64
+    template: str = "auto"
+    max_prompt_tokens: int = 512
+    max_response_tokens: int = 256
+    long_prompts: str = "error"
+    learning_rates: list[float] | None = None
+    monitor_proto: bool = True
+    shared_dir: str | None = None
+
+    learning_rate: float = 5e-7
+    num_train_epochs: float = 1.0
+    optim: str = "rmsprop"
+    warmup_steps: float = 0.1
+    logging_steps: float = 1
+    save_strategy: str = "no"
+    report_to: Any = "tensorboard"
+    bf16: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(unknown("method", self.method, METHODS))
+        if self.loss_type not in LOSSES:
+            raise UserError(unknown("loss_type", self.loss_type, LOSSES))
+        positive = ("iterations", "alpha", "lam", "max_new_tokens", "sampling_batch_size", "learning_rate")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}: must be positive (got {getattr(self, name)!r})")
+        if self.beta < 0 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError("beta and temperature must not be negative, top_p must lie in (0, 1]")
+        if self.bf16 is None:
+            self.bf16 = multiplies_bfloat16()
+        super().__post_init__()
+
+    @property
+    def coefficients(self) -> Coefficients:
+        return Coefficients(self.alpha, self.beta, self.lam, self.loss_type)
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(self.temperature, self.top_p, self.max_new_tokens, self.sampling_batch_size)
+
+    def computed(self) -> dict[str, Any]:
+        """The fields that decide what is computed, as plain JSON values."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in OPERATIONAL}
+        return {name: value if isinstance(value, int | float | list | dict | None) else str(value)
+                for name, value in fields.items()}

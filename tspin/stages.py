@@ -1,0 +1,106 @@
+"""The steps of an iteration one by one, on files: what `tspin sample`, `train` and `evaluate` do."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tspin import data
+from tspin.config import build_config, unknown
+from tspin.data import Example, Response
+from tspin.errors import UserError
+from tspin.evaluation import evaluate, load_suite, tabulated
+from tspin.experiment import load_dataset, training_arguments
+from tspin.iteration import encode_dataset, reference_logps, train_iteration, with_reference
+from tspin.models import load_model, load_tokenizer, resolve
+from tspin.objectives import METHODS, PROTO, SYNTHETIC
+from tspin.run_store import atomic_path, write_text
+from tspin.sampling import sample
+from tspin.selfplay_config import SelfPlayConfig
+from tspin.trainer import make_triplets
+
+
+def sample_to_file(model: str, dataset: str, out: Path, seed: int, overrides: Sequence[str]) -> dict[str, float]:
+    """Sample one response a prompt from `model` into a Parquet file; returns response_statistics."""
+    args, tokenizer, examples = _prepare(model, dataset, "tspin", seed, overrides)
+    policy = load_model(resolve(model)).to(args.device)  # type: ignore[arg-type]
+    prompts = [example.prompt_ids for example in examples]
+    responses = sample(policy, tokenizer, prompts, args.decoding, seed=seed)
+    with atomic_path(out) as temporary:
+        data.write_responses(temporary, [example.prompt_id for example in examples], responses)
+    return data.response_statistics(responses, [example.labelled for example in examples])
+
+
+def train_from_files(
+    model: str,
+    dataset: str,
+    out: Path,
+    method: str,
+    iteration: int,
+    synthetic: Path | None,
+    proto: Path | None,
+    seed: int,
+    overrides: Sequence[str],
+) -> dict[str, Any]:
+    """Train one iteration of `method` from `model` into the folder `out`; returns train_iteration's facts.
+
+    The folder is a checkpoint with its step log (steps.parquet) beside the weights. Raises
+    UserError when a file of responses that the method needs is missing or fits other prompts.
+    """
+    if method not in METHODS:
+        raise UserError(unknown("method", method, METHODS))
+    if out.exists():
+        raise UserError(f"{out} exists: choose a new folder for the checkpoint, nothing is written over")
+    args, tokenizer, examples = _prepare(model, dataset, method, seed, overrides)
+    responses = {}
+    for role, path in ((SYNTHETIC, synthetic), (PROTO, proto)):
+        if path is not None:
+            responses[role] = _responses_for(examples, path)
+        elif role in METHODS[method].gradient_roles(METHODS[method].coefficients_at(iteration, args.coefficients)):
+            raise UserError(f"--{role}: {method} at iteration {iteration} needs these responses; make them by "
+                            "`tspin sample`")
+    triplets = make_triplets(examples, responses)
+    policy = load_model(resolve(model))
+    if METHODS[method].uses_reference:
+        triplets = with_reference(triplets, reference_logps(policy, triplets, tokenizer, args))
+    with atomic_path(out) as temporary, tempfile.TemporaryDirectory() as logs:
+        facts = train_iteration(
+            policy, triplets, tokenizer, args, iteration, checkpoint=temporary, log_folder=Path(logs)
+        )
+        (Path(logs) / "steps.parquet").rename(temporary / "steps.parquet")
+    return facts
+
+
+def evaluate_to_file(model: str, suite_name: str, out: Path | None, batch_size: int, limit: int | None) -> pd.DataFrame:
+    """Scores of `model` on a suite, all metrics into `out`; returns the columns of the suite's table."""
+    suite = load_suite(suite_name)
+    tokenizer = load_tokenizer(resolve(model))
+    policy = load_model(resolve(model))
+    if torch.cuda.is_available():
+        policy.to("cuda")  # type: ignore[arg-type]
+    evaluation = evaluate(policy, tokenizer, suite, batch_size=batch_size, limit=limit)
+    if out is not None:
+        write_text(out, evaluation.scores.to_csv(index=False))
+    return tabulated(evaluation.scores, suite)
+
+
+def _prepare(
+    model: str, dataset: str, method: str, seed: int, overrides: Sequence[str]
+) -> tuple[SelfPlayConfig, PreTrainedTokenizerBase, list[Example]]:
+    tree = {"model": {"path": model}, "data": {"path": dataset}}
+    settings = build_config(tree, overrides).for_method(method)
+    args = training_arguments(settings, Path("runs"), seed)
+    tokenizer = load_tokenizer(resolve(model))
+    return args, tokenizer, encode_dataset(load_dataset(settings.data), tokenizer, args)
+
+
+def _responses_for(examples: Sequence[Example], path: Path) -> dict[int, Response]:
+    responses = data.read_responses(path)
+    missing = [example.prompt_id for example in examples if example.prompt_id not in responses]
+    if missing:
+        raise UserError(f"{path}: no response to data row {missing[0] + 1}; sample it with the same --data")
+    return responses
