@@ -6,11 +6,14 @@ METHODS ?= base,sft,spin,tspin
 VENV    := .venv
 READY   := $(VENV)/.ready
 
-.PHONY: reproduce-table1 test lint clean
+.PHONY: reproduce-table1 sweep test lint clean
 
 reproduce-table1: $(READY)
-	$(VENV)/bin/tspin run --preset $(PRESET) --seeds $(SEEDS) --methods $(METHODS)
+	$(VENV)/bin/tspin run --preset $(PRESET) --seeds "$(SEEDS)" --methods "$(METHODS)"
 	$(VENV)/bin/tspin table 1 --preset $(PRESET)
+
+sweep: $(READY)
+	$(VENV)/bin/python experiments/sweep.py experiments/$(PRESET)/sweep.yaml
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest

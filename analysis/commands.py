@@ -40,7 +40,7 @@ def _table1(preset: str, results: Path) -> None:
     if not full:
         cells = cells[["Method", "Avg", "Paper's Avg"]]
     view = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for name in cells:
+    for name in map(str, cells):
         text = name in ("Method", "Avg", "Paper's Avg")
         header = name if text else _short(name)
         view.add_column(Text(header), justify="left" if name == "Method" else "right", vertical="bottom",

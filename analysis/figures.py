@@ -46,8 +46,8 @@ def average_by_iteration(preset: str, results: Path = Path("results")) -> list[P
 
 def _curves(axes: Axes, table: pd.DataFrame, value: str, error: str | None = None) -> None:
     """Draw a column of `table1`; without errors, it is the paper's: thin and dashed."""
-    fixed = table[table["iteration"].isna()].set_index("method")
-    base = fixed.loc["base", value]
+    fixed = {row["method"]: row for row in load.records(table[table["iteration"].isna()])}
+    base = fixed["base"][value]
     for method in ("spin", "tspin"):
         look, rows = METHODS[method], table[table["method"] == method]
         x = [BASE_X, *(rows["iteration"].astype(float) + (DODGE[method] if error else 0.0))]
@@ -59,12 +59,12 @@ def _curves(axes: Axes, table: pd.DataFrame, value: str, error: str | None = Non
                       elinewidth=0.9, capsize=2, zorder=3)  # fmt: skip
     for method, dashes in {"sft": (0, (5, 1.5, 1, 1.5)), "base": (0, (1, 1.5))}.items():
         look = METHODS[method]
-        axes.axhline(fixed.loc[method, value], color=look.colour, linestyle=dashes, linewidth=0.9, label=look.label)
+        axes.axhline(fixed[method][value], color=look.colour, linestyle=dashes, linewidth=0.9, label=look.label)
     if error:
         # SFT has no iteration to put an error bar at: its interval is a band.
-        middle, half = fixed.loc["sft", [value, error]] * [1, 1.96]
+        middle, half = fixed["sft"][value], 1.96 * fixed["sft"][error]
         axes.axhspan(middle - half, middle + half, color=METHODS["sft"].colour, alpha=0.1, linewidth=0)
-    bar = 1.96 * fixed.loc["base", error] if error else None
+    bar = 1.96 * fixed["base"][error] if error else None
     axes.errorbar(BASE_X, base, bar, color=METHODS["base"].colour, marker=METHODS["base"].marker,
                   markersize=3.5 if error else 2.5, elinewidth=0.9, capsize=2, zorder=4)  # fmt: skip
 

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -107,6 +107,11 @@ def tabulated(preset: str, results: Path = Path("results")) -> pd.DataFrame:
 def published(name: str) -> pd.DataFrame:
     """The paper's numbers in percent, as printed: `analysis/paper/<name>.csv`, `iteration` NA for base and sft."""
     return pd.read_csv(PAPER / f"{name}.csv", dtype={"iteration": "Int64"})
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table, each as a dict from column to value."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def write_atomically(path: Path, content: bytes) -> Path:

@@ -26,8 +26,8 @@ def table1(preset: str, results: Path = Path("results")) -> pd.DataFrame:
     scores = load.tabulated(preset, results)
     rows = {key: _row(scores, labels, key) for key in ROWS}
     paper = {
-        (str(row.method), None if pd.isna(row.iteration) else int(row.iteration)): float(row.Avg)
-        for row in load.published("table1_zephyr").itertuples()
+        (row["method"], None if pd.isna(row["iteration"]) else row["iteration"]): row["Avg"]
+        for row in load.records(load.published("table1_zephyr"))
     }
     for (method, iteration), row in rows.items():
         row["avg_change"] = row["paper_change"] = float("nan")
@@ -63,7 +63,7 @@ def _row(scores: pd.DataFrame, labels: list[str], key: Key) -> dict[str, Any]:
         "method": method,
         "iteration": iteration,
         "seeds": " ".join(str(seed) for seed in sorted(shown.index)),
-        **shown.mean().to_dict(),
+        **dict(zip(labels, shown.mean(), strict=True)),
         "avg": averages.mean(),
         "avg_se": error,
     }
@@ -73,13 +73,13 @@ def table1_caption(preset: str, results: Path = Path("results")) -> str:
     """What a reader must know to read Table 1: preset, seeds, problems, metrics, the error, and the paper's column."""
     columns = load.suite(preset, results)
     table, scores = table1(preset, results), load.tabulated(preset, results)
-    ran = table[table["seeds"] != ""]
-    every = " ".join(str(seed) for seed in sorted({int(seed) for seeds in ran["seeds"] for seed in seeds.split()}))
+    ran = [row for row in load.records(table) if row["seeds"]]
+    every = " ".join(str(seed) for seed in sorted({int(seed) for row in ran for seed in row["seeds"].split()}))
     sentences = [f"Table 1 ({preset}): scores in percent, {_seeds(every)}."]
-    if other := [f"{_name(row)} ({_seeds(row.seeds)})" for row in ran.itertuples() if row.seeds != every]:
+    if other := [f"{_name(row)} ({_seeds(row['seeds'])})" for row in ran if row["seeds"] != every]:
         sentences.append(f"Rows with fewer seeds: {', '.join(other)}.")
     sentences.append(_problems(columns, scores))
-    counts = {len(row.seeds.split()) for row in ran.itertuples() if pd.notna(row.avg)}
+    counts = {len(row["seeds"].split()) for row in ran if pd.notna(row["avg"])}
     errors = ["over seeds (ddof = 1)"] if max(counts, default=0) > 1 else []
     if 1 in counts:
         errors.append(("in rows with one seed " if errors else "") + "from lm-eval's standard errors over problems")
@@ -106,17 +106,19 @@ def _problems(columns: list[load.Column], scores: pd.DataFrame) -> str:
         n = scores.loc[scores["label"] == column.label, "n"].dropna()
         low, high = (n.min(), n.max()) if len(n) else (MISSING, MISSING)
         counts[column.label] = f"{low}" if low == high else f"{low} to {high}"
-    metrics = {column.metric for column in columns}
+    # lm-eval names a metric "acc,none" where no filter took the answer out of the response.
+    names = {column.label: column.metric.removesuffix(",none") for column in columns}
+    metrics = set(names.values())
     metric = f"metric: {metrics.pop()}" if len(metrics) == 1 else ""
     if metric and len(set(counts.values())) == 1:
         return f"Problems per benchmark: {counts[columns[0].label]}; {metric}."
-    each = ", ".join(f"{c.label} {counts[c.label]}" + ("" if metric else f" ({c.metric})") for c in columns)
+    each = ", ".join(f"{c.label} {counts[c.label]}" + ("" if metric else f" ({names[c.label]})") for c in columns)
     return f"Problems per benchmark: {each}; {metric}." if metric else f"Problems (metric) per benchmark: {each}."
 
 
-def _name(row: Any) -> str:
-    label = METHODS[row.method].label
-    return label if pd.isna(row.iteration) else f"{label} {row.iteration}"
+def _name(row: dict[str, Any]) -> str:
+    label = METHODS[row["method"]].label
+    return label if pd.isna(row["iteration"]) else f"{label} {row['iteration']}"
 
 
 def number(value: float, form: str = ".2f") -> str:
@@ -127,17 +129,18 @@ def number(value: float, form: str = ".2f") -> str:
 
 def table1_cells(table: pd.DataFrame) -> pd.DataFrame:
     """`table1` as text, two decimals: the row's name, the benchmarks, "Avg" and "Paper's Avg" with their changes."""
-    first, last = table.columns.get_loc("seeds"), table.columns.get_loc("avg")
+    names = list(table.columns)
+    labels = names[names.index("seeds") + 1 : names.index("avg")]
     cells = []
-    for row, scores in zip(table.itertuples(), table.iloc[:, first + 1 : last].to_dict("records"), strict=True):
-        ours, paper = MISSING, number(row.paper_avg)
-        if pd.notna(row.avg):
-            ours = f"{number(row.avg)} ± {number(row.avg_se)}"
-        if pd.notna(row.iteration):
-            paper += f" ({number(row.paper_change, '+.2f')})"
-            if pd.notna(row.avg):
-                ours += f" ({number(row.avg_change, '+.2f')})"
-        named = {str(label): number(score) for label, score in scores.items()}
+    for row in load.records(table):
+        ours, paper = MISSING, number(row["paper_avg"])
+        if pd.notna(row["avg"]):
+            ours = f"{number(row['avg'])} ± {number(row['avg_se'])}"
+        if pd.notna(row["iteration"]):
+            paper += f" ({number(row['paper_change'], '+.2f')})"
+            if pd.notna(row["avg"]):
+                ours += f" ({number(row['avg_change'], '+.2f')})"
+        named = {label: number(row[label]) for label in labels}
         cells.append({"Method": _name(row), **named, "Avg": ours, "Paper's Avg": paper})
     return pd.DataFrame(cells)
 

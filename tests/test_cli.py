@@ -1,11 +1,14 @@
 """The commands on files, and what they say to bad input: one line, exit code 2, nothing written."""
 
 import json
-import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tspin import cli
@@ -83,6 +86,9 @@ def test_results_of_another_config_are_refused(tmp_path):
     places = ["--runs", tmp_path / "runs", "--results", tmp_path / "results"]
     assert_refused(call("run", "--preset", "pocket", *places), "holds a result of another config", "choose another")
     assert [path.name for path in folder.iterdir()] == ["config.json"] and not (tmp_path / "runs").exists()
+    fresh = ["--runs", tmp_path / "runs", "--results", tmp_path / "fresh"]
+    assert_refused(call("run", "--preset", "pocket", "--set", "training.batch_size=33", *fresh), "no multiple")
+    assert not (tmp_path / "fresh").exists() and not (tmp_path / "runs").exists()
 
 
 def test_a_read_only_disk_is_refused(tmp_path, model_folder, data_file):
@@ -90,11 +96,12 @@ def test_a_read_only_disk_is_refused(tmp_path, model_folder, data_file):
     assert_refused(call("run", "--model", model_folder, "--data", data_file, "--out", "/proc/tspin", *SMALL), "/proc")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_refused(tmp_path, model_folder, data_file, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "no", "out"), SafetensorError("I/O error: File too large (os error 28)")]
+)
+def test_a_full_disk_is_refused(tmp_path, model_folder, data_file, monkeypatch, error):
     def full(*_):
-        with open("/dev/full", "w") as file:
-            file.write("x")
+        raise error
 
     monkeypatch.setattr("tspin.data.write_responses", full)
     out = tmp_path / "out.parquet"
@@ -104,8 +111,47 @@ def test_a_full_disk_is_refused(tmp_path, model_folder, data_file, monkeypatch):
     assert out.read_text() == "kept" and not list(tmp_path.glob(".out*"))
 
 
+def test_damaged_weights_are_refused(tmp_path, model_folder, data_file):
+    weights = model_folder / "model.safetensors"
+    whole = weights.read_bytes()
+    arguments = ["sample", "--model", model_folder, "--data", data_file, "--out", tmp_path / "out.parquet", *SMALL]
+    weights.write_bytes(whole[:-100])
+    assert_refused(call(*arguments), "could not be loaded")
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    tensors.pop("model.layers.0.self_attn.q_proj.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert_refused(call(*arguments), "q_proj.weight are missing")
+
+
+def test_bad_values_deep_in_the_config_are_refused(tmp_path, model_folder, data_file):
+    mine = ["run", "--model", model_folder, "--data", data_file, "--out", tmp_path / "out"]
+    for setting, part in {
+        "training.optimizer=rmsprp": "rmsprp",
+        "training.schedule=linar": "linar",
+        "training.trainer.logging_strategy=foo": "foo",
+        "training.trainer.seed=3": "key of its own",
+        "training.trainer.no_such=3": "training.trainer.no_such",
+        "training.learning_rate=[]": "training.learning_rate",
+        "data.template=papre": "data.template",
+        "sampling.top_p=[": "not a YAML value",
+    }.items():
+        assert_refused(call(*mine, "--set", setting), part)
+    assert_refused(call(*mine, "--seeds", "0,1"), "one seed")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_infinite_loss_is_refused(tmp_path, model_folder, data_file):
+    """e^−u of a sum over a response overflows float32 well before the logistic loss would."""
+    arguments = ["run", "--model", model_folder, "--data", data_file, "--out", tmp_path / "out", *SMALL]
+    extreme = ["--set", "methods.tspin.loss=exponential", "--set", "methods.tspin.alpha=100"]
+    assert_refused(call(*arguments, *extreme), "exponential loss is inf", "logistic")
+    assert not (tmp_path / "out" / "tspin" / "iteration-0" / "model").exists()
+
+
 def test_the_installed_command_exits_with_2(tmp_path):
-    done = subprocess.run(["tspin", "run", "--preset", "nothing-like-it"], capture_output=True, text=True)
+    tspin = Path(sys.executable).parent / "tspin"
+    done = subprocess.run([tspin, "run", "--preset", "nothing-like-it"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("tspin: unknown preset") and done.stderr.count("\n") == 1
 
 

@@ -29,6 +29,8 @@ def test_conversations_columns_and_first_rounds(tmp_path, tokenizer):
     path.write_text("\n".join(map(json.dumps, [conversation, rounds])))
     first, second = data.load_rows(str(path))
     assert first == second == conversation
+    ultrachat = {"prompt": "1 + 1 =", "prompt_id": "f0e3", **rounds}
+    assert data.validate_rows([ultrachat], "hub") == [conversation]
     renamed = tmp_path / "gsm8k.jsonl"
     renamed.write_text(json.dumps({"question": "1 + 1 =", "answer": "2"}))
     assert data.load_rows(str(renamed), columns={"prompt": "question", "completion": "answer"}) == [
@@ -58,6 +60,18 @@ def test_long_prompts(tokenizer, what, kept):
         assert examples[1].prompt_ids[-4:] == examples[0].prompt_ids[-4:]
     with pytest.raises(UserError, match=r"data row 2: prompt of \d+ tokens, data.max_prompt_tokens is 64"):
         data.encode_examples(rows, tokenizer, template="paper", **LIMITS)
+
+
+def test_lines_end_at_newlines_only(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert data.load_rows(str(path))[0]["prompt"] == "a\u2028b"
+
+
+def test_a_template_shows_the_prompt(tokenizer):
+    assert data.encode_prompt("1", tokenizer, "Q: {prompt} A:")[0] == "Q: 1 A:"
+    with pytest.raises(UserError, match="data.template 'papre'"):
+        data.encode_prompt("1", tokenizer, "papre")
 
 
 def test_responses_survive_the_file(tmp_path):

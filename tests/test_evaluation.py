@@ -10,8 +10,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.pocket.pretrain import ANSWER_FORMATS, documents, train_tokenizer
 from tspin.errors import UserError
-from tspin.evaluation import Suite, _task_manager_for, evaluate, load_suite, tabulated
-from tspin.pocket.tasks import LABEL_FORMAT, TEST_PER_TASK, VALIDATION_PER_TASK, held_out_questions, pool, task_settings
+from tspin.evaluation import Column, Suite, _task_manager_for, evaluate, load_suite, tabulated
+from tspin.pocket.tasks import (
+    LABEL_FORMAT,
+    LABELS_PER_TASK,
+    TEST_PER_TASK,
+    VALIDATION_PER_TASK,
+    held_out_questions,
+    pool,
+    task_settings,
+)
 
 FLEXIBLE, STRICT = "exact_match,flexible-extract", "exact_match,strict-match"
 
@@ -91,7 +99,27 @@ def test_one_problem_has_no_standard_error(model_and_tokenizer, suite):
     assert scores.stderr.map(math.isnan).all()
 
 
-def test_prompts_follow_the_papers_template_and_the_shots(model_and_tokenizer, suite, lm_eval_tasks):
+def test_a_group_has_lm_evals_aggregate_and_its_tasks_samples(model_and_tokenizer, tmp_path):
+    data = "custom_dataset: !function dataset.load\ntest_split: test\ndoc_to_text: question\n"
+    (tmp_path / "dataset.py").write_text("from tspin.pocket.lm_eval.dataset import load\n")
+    for task in ("gcd", "aiw"):
+        (tmp_path / f"{task}.yaml").write_text(
+            f"task: {task}\ndataset_kwargs: {{task: {task}}}\n{data}doc_to_choice: ['1', '2', '3']\n"
+            "doc_to_target: 0\noutput_type: multiple_choice\n"
+        )
+    aggregate = "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]"
+    (tmp_path / "pair.yaml").write_text(f"group: pair\ntask: [gcd, aiw]\n{aggregate}\n")
+    column = Column(benchmark="pair", label="Pair", group="math", metric="acc,none", num_fewshot=1)
+    evaluation = evaluate(*model_and_tokenizer, Suite(columns=(column,), include_path=tmp_path), batch_size=8, limit=4)
+    assert evaluation.scores.metric.tolist() == ["acc,none"]
+    assert evaluation.scores.n.tolist() == [8]
+    accuracies = evaluation.samples[evaluation.samples.metric == "acc,none"]
+    assert accuracies.task.tolist() == ["gcd"] * 4 + ["aiw"] * 4
+    assert accuracies.value.mean() == evaluation.scores.value[0]
+    assert evaluation.samples.response.isna().all()
+
+
+def test_prompts_follow_the_papers_template(model_and_tokenizer, lm_eval_tasks):
     _, tokenizer = model_and_tokenizer
     task = lm_eval_tasks["pocket_gcd"]
     prompt = task.fewshot_context(
@@ -124,7 +152,8 @@ def test_every_answer_is_extracted_in_every_wording(lm_eval_tasks):
         for doc in task.eval_docs:
             for wording in ANSWER_FORMATS:
                 scores = score(task, doc, wording.format(answer=doc["answer"]))
-                assert scores == {"flexible-extract": 1.0, "strict-match": wording == LABEL_FORMAT}, (name, doc, wording)
+                expected = {"flexible-extract": 1.0, "strict-match": wording == LABEL_FORMAT}
+                assert scores == expected, (name, doc, wording)
 
 
 @pytest.mark.parametrize("answer", ["['3', '-10']", "[]", "-13.0 + 5.0i", "acute, go, hundred", "-1.00", "Yes", "-7"])
@@ -143,9 +172,9 @@ def test_extraction_of_unusual_answers(lm_eval_tasks, answer):
 def test_pools_share_no_question():
     for task in task_settings():
         test, validation = pool("test", task, TEST_PER_TASK), pool("validation", task, VALIDATION_PER_TASK)
-        labels = pool("labels", task, 100)
+        labels = pool("labels", task, LABELS_PER_TASK)
         questions = [problem.question for problem in (*test, *validation, *labels)]
-        assert len(set(questions)) == TEST_PER_TASK + VALIDATION_PER_TASK + 100
+        assert len(set(questions)) == TEST_PER_TASK + VALIDATION_PER_TASK + LABELS_PER_TASK
 
 
 def test_pretraining_asks_no_test_or_validation_question():

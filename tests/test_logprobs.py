@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from tspin.logprobs import pad_rows, sequence_logps
+from tspin.logprobs import pack_shared_prefixes, pad_rows, sequence_logps, shared_prefix_logps, supports_shared_prefix
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16], [17, 18]]
 RESPONSES = [[20, 21, 22, 1], [23], [24, 1], [25, 26, 27, 28, 29, 1]]  # 1 is the end token; [23] was cut
@@ -33,9 +34,30 @@ def test_agrees_with_the_plain_reference(tiny_model, side):
     wanted = torch.stack([plain(tiny_model, p, r) for p, r in zip(PROMPTS, RESPONSES, strict=True)])
     assert found.shape == (4,) and found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
-    gradients = [torch.autograd.grad(x.sum(), list(tiny_model.parameters())) for x in (found, wanted)]
+    assert_close_gradients(tiny_model, found, wanted)
+
+
+def assert_close_gradients(model, found, wanted):
+    gradients = [torch.autograd.grad(x.sum(), list(model.parameters())) for x in (found, wanted)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize("row_tokens", [8, 64])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_shared_prefixes_agree_with_plain_rows(monkeypatch, family, row_tokens):
+    """Three responses a prompt, one or several examples a row: same log-probabilities and gradients."""
+    monkeypatch.setattr("tspin.logprobs.ROW_TOKENS", row_tokens)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, vocab_size=64, num_key_value_heads=2, initializer_range=0.3, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    assert supports_shared_prefix(model)
+    responses = [RESPONSES, RESPONSES[::-1], [[30, 1]] * 4]
+    found = shared_prefix_logps(model, **pack_shared_prefixes(PROMPTS, responses, pad_token_id=0))
+    wanted = sequence_logps(model, **pad_rows(PROMPTS * 3, sum(responses, []), pad_token_id=0))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert_close_gradients(model, found, wanted)
 
 
 def test_truncated_prompt_is_scored_as_the_prompt_it_is(tiny_model):
@@ -61,5 +83,7 @@ def test_half_precision_arithmetic_is_summed_in_float32(tiny_model):
 
 
 def test_a_response_needs_a_prompt(tiny_model):
+    with pytest.raises(ValueError, match="no prompt token"):
+        pack_shared_prefixes([[], [5]], [[[6, 7], [8]]], 0)
     with pytest.raises(ValueError, match="no prompt token"):
         sequence_logps(tiny_model, **pad_rows([[], [5]], [[6, 7], [8]], 0))

@@ -1,5 +1,8 @@
 """Stages: whole or not there, made again only when their inputs changed."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tspin.errors import UserError
@@ -41,6 +44,16 @@ def test_a_stage_killed_before_its_record_runs_again(tmp_path):
     output.with_name("out.txt.stage.json").unlink()
     run_stage(output, {}, produce("two"))
     assert output.read_text() == "two"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    orphan = tmp_path / f".out.txt.{process.pid}.tmp"
+    orphan.mkdir()
+    (orphan / "half").write_text("half")
+    run_stage(tmp_path / "out.txt", {}, produce("one"))
+    assert not orphan.exists()
 
 
 def test_folders_are_replaced_whole(tmp_path):

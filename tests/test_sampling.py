@@ -34,6 +34,14 @@ def test_responses_stop_at_the_end_token_or_are_marked_as_cut(tiny_model, tokeni
         assert tokenizer.eos_token not in response.text
 
 
+def test_the_models_own_generation_settings_do_not_count(tiny_model, tokenizer):
+    plain = draw(tiny_model, tokenizer)
+    tiny_model.generation_config.repetition_penalty = 5.0
+    tiny_model.generation_config.min_new_tokens = 8
+    assert draw(tiny_model, tokenizer) == plain
+    assert tiny_model.generation_config.repetition_penalty == 5.0
+
+
 def test_seed_decides(tiny_model, tokenizer):
     hot = Decoding(temperature=1.0, max_new_tokens=8, batch_size=2)
     state = torch.get_rng_state()

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tspin import SelfPlayConfig, SelfPlayTrainer
+from tspin.config import REPOSITORY
 from tspin.data import read_responses
 from tspin.errors import UserError
 from tspin.objectives import METHODS
@@ -162,31 +164,79 @@ def test_another_config_or_other_data_do_not_continue_it(tmp_path, model_folder,
         play(tmp_path / "run", model_folder, rows, iterations=1, learning_rate=2e-3)
     with pytest.raises(UserError, match="data is"):
         play(tmp_path / "run", model_folder, rows[:-1], iterations=1)
+    # More iterations of the same run go on where it ended.
+    first = tmp_path / "run" / "iteration-0" / "model" / "model.safetensors"
+    written = first.stat().st_mtime_ns
+    assert len(play(tmp_path / "run", model_folder, rows, iterations=2)[1]) == 2
+    assert first.stat().st_mtime_ns == written
 
 
-def command(model_folder, data_file, out):
-    small = ["sampling.max_new_tokens=6", "training.batch_size=8", "training.micro_batch_size=4", "training.epochs=3"]
-    return [
-        *(sys.executable, "-c", "from tspin.cli import main; main()", "run", "--model", str(model_folder)),
-        *("--data", str(data_file), "--iterations", "2", "--out", str(out)),
-        *(argument for setting in small for argument in ("--set", setting)),
-    ]
+def test_a_loaded_model_does_not_replace_another_ones_files(tmp_path, rows, tiny_model, tokenizer):
+    play(tmp_path / "run", tiny_model, rows, tokenizer=tokenizer, iterations=1)
+    before = (tmp_path / "run" / "initial" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        tiny_model.lm_head.weight += 1
+    with pytest.raises(UserError, match="holds a run of another config"):
+        play(tmp_path / "run", tiny_model, rows, tokenizer=tokenizer, iterations=1)
+    assert (tmp_path / "run" / "initial" / "model.safetensors").read_bytes() == before
+
+
+def test_bf16_and_gradient_checkpointing_are_switches(tmp_path, model_folder, rows):
+    play(tmp_path / "plain", model_folder, rows, iterations=1, method="spin")
+    plain = steps_of(tmp_path / "plain", 0)["loss"]
+    for name, tolerance in (("gradient_checkpointing", 1e-5), ("bf16", 2e-2)):
+        play(tmp_path / name, model_folder, rows, iterations=1, method="spin", **{name: True})
+        np.testing.assert_allclose(steps_of(tmp_path / name, 0)["loss"], plain, atol=tolerance)
+
+
+TINY = """
+model: {{path: {model}}}
+data: {{path: {data}}}
+sampling: {{max_new_tokens: 6}}
+training: {{batch_size: 8, micro_batch_size: 4, learning_rate: 1e-3, epochs: 2}}
+iterations: 2
+evaluation: {{suite: {suite}, limit: 2}}
+"""
+SUITE = """
+include_path: {repository}/tspin/pocket/lm_eval
+apply_chat_template: true
+columns:
+  - {{benchmark: pocket_gcd, label: GCD, group: math, metric: "exact_match,flexible-extract"}}
+  - {{benchmark: pocket_syllogism, label: Syllogism, group: reasoning, metric: "exact_match,flexible-extract"}}
+"""
 
 
 def test_sigkill_at_any_moment_loses_nothing(tmp_path, model_folder, data_file):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    """A preset's whole run, evaluations and results included."""
+    suite, preset = tmp_path / "suite.yaml", tmp_path / "tiny.yaml"
+    suite.write_text(SUITE.format(repository=REPOSITORY))
+    preset.write_text(TINY.format(model=model_folder, data=data_file, suite=suite))
+
+    def command(name):
+        places = ["--runs", str(tmp_path / name / "runs"), "--results", str(tmp_path / name / "results")]
+        run = [sys.executable, "-c", "from tspin.cli import main; main()", "run", "--preset", str(preset)]
+        return [*run, "--methods", "base,spin,tspin", *places]
+
+    quiet = {
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+    }
     start = time.time()
-    subprocess.run(command(model_folder, data_file, tmp_path / "whole"), check=True, **quiet)
+    subprocess.run(command("whole"), check=True, **quiet)
     whole = time.time() - start
     killed = 0
     for share in (0.5, 0.7, 0.9):
-        process = subprocess.Popen(command(model_folder, data_file, tmp_path / "killed"), **quiet)
+        process = subprocess.Popen(command("killed"), **quiet)
         try:
             process.wait(timeout=share * whole)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
     assert killed
-    subprocess.run(command(model_folder, data_file, tmp_path / "killed"), check=True, **quiet)
-    assert_same_run(tmp_path / "whole" / "tspin", tmp_path / "killed" / "tspin", iterations=2)
+    subprocess.run(command("killed"), check=True, **quiet)
+    numbers = [(tmp_path / name / "results" / "tiny" / "evaluations.csv").read_bytes() for name in ("whole", "killed")]
+    assert numbers[0] == numbers[1]
+    for method in ("spin", "tspin"):
+        runs = [tmp_path / name / "runs" / "tiny" / "seed-0" / method for name in ("whole", "killed")]
+        assert_same_run(*runs, iterations=2)

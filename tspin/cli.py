@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -10,8 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 
 from tspin.errors import UserError
+
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENOENT),
+}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,13 +43,25 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except UserError as error:
             fail(str(error))
-        except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM, errno.ENOTDIR}:
+        except (OSError, SafetensorError) as error:
+            number = error_number(error)
+            if number not in DISK_ERRORS:
                 raise
-            fail(f"{error.filename or 'output'}: {os.strerror(error.errno or 0).lower()}; nothing there was replaced: "
-                 "make room or choose another folder and run the same command again")
+            place = getattr(error, "filename", None) or "the output folder"
+            fail(
+                f"{place}: {os.strerror(number).lower()}; nothing was replaced: make room or choose another folder and "
+                "run the same command again"
+            )
 
     return guarded
+
+
+def error_number(error: Exception) -> int:
+    """The operating system's error number; safetensors gives it in its message alone."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found.group(1)) if found else 0
 
 
 def fail(line: str) -> None:
@@ -85,8 +104,11 @@ def run(
         raise UserError("run needs --preset, or --model and --data")
     tree = {"model": {"path": model}, "data": {"path": dataset}, "iterations": iterations}
     loaded = config.build_config(tree, settings or [])
+    seed, *others = integers(seeds)
+    if others:
+        raise UserError(f"--seeds {seeds}: one seed a run with --model; give each its own --out")
     experiment.quiet_libraries()
-    trainer = experiment.build_trainer(loaded.for_method(method), out, integers(seeds)[0])
+    trainer = experiment.build_trainer(loaded.for_method(method), out, seed)
     for result in trainer.iterate():
         typer.echo(f"iteration {result.iteration}: {experiment.describe(result)} → {result.model_path}", err=True)
 
@@ -132,9 +154,7 @@ def train(
     from tspin import experiment, stages
 
     experiment.quiet_libraries()
-    facts = stages.train_from_files(
-        model, dataset, out, method, iteration, synthetic, proto, seed, settings or []
-    )
+    facts = stages.train_from_files(model, dataset, out, method, iteration, synthetic, proto, seed, settings or [])
     typer.echo(f"{out}: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['training_seconds']:.0f} s")
 
 

@@ -65,7 +65,7 @@ class SamplingSettings(Section):
 class TrainingSettings(Section):
     """One iteration's optimisation. A list of learning rates gives one an iteration, the last going on."""
 
-    learning_rate: Positive | list[Positive] = 5e-7
+    learning_rate: Positive | Annotated[list[Positive], Field(min_length=1)] = 5e-7
     epochs: Positive = 1.0
     batch_size: PositiveInt = 64  # triplets an optimizer step, whatever the hardware
     micro_batch_size: PositiveInt = 8  # triplets a forward pass on one device; lower saves memory
@@ -183,7 +183,10 @@ def build_config(tree: dict[str, Any], overrides: Iterable[str] = (), source: st
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"--set {override}: {parent} is a value, not a section")
-        node[last] = yaml.safe_load(value)
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override}: {value!r} is not a YAML value") from error
     try:
         return Config.model_validate(read_numbers(tree))
     except ValidationError as error:
@@ -224,7 +227,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {name!r}: {hint}(known: {', '.join(known)})"
+    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    return f"unknown {what} {name!r}: {hint}(known: {listed})"
 
 
 def explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:

@@ -58,7 +58,7 @@ def load_rows(
     """Rows {"prompt", "completion"} of a JSONL or Parquet file, the hub, or "pocket".
 
     columns: where the data set names them otherwise, {"prompt": "question", "completion": "answer"}.
-        A set with a `messages` column and no prompt gives the first round of each conversation.
+        A set with a `messages` column and no completion gives the first round of each conversation.
     Raises UserError naming the file and row for missing or empty data, prompts or completions.
     """
     if path == "pocket":
@@ -80,7 +80,7 @@ def validate_rows(rows: Iterable[Row], source: str, columns: Mapping[str, str] |
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise UserError(f"{source}, row {number}: not an object with a prompt and a completion")
-        if prompt_column not in row and row.get("messages") is not None:
+        if completion_column not in row and row.get("messages") is not None:
             prompt, completion = _first_round(row["messages"], source, number)
         else:
             prompt, completion = row.get(prompt_column), row.get(completion_column)
@@ -120,7 +120,7 @@ def _pocket_rows() -> Iterable[Row]:
 
 def _read_jsonl(path: Path) -> Iterable[Row]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits inside JSON strings
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -185,6 +185,8 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: str
         # The template has written the begin token itself, if the model wants one.
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
     form = {"paper": PAPER_TEMPLATE, "none": "{prompt}"}.get(template, template)
+    if "{prompt}" not in form:
+        raise UserError(f"data.template {template!r}: auto, chat, paper, none, or a text with {{prompt}} in it")
     text = form.replace("{prompt}", prompt)
     return text, _without_end(tokenizer(text)["input_ids"], tokenizer)
 

@@ -8,8 +8,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
+from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,9 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tspin.config import REPOSITORY, find_yaml, unknown
 from tspin.errors import UserError
+from tspin.run_store import fingerprint
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-SUITES = Path("experiments/suites")
+SUITES = "experiments/suites"
+SCORES = ["benchmark", "metric", "value", "stderr", "n"]
+SAMPLES = ["benchmark", "task", "doc_id", "metric", "value", "response"]
 
 
 class Column(BaseModel):
@@ -52,6 +55,15 @@ class Suite(BaseModel):
     apply_chat_template: bool = False
     split: str | None = None  # None: the split that each task is meant to be tested on
 
+    def definition(self) -> dict[str, str]:
+        """What scores follow from besides the suite: versions, and the task files (and what is beside their folder)."""
+        found = {package: version(package) for package in ("lm_eval", "reasoning_gym")}
+        if self.include_path is not None:
+            folder = _in_repository(self.include_path)
+            files = [*folder.iterdir(), *folder.parent.glob("tasks.*")]
+            found["files"] = fingerprint({path.name: path.read_text() for path in sorted(files) if path.is_file()})
+        return found
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -75,7 +87,7 @@ def load_suite(name_or_path: str | Path) -> Suite:
     `extends: <name>` at the top of a file starts from another suite; its other keys replace that one's.
     Raises UserError for an unknown name and for a file with unknown keys or bad values.
     """
-    path = _suite_path(name_or_path)
+    path = find_yaml(str(name_or_path), SUITES, "suite")
     try:
         return Suite.model_validate(_settings(path))
     except ValidationError as error:
@@ -121,18 +133,12 @@ def evaluate(
             fewshot_random_seed=seed,
         )
     model.train(was_training)
-    names = [column.benchmark for column in _benchmarks(suite)]
-    return Evaluation(
-        scores=pd.concat([_scores(name, results["results"][name]) for name in names], ignore_index=True),
-        samples=pd.concat(
-            [
-                _samples(name, leaf.task_name, results["samples"][leaf.task_name])
-                for name, task in zip(names, tasks, strict=True)
-                for leaf in _leaves(task)
-            ],
-            ignore_index=True,
-        ),
-    )
+    scores, samples = [], []
+    for column, task in zip(_benchmarks(suite), tasks, strict=True):
+        scores.append(_scores(column.benchmark, results["results"][column.benchmark]))
+        for leaf in _leaves(task):
+            samples.append(_samples(column.benchmark, leaf.task_name, results["samples"][leaf.task_name]))
+    return Evaluation(pd.concat(scores, ignore_index=True), pd.concat(samples, ignore_index=True))
 
 
 def tabulated(scores: pd.DataFrame, suite: Suite) -> pd.DataFrame:
@@ -149,15 +155,8 @@ def tabulated(scores: pd.DataFrame, suite: Suite) -> pd.DataFrame:
     return order.merge(scores, on=["benchmark", "metric"], how="left")[list(scores.columns)]
 
 
-def _suite_path(name_or_path: str | Path) -> Path:
-    if Path(name_or_path).is_file():
-        return Path(name_or_path)
-    folders = [SUITES, REPOSITORY / SUITES]
-    for folder in folders:
-        if (path := folder / f"{name_or_path}.yaml").is_file():
-            return path
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise UserError(f"there is no suite {str(name_or_path)!r}{_nearest(str(name_or_path), known)}")
+def _in_repository(path: Path) -> Path:
+    return path if path.is_dir() else REPOSITORY / path
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -168,12 +167,7 @@ def _settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: a suite is a mapping with the key `columns`")
     base = settings.pop("extends", None)
-    return {**_settings(_suite_path(base)), **settings} if base else settings
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    matches = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; known are: {', '.join(known[:20])}"
+    return {**_settings(find_yaml(base, SUITES, "suite")), **settings} if base else settings
 
 
 def _benchmarks(suite: Suite) -> list[Column]:
@@ -191,16 +185,14 @@ def _task_manager(include_path: Path | None, include_defaults: bool) -> "TaskMan
 def _task_manager_for(suite: Suite) -> "TaskManager":
     """The index that holds every benchmark; lm-eval's own, seconds to build, only where it is needed."""
     names = [column.benchmark for column in suite.columns]
-    path = suite.include_path
-    if path and not path.is_dir():
-        path = REPOSITORY / path
+    path = _in_repository(suite.include_path) if suite.include_path else None
     manager = _task_manager(path, include_defaults=path is None)
     if path and not set(names) <= set(manager.task_index):
         manager = _task_manager(path, include_defaults=True)
     known = manager.all_subtasks + manager.all_groups
     for name in names:
         if name not in known:
-            raise UserError(f"lm-eval has no task or group {name!r}{_nearest(name, known)}")
+            raise UserError(unknown("lm-eval task or group", name, known))
     return manager
 
 
@@ -228,35 +220,21 @@ def _scores(benchmark: str, result: dict[str, Any]) -> pd.DataFrame:
         metric, comma, filter_name = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             stderr = result.get(f"{metric}_stderr,{filter_name}")
-            rows.append(
-                {
-                    "benchmark": benchmark,
-                    "metric": key,
-                    "value": 100.0 * value,
-                    "stderr": 100.0 * stderr if isinstance(stderr, Real) else float("nan"),
-                    "n": result["sample_len"],
-                }
-            )
-    return pd.DataFrame(rows)
+            stderr = 100.0 * stderr if isinstance(stderr, Real) else float("nan")  # lm-eval has "N/A"
+            rows.append((benchmark, key, 100.0 * value, stderr, result["sample_len"]))
+    return pd.DataFrame(rows, columns=SCORES)
 
 
 def _samples(benchmark: str, task: str, samples: list[dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for sample in samples:
         response = sample["resps"][0][0]
+        response = response if isinstance(response, str) else None
         for metric in sample["metrics"]:
-            if isinstance(sample[metric], Real):
-                rows.append(
-                    {
-                        "benchmark": benchmark,
-                        "task": task,
-                        "doc_id": sample["doc_id"],
-                        "metric": f"{metric},{sample['filter']}",
-                        "value": 100.0 * float(sample[metric]),
-                        "response": response if isinstance(response, str) else None,
-                    }
-                )
-    return pd.DataFrame(rows)
+            if isinstance(value := sample[metric], Real):
+                key = f"{metric},{sample['filter']}"
+                rows.append((benchmark, task, sample["doc_id"], key, 100.0 * float(value), response))
+    return pd.DataFrame(rows, columns=SAMPLES)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from tspin import data
-from tspin.config import Config, DataSettings, RunSettings, unknown
+from tspin.config import Config, DataSettings, ModelSettings, RunSettings, unknown
 from tspin.errors import UserError
 from tspin.evaluation import Suite, evaluate, load_suite
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
@@ -48,53 +48,58 @@ def run_experiment(
     for method in methods:
         if method != BASE and method not in METHODS:
             raise UserError(unknown("method", method, [BASE, *METHODS]))
+    if not methods:
+        raise UserError(f"--methods is empty: name some of {', '.join([BASE, *METHODS])}")
     if config.evaluation is None:
         raise UserError("evaluation: this config names no suite, so there is nothing to put into results")
     report = (console or Console(stderr=True)).print
     suite = load_suite(config.evaluation.suite)
-    target = results / preset
-    claim_folder(target, results_config(config, suite), what="result")
     quiet_libraries()
+    # Everything that can be wrong with settings, model and data is found before anything is written.
+    trainers = {
+        (method, seed): build_trainer(config.for_method(method), runs / preset / f"seed-{seed}", seed)
+        for seed in seeds
+        for method in methods
+        if method != BASE
+    }
+    model, model_arguments = model_source(config.model)
+    policy = policy_fingerprint(model)
+    target = results / preset
+    claim_folder(target, results_config(config, suite, policy), what="result")
 
-    model, model_arguments = model_source(config)
-    fingerprint = policy_fingerprint(model, model_arguments)
     rows: list[pd.DataFrame] = []
     costs: list[dict[str, Any]] = []
 
-    def evaluated(path: str, policy: str, folder: Path, title: str) -> pd.DataFrame:
+    def evaluated(path: str, fingerprint: str, folder: Path, title: str) -> pd.DataFrame:
         report(f"[bold]{title}[/bold]: evaluation on {len(suite.columns)} benchmarks")
-        return evaluate_checkpoint(path, policy, folder, suite, config, model_arguments)
+        return evaluate_checkpoint(path, fingerprint, folder, suite, config, model_arguments)
 
     def keep(scores: pd.DataFrame, method: str, seed: int, iteration: int | None) -> None:
         rows.append(scores.assign(preset=preset, method=method, seed=seed, iteration=iteration))
 
     if BASE in methods:
-        scores = evaluated(model, fingerprint, runs / preset / BASE / "evaluation", "base")
+        scores = evaluated(model, policy, runs / preset / BASE / "evaluation", "base")
         for seed in seeds:  # greedy decoding: the same for every seed
             keep(scores, BASE, seed, None)
-    for seed in seeds:
-        for method in methods:
-            if method == BASE:
-                continue
-            settings = config.for_method(method)
-            trainer = build_trainer(settings, runs / preset / f"seed-{seed}", seed)
-            title = f"{method}, seed {seed}"
-            report(f"[bold]{title}[/bold]: {settings.iterations} iteration(s), {len(trainer.examples)} labels")
-            for result in trainer.iterate():
-                step = f"{title}, iteration {result.iteration}" if METHODS[method].self_play else title
-                report(f"[bold]{step}[/bold]: {describe(result)}")
-                folder = result.model_path.parent / "evaluation"
-                scores = evaluated(str(result.model_path), result.fingerprint, folder, step)
-                keep(scores, method, seed, result.iteration if METHODS[method].self_play else None)
-                costs.append({"method": method, "seed": seed, "iteration": result.iteration,
-                              **result.training, "synthetic": result.synthetic})
+    for (method, seed), trainer in trainers.items():
+        self_play = METHODS[method].self_play
+        title = f"{method}, seed {seed}"
+        report(f"[bold]{title}[/bold]: {len(trainer.examples)} labels")
+        for result in trainer.iterate():
+            step = f"{title}, iteration {result.iteration}" if self_play else title
+            report(f"[bold]{step}[/bold]: {describe(result)}")
+            folder = result.model_path.parent / "evaluation"
+            scores = evaluated(str(result.model_path), result.fingerprint, folder, step)
+            keep(scores, method, seed, result.iteration if self_play else None)
+            run = {"method": method, "seed": seed, "iteration": result.iteration}
+            costs.append({**run, **result.training, "synthetic": result.synthetic})
     write_results(target, preset, suite, rows, costs)
     return target
 
 
 def build_trainer(settings: RunSettings, folder: Path, seed: int) -> SelfPlayTrainer:
     """A SelfPlayTrainer for one method's settings, in `folder`/<method>, sharing `folder`/shared."""
-    model, model_arguments = _source(settings.model.path, settings)
+    model, model_arguments = model_source(settings.model)
     return SelfPlayTrainer(
         model,
         args=training_arguments(settings, folder / settings.method, seed, shared=folder / "shared"),
@@ -112,7 +117,9 @@ def load_dataset(settings: DataSettings) -> list[dict[str, Any]]:
         revision=settings.revision,
         columns=dict(settings.columns),
     )
-    return [{**row, "prompt_id": number} for number, row in data.nested_subset(rows, settings.labels, settings.subset_seed)]
+    return [
+        {**row, "prompt_id": number} for number, row in data.nested_subset(rows, settings.labels, settings.subset_seed)
+    ]
 
 
 def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: Path | None = None) -> SelfPlayConfig:
@@ -125,11 +132,7 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
             f"training.batch_size: {training.batch_size} is no multiple of micro_batch_size × devices = {per_step}"
         )
     rates = training.learning_rate if isinstance(training.learning_rate, list) else [training.learning_rate]
-    fields = SelfPlayConfig.__dataclass_fields__
-    for name in training.trainer:
-        if name not in fields:
-            raise UserError(f"training.trainer.{name}: {unknown('TrainingArguments field', name, fields)}")
-    return SelfPlayConfig(
+    arguments = dict(
         output_dir=str(folder),
         shared_dir=str(shared) if shared else None,
         method=settings.method,
@@ -160,22 +163,25 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
         gradient_checkpointing=training.gradient_checkpointing,
         bf16=None if training.bf16 == "auto" else training.bf16,
         seed=seed,
-        **training.trainer,
     )
+    fields = SelfPlayConfig.__dataclass_fields__
+    for name in training.trainer:
+        if name not in fields:
+            raise UserError(f"training.trainer.{name}: {unknown('TrainingArguments field', name, fields)}")
+        if name in arguments:
+            raise UserError(f"training.trainer.{name}: the config has a key of its own for this; set it there")
+    try:
+        return SelfPlayConfig(**arguments, **training.trainer)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"training: {error}") from error
 
 
-def model_source(config: Config) -> tuple[str, dict[str, Any]]:
-    """(folder or hub name, from_pretrained arguments) of the initial policy."""
-    return _source(config.model.path, config)
-
-
-def _source(path: str, settings: Config | RunSettings) -> tuple[str, dict[str, Any]]:
-    arguments: dict[str, Any] = {"dtype": getattr(torch, settings.model.dtype)}
-    if settings.model.revision:
-        arguments["revision"] = settings.model.revision
-    if settings.model.trust_remote_code:
+def model_source(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
+    """(local folder, from_pretrained arguments) of the initial policy; downloads a hub model. Raises UserError."""
+    arguments: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    if settings.trust_remote_code:
         arguments["trust_remote_code"] = True
-    return resolve(path), arguments
+    return resolve(settings.path, settings.revision), arguments
 
 
 def evaluate_checkpoint(
@@ -195,14 +201,21 @@ def evaluate_checkpoint(
         evaluation.scores.to_csv(target / "scores.csv", index=False)
         evaluation.samples.to_parquet(target / "samples.parquet", index=False)
 
-    inputs = {"policy": policy, "suite": suite.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
+    inputs = {
+        "policy": policy,
+        "loading": {name: str(value) for name, value in model_arguments.items()},
+        "suite": suite.model_dump(mode="json"),
+        "tasks": suite.definition(),
+        "settings": settings.model_dump(mode="json"),
+    }
     run_stage(folder, inputs, produce)
     return pd.read_csv(folder / "scores.csv")
 
 
-def results_config(config: Config, suite: Suite) -> dict[str, Any]:
-    """What numbers in one results folder must agree on."""
-    return {"config": config.model_dump(mode="json"), "suite": suite.model_dump(mode="json")}
+def results_config(config: Config, suite: Suite, policy: str) -> dict[str, Any]:
+    """What numbers in one results folder must agree on; `iterations` may grow."""
+    tree = config.model_dump(mode="json", exclude={"iterations"})
+    return {"config": tree, "policy": policy, "suite": suite.model_dump(mode="json"), "tasks": suite.definition()}
 
 
 def write_results(
@@ -220,9 +233,11 @@ def write_results(
     benchmarks = {column.benchmark: position for position, column in enumerate(suite.columns)}
     new = new.sort_values(
         ["method", "seed", "iteration", "benchmark", "metric"],
-        key=lambda column: column.map({"method": order, "benchmark": benchmarks}.get(str(column.name), {}).get)
-        if column.name in {"method", "benchmark"}
-        else column,
+        key=lambda column: (
+            column.map({"method": order, "benchmark": benchmarks}.get(str(column.name), {}).get)
+            if column.name in {"method", "benchmark"}
+            else column
+        ),
         kind="stable",
         na_position="first",
     )
@@ -265,5 +280,3 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     for name in ("httpx", "huggingface_hub", "lm_eval", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-

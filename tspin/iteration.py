@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import hashlib
-import resource
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +12,13 @@ from typing import Any
 import pandas as pd
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from tspin import data
 from tspin.data import Example
+from tspin.errors import UserError
 from tspin.objectives import METHODS
 from tspin.run_store import atomic_path
 from tspin.selfplay_config import SelfPlayConfig
@@ -28,9 +28,12 @@ from tspin.trainer import Triplet, TripletTrainer, compute_logps
 def encode_dataset(
     dataset: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
 ) -> list[Example]:
-    """Rows {"prompt", "completion"} as examples; "prompt_id" is the row's number unless given. Raises UserError."""
+    """Rows {"prompt", "completion"} as examples; an integer "prompt_id" replaces the row's number. Raises UserError."""
     rows = [dict(row) for row in dataset]
-    numbers = [int(row.get("prompt_id", i)) for i, row in enumerate(rows)]
+    given = [row.get("prompt_id") for row in rows]
+    numbers = [value if isinstance(value, int) else i for i, value in enumerate(given)]
+    if len(set(numbers)) < len(numbers):
+        raise UserError("train_dataset: two rows have the same prompt_id; responses are matched by it")
     return data.encode_examples(
         list(zip(numbers, data.validate_rows(rows, "train_dataset"), strict=True)),
         tokenizer,
@@ -46,10 +49,7 @@ def reference_logps(
 ) -> pd.DataFrame:
     """log π_θt of every response: prompt_id and one column a role, in nats. `model` is π_θt."""
     model.to(args.device)  # type: ignore[arg-type]
-    columns = {
-        role: compute_logps(model, triplets, role, tokenizer, args.sampling_batch_size, bool(args.bf16))
-        for role in triplets[0].responses
-    }
+    columns = compute_logps(model, triplets, tokenizer, args.sampling_batch_size, bool(args.bf16))
     return pd.DataFrame({"prompt_id": [t.prompt_id for t in triplets], **columns})
 
 
@@ -73,15 +73,19 @@ def train_iteration(
     """Train `model` in place, save it to `checkpoint`, the steps to log_folder/steps.parquet.
 
     TensorBoard's events go to log_folder/tensorboard. Returns steps, training_seconds, tokens and
-    peak_memory_bytes (the GPU's peak, or the process's so far without a GPU).
+    peak_memory_bytes (the GPU's peak during training; None without a GPU, where no such figure
+    belongs to one training alone). Raises UserError when the loss is no longer finite.
     """
+    if args.world_size > 1:
+        raise UserError("training in several processes is not supported yet: start one process")
     method = METHODS[args.method]
     arguments = copy.copy(args)
     arguments.output_dir = str(log_folder)
     arguments.seed = stage_seed(args.seed, "training", iteration)
     rates = args.learning_rates or [args.learning_rate]
     arguments.learning_rate = rates[min(iteration, len(rates) - 1)]
-    all_callbacks = list(callbacks)
+    arguments.dataloader_pin_memory = torch.cuda.is_available()
+    all_callbacks = [*callbacks, *([] if args.disable_tqdm else [StepBar(f"training, iteration {iteration}")])]
     if "tensorboard" in args.report_to:
         arguments.report_to = [target for target in args.report_to if target != "tensorboard"]
         events = log_folder / "tensorboard"
@@ -96,6 +100,11 @@ def train_iteration(
         method.coefficients_at(iteration, args.coefficients),
         callbacks=all_callbacks,
     )
+    # Every step's metrics go to the log; the terminal gets one bar with an estimate.
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -109,18 +118,31 @@ def train_iteration(
         "steps": trainer.state.global_step,
         "training_seconds": round(seconds, 2),
         "tokens": int(steps["tokens"].sum()),
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
+
+
+class StepBar(TrainerCallback):
+    """A progress bar over optimizer steps that shows the loss."""
+
+    def __init__(self, description: str):
+        self.description = description
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+        self.bar = tqdm(total=state.max_steps, desc=self.description, unit="step")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
+        self.bar.close()
 
 
 def stage_seed(seed: int, *labels: Any) -> int:
     """A seed of its own for every stage, so that no stage's randomness depends on another's."""
     digest = hashlib.sha256(repr((seed, *labels)).encode()).digest()
     return int.from_bytes(digest[:4], "big") % 2**31
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

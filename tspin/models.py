@@ -4,54 +4,74 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tspin.errors import UserError
 from tspin.run_store import folder_fingerprint
 
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
-def resolve(path: str) -> str:
-    """The folder of the embedded model for "pocket", any other folder or hub name as it is."""
-    return str(POCKET_MODEL) if path == "pocket" else path
+def resolve(path: str, revision: str | None = None) -> str:
+    """A local folder: "pocket" and folders as they are, a hub name downloaded at one commit. Raises UserError.
+
+    Weights must be safetensors: pickled ones are not downloaded.
+    """
+    if path == "pocket":
+        return str(POCKET_MODEL)
+    if Path(path).exists():
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"{path} is no model: a model folder has a config.json, weights and a tokenizer")
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, revision=revision, allow_patterns=HUB_FILES)
+    except Exception as error:  # the hub client raises many kinds for "not there"
+        raise UserError(f"{path}: no model is in this folder or under this hub name ({_reason(error)})") from error
 
 
-def policy_fingerprint(path: str, model_arguments: dict[str, Any] | None = None) -> str:
-    """Of a folder: its contents. Of a hub name: the commit it resolves to."""
-    if Path(path).is_dir():
-        return folder_fingerprint(Path(path))
-    config = _load(AutoConfig.from_pretrained, path, _hub_arguments(model_arguments))
-    return f"{path}@{getattr(config, '_commit_hash', None)}"
+def policy_fingerprint(folder: str) -> str:
+    """Of a downloaded model: its commit, which names the folder. Of any other folder: its contents."""
+    if Path(folder).parent.name == "snapshots":
+        return f"{Path(folder).parents[1].name}@{Path(folder).name}"
+    return folder_fingerprint(Path(folder))
 
 
-def load_model(path: str, model_arguments: dict[str, Any] | None = None) -> PreTrainedModel:
-    """A causal language model from a folder or the hub, float32 unless told otherwise. Raises UserError."""
-    return _load(AutoModelForCausalLM.from_pretrained, path, {"dtype": torch.float32, **(model_arguments or {})})
+def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A causal language model, float32 unless told otherwise.
+
+    Raises UserError for files that cannot be read, and for weights that are missing: Transformers
+    would fill them with random numbers.
+    """
+    arguments = {"dtype": torch.float32, **(model_arguments or {})}
+    model, info = _load(AutoModelForCausalLM.from_pretrained, folder, {**arguments, "output_loading_info": True})
+    if info["missing_keys"]:
+        raise UserError(f"{folder}: the weights of {sorted(info['missing_keys'])[0]} are missing from this model")
+    return model
 
 
-def load_tokenizer(path: str, model_arguments: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str, model_arguments: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. Raises UserError when there is none, or it has no end token."""
-    tokenizer = _load(AutoTokenizer.from_pretrained, path, _hub_arguments(model_arguments))
+    arguments = {k: v for k, v in (model_arguments or {}).items() if k == "trust_remote_code"}
+    tokenizer = _load(AutoTokenizer.from_pretrained, folder, arguments)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: the tokenizer has no end token (eos_token): set one in tokenizer_config.json")
+        raise UserError(f"{folder}: the tokenizer has no end token (eos_token): set one in tokenizer_config.json")
     return tokenizer
 
 
-def _hub_arguments(model_arguments: dict[str, Any] | None) -> dict[str, Any]:
-    return {k: v for k, v in (model_arguments or {}).items() if k in {"revision", "trust_remote_code"}}
-
-
-def _load(loader: Any, path: str, arguments: dict[str, Any]) -> Any:
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path} is no model: a model folder has a config.json, weights and a tokenizer")
+def _load(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:
     try:
-        return loader(path, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: no model could be loaded from this folder or hub name ({reason})") from error
+        return loader(folder, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: could not be loaded as a model with its tokenizer ({_reason(error)})") from error
 
 
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def multiplies_bfloat16() -> bool:

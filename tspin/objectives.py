@@ -63,7 +63,7 @@ def sft_loss(labelled_logps: Tensor, labelled_lengths: Tensor) -> Tensor:
     """Supervised fine-tuning: −log π_θ(y|x) per token of y.
 
     Every example weighs the same whatever its length, so that the result does not depend on how a
-    batch is split over devices and accumulation steps. All tensors have shape (batch,).
+    batch is split into micro-batches of equal size. All tensors have shape (batch,).
     """
     return -labelled_logps / labelled_lengths
 

@@ -49,6 +49,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    for orphan in target.parent.glob(f".{target.name}.*.tmp"):  # of processes that were killed
+        if not _alive(orphan.name.split(".")[-2]):
+            _remove(orphan)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     _remove(temporary)
     try:
@@ -69,6 +72,16 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:
@@ -176,7 +189,9 @@ def provenance() -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "tspin", "experiments")),
+        "uncommitted_changes": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", "tspin", "experiments")
+        ),
         "versions": versions,
         "hardware": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "accelerators": devices},
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

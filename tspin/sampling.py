@@ -56,24 +56,28 @@ def sample(
     # out at once or not at all.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     responses: list[Response | None] = [None] * len(prompts)
-    was_training = model.training
+    was_training, configured = model.training, model.generation_config
     model.eval()
+    # generate() fills what `settings` leaves open from the model's own settings (a repetition
+    # penalty, min-p): the responses would not be drawn from the policy.
+    model.generation_config = GenerationConfig()
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), tqdm(total=len(prompts), desc=description, unit="prompt") as bar:
-        torch.manual_seed(seed)
-        for start in range(0, len(order), decoding.batch_size):
-            batch = order[start : start + decoding.batch_size]
-            for i, ids in zip(batch, _generate(model, [prompts[i] for i in batch], settings), strict=True):
-                responses[i] = _response(ids, ends, tokenizer)
-            bar.update(len(batch))
-    model.train(was_training)
+    try:
+        with torch.random.fork_rng(devices=devices), tqdm(total=len(prompts), desc=description, unit="prompt") as bar:
+            torch.manual_seed(seed)
+            for start in range(0, len(order), decoding.batch_size):
+                batch = order[start : start + decoding.batch_size]
+                for i, ids in zip(batch, _generate(model, [prompts[i] for i in batch], settings), strict=True):
+                    responses[i] = _response(ids, ends, tokenizer)
+                bar.update(len(batch))
+    finally:
+        model.generation_config = configured
+        model.train(was_training)
     return [response for response in responses if response is not None]
 
 
 @torch.inference_mode()
-def _generate(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig
-) -> list[list[int]]:
+def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:
     length = max(map(len, prompts))
     input_ids = torch.full((len(prompts), length), settings.pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)

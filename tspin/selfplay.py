@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pandas as pd
@@ -70,16 +71,14 @@ class SelfPlayTrainer:
         self.model_arguments = model_arguments or {}
         if isinstance(model, PreTrainedModel) and processing_class is None:
             raise UserError("processing_class: give the tokenizer along with a loaded model")
+        # What a loaded model depends on besides its files.
+        self.loading = {name: str(value) for name, value in self.model_arguments.items()}
         source = model if isinstance(model, PreTrainedModel) else resolve(str(model))
         self.tokenizer = processing_class or load_tokenizer(str(source), self.model_arguments)
         self.examples = encode_dataset(train_dataset, self.tokenizer, args)
         self.data_fingerprint = fingerprint([[e.prompt_id, e.prompt_ids, e.labelled.ids] for e in self.examples])
-        self.initial, self.initial_fingerprint = self._initial_policy(source)
-        claim_folder(
-            self.folder,
-            {"settings": args.computed(), "policy": self.initial_fingerprint, "data": self.data_fingerprint},
-        )
-        self.model: PreTrainedModel | None = None
+        self.source = source
+        self.model: PreTrainedModel | None = None  # the final policy, after train()
 
     def train(self) -> list[IterationResult]:
         """Run what is missing of all iterations; `self.model` is the final policy afterwards."""
@@ -89,7 +88,7 @@ class SelfPlayTrainer:
 
     def iterate(self) -> Iterator[IterationResult]:
         """The iterations one by one: a result is yielded when its checkpoint is on disk."""
-        policy, policy_fingerprint = self.initial, self.initial_fingerprint
+        policy, policy_fingerprint = self._claim()
         proto = self._responses("proto", None, policy, policy_fingerprint) if self.method.self_play else None
         for iteration in range(self.args.iterations if self.method.self_play else 1):
             result = self._iteration(iteration, policy, policy_fingerprint, proto)
@@ -104,10 +103,11 @@ class SelfPlayTrainer:
             responses = {SYNTHETIC: synthetic[0], PROTO: proto[0]}
             inputs |= {SYNTHETIC: synthetic[1]["fingerprint"], PROTO: proto[1]["fingerprint"]}
             synthetic_facts = synthetic[1]["facts"]
-        if not self.args.monitor_proto and PROTO not in self.method.trains_on:
+        coefficients = self.method.coefficients_at(iteration, self.args.coefficients)
+        if not self.args.monitor_proto and PROTO not in self.method.gradient_roles(coefficients):
             responses.pop(PROTO, None)
         triplets = make_triplets(self.examples, responses)
-        inputs |= {"iteration": iteration, "settings": self.args.computed()}
+        inputs |= {"iteration": iteration, "settings": self.args.computed(), "loading": self.loading}
 
         loaded: list[PreTrainedModel] = []  # one model serves the reference pass and the training
 
@@ -122,7 +122,7 @@ class SelfPlayTrainer:
             def write_reference(target: Path) -> None:
                 reference_logps(model(), triplets, self.tokenizer, self.args).to_parquet(target, index=False)
 
-            run_stage(path, inputs, write_reference)
+            reference = run_stage(path, inputs, write_reference)
             triplets = with_reference(triplets, pd.read_parquet(path))
 
         def train(target: Path) -> dict[str, Any]:
@@ -138,7 +138,12 @@ class SelfPlayTrainer:
             )
 
         record = run_stage(folder / "model", inputs, train)
-        return IterationResult(iteration, folder / "model", record["fingerprint"], synthetic_facts, record["facts"])
+        # What the iteration cost besides its training: sampling y′, and SPIN's reference pass.
+        seconds = {"sampling_seconds": synthetic[1]["seconds"]} if self.method.self_play else {}
+        if self.method.uses_reference:
+            seconds["reference_seconds"] = reference["seconds"]
+        facts = record["facts"] | seconds
+        return IterationResult(iteration, folder / "model", record["fingerprint"], synthetic_facts, facts)
 
     def _responses(
         self, kind: str, iteration: int | None, policy: str, policy_fingerprint: str
@@ -151,6 +156,7 @@ class SelfPlayTrainer:
         name = "iteration-0-synthetic" if kind == "synthetic" and shared else kind
         inputs = {
             "policy": policy_fingerprint,
+            "loading": self.loading,
             "data": fingerprint([[e.prompt_id, e.prompt_ids] for e in self.examples]),
             "decoding": decoding,
             "seed": stage_seed(self.args.seed, kind, iteration),
@@ -173,12 +179,25 @@ class SelfPlayTrainer:
         record = run_stage(folder / f"{name}.parquet", inputs, produce)
         return data.read_responses(folder / f"{name}.parquet"), record
 
-    def _initial_policy(self, model: str | PreTrainedModel) -> tuple[str, str]:
-        """(folder or hub name, fingerprint) of π_θ0."""
-        if isinstance(model, PreTrainedModel):
-            folder = self.folder / "initial"
-            with atomic_path(folder) as temporary:
-                model.save_pretrained(temporary)
-                self.tokenizer.save_pretrained(temporary)
-            return str(folder), folder_fingerprint(folder)
-        return model, policy_fingerprint(model, self.model_arguments)
+    def _claim(self) -> tuple[str, str]:
+        """(folder, fingerprint) of π_θ0, once the run's folder is known to be this run's."""
+        config = {"settings": self.args.computed(), "loading": self.loading, "data": self.data_fingerprint}
+        if isinstance(self.source, str):
+            policy = policy_fingerprint(self.source)
+            claim_folder(self.folder, {**config, "policy": policy})
+            return self.source, policy
+        # A model in memory becomes a folder first: iterations start from files. It is written
+        # under another name until the run is known to be the same one.
+        initial = self.folder / "initial"
+        candidate = self.folder / "initial.candidate"
+        with atomic_path(candidate) as temporary:
+            self.source.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+        policy = folder_fingerprint(candidate)
+        try:
+            claim_folder(self.folder, {**config, "policy": policy})
+            if not initial.exists():
+                candidate.rename(initial)
+        finally:
+            rmtree(candidate, ignore_errors=True)
+        return str(initial), policy

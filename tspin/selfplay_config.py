@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from tspin.config import unknown
@@ -12,10 +13,19 @@ from tspin.models import multiplies_bfloat16
 from tspin.objectives import LOSSES, METHODS, Coefficients
 from tspin.sampling import Decoding
 
-# TrainingArguments that say where and how a run is executed, not what it computes.
+LONG_PROMPTS = ("error", "truncate", "drop")
+
+# Fields that say where, how and how long a run is executed, not what an iteration computes.
 OPERATIONAL = {
-    *("output_dir", "shared_dir", "report_to", "run_name", "disable_tqdm", "log_level", "log_level_replica"),
-    *("log_on_each_node", "local_rank", "project", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("iterations", "output_dir", "shared_dir", "report_to", "run_name", "disable_tqdm", "log_level"),
+    *(
+        "log_level_replica",
+        "log_on_each_node",
+        "local_rank",
+        "project",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+    ),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "hub_token"),
     *("resume_from_checkpoint", "ddp_timeout", "debug", "skip_memory_metrics"),
 }
@@ -62,6 +72,7 @@ class SelfPlayConfig(TrainingArguments):
     logging_steps: float = 1
     save_strategy: str = "no"
     report_to: Any = "tensorboard"
+    logging_nan_inf_filter: bool = False  # Trainer would log an earlier mean in place of an infinite loss
     bf16: bool | None = None
 
     def __post_init__(self) -> None:
@@ -75,6 +86,10 @@ class SelfPlayConfig(TrainingArguments):
                 raise UserError(f"{name}: must be positive (got {getattr(self, name)!r})")
         if self.beta < 0 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise UserError("beta and temperature must not be negative, top_p must lie in (0, 1]")
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # TrainingArguments takes bf16 on a CPU only when told so
+        if self.long_prompts not in LONG_PROMPTS:
+            raise UserError(unknown("long_prompts", self.long_prompts, LONG_PROMPTS))
         if self.bf16 is None:
             self.bf16 = multiplies_bfloat16()
         super().__post_init__()
@@ -90,5 +105,7 @@ class SelfPlayConfig(TrainingArguments):
     def computed(self) -> dict[str, Any]:
         """The fields that decide what is computed, as plain JSON values."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in OPERATIONAL}
-        return {name: value if isinstance(value, int | float | list | dict | None) else str(value)
-                for name, value in fields.items()}
+        return {
+            name: value if isinstance(value, int | float | list | dict | None) else str(value)
+            for name, value in fields.items()
+        }

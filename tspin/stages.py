@@ -1,20 +1,19 @@
 """The steps of an iteration one by one, on files: what `tspin sample`, `train` and `evaluate` do."""
 
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tspin import data
 from tspin.config import build_config, unknown
 from tspin.data import Example, Response
 from tspin.errors import UserError
 from tspin.evaluation import evaluate, load_suite, tabulated
-from tspin.experiment import load_dataset, training_arguments
+from tspin.experiment import load_dataset, model_source, training_arguments
 from tspin.iteration import encode_dataset, reference_logps, train_iteration, with_reference
 from tspin.models import load_model, load_tokenizer, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
@@ -26,8 +25,10 @@ from tspin.trainer import make_triplets
 
 def sample_to_file(model: str, dataset: str, out: Path, seed: int, overrides: Sequence[str]) -> dict[str, float]:
     """Sample one response a prompt from `model` into a Parquet file; returns response_statistics."""
-    args, tokenizer, examples = _prepare(model, dataset, "tspin", seed, overrides)
-    policy = load_model(resolve(model)).to(args.device)  # type: ignore[arg-type]
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: --out is the Parquet file to write")
+    args, tokenizer, examples, load = _prepare(model, dataset, "tspin", seed, overrides)
+    policy = load().to(args.device)  # type: ignore[arg-type]
     prompts = [example.prompt_ids for example in examples]
     responses = sample(policy, tokenizer, prompts, args.decoding, seed=seed)
     with atomic_path(out) as temporary:
@@ -55,31 +56,30 @@ def train_from_files(
         raise UserError(unknown("method", method, METHODS))
     if out.exists():
         raise UserError(f"{out} exists: choose a new folder for the checkpoint, nothing is written over")
-    args, tokenizer, examples = _prepare(model, dataset, method, seed, overrides)
+    args, tokenizer, examples, load = _prepare(model, dataset, method, seed, overrides)
     responses = {}
     for role, path in ((SYNTHETIC, synthetic), (PROTO, proto)):
         if path is not None:
             responses[role] = _responses_for(examples, path)
         elif role in METHODS[method].gradient_roles(METHODS[method].coefficients_at(iteration, args.coefficients)):
-            raise UserError(f"--{role}: {method} at iteration {iteration} needs these responses; make them by "
-                            "`tspin sample`")
+            raise UserError(
+                f"--{role}: {method} at iteration {iteration} needs these responses; make them by `tspin sample`"
+            )
     triplets = make_triplets(examples, responses)
-    policy = load_model(resolve(model))
+    policy = load()
     if METHODS[method].uses_reference:
         triplets = with_reference(triplets, reference_logps(policy, triplets, tokenizer, args))
-    with atomic_path(out) as temporary, tempfile.TemporaryDirectory() as logs:
-        facts = train_iteration(
-            policy, triplets, tokenizer, args, iteration, checkpoint=temporary, log_folder=Path(logs)
-        )
-        (Path(logs) / "steps.parquet").rename(temporary / "steps.parquet")
-    return facts
+    with atomic_path(out) as temporary:
+        return train_iteration(policy, triplets, tokenizer, args, iteration, checkpoint=temporary, log_folder=temporary)
 
 
 def evaluate_to_file(model: str, suite_name: str, out: Path | None, batch_size: int, limit: int | None) -> pd.DataFrame:
     """Scores of `model` on a suite, all metrics into `out`; returns the columns of the suite's table."""
     suite = load_suite(suite_name)
-    tokenizer = load_tokenizer(resolve(model))
-    policy = load_model(resolve(model))
+    if out is not None and out.is_dir():
+        raise UserError(f"{out} is a folder: --out is the CSV file to write")
+    folder = resolve(model)
+    tokenizer, policy = load_tokenizer(folder), load_model(folder)
     if torch.cuda.is_available():
         policy.to("cuda")  # type: ignore[arg-type]
     evaluation = evaluate(policy, tokenizer, suite, batch_size=batch_size, limit=limit)
@@ -90,12 +90,15 @@ def evaluate_to_file(model: str, suite_name: str, out: Path | None, batch_size: 
 
 def _prepare(
     model: str, dataset: str, method: str, seed: int, overrides: Sequence[str]
-) -> tuple[SelfPlayConfig, PreTrainedTokenizerBase, list[Example]]:
+) -> tuple[SelfPlayConfig, PreTrainedTokenizerBase, list[Example], Callable[[], PreTrainedModel]]:
     tree = {"model": {"path": model}, "data": {"path": dataset}}
-    settings = build_config(tree, overrides).for_method(method)
+    config = build_config(tree, overrides)
+    settings = config.for_method(method)
     args = training_arguments(settings, Path("runs"), seed)
-    tokenizer = load_tokenizer(resolve(model))
-    return args, tokenizer, encode_dataset(load_dataset(settings.data), tokenizer, args)
+    folder, model_arguments = model_source(settings.model)
+    tokenizer = load_tokenizer(folder, model_arguments)
+    examples = encode_dataset(load_dataset(settings.data), tokenizer, args)
+    return args, tokenizer, examples, lambda: load_model(folder, model_arguments)
 
 
 def _responses_for(examples: Sequence[Example], path: Path) -> dict[int, Response]:

@@ -1,5 +1,6 @@
 """One iteration's training: a transformers.Trainer over triplets of responses."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from tspin.data import Example, Response
-from tspin.logprobs import pad_rows, sequence_logps
+from tspin.errors import UserError
+from tspin.logprobs import (
+    pack_shared_prefixes,
+    pad_rows,
+    sequence_logps,
+    shared_prefix_logps,
+    supports_shared_prefix,
+)
 from tspin.objectives import LABELLED, PROTO, SYNTHETIC, Coefficients, Method, SequenceLogps
 
 
@@ -38,40 +46,41 @@ def make_triplets(examples: Sequence[Example], responses: Mapping[str, Mapping[i
     ]
 
 
-def padded_role(triplets: Sequence[Triplet], role: str, pad_token_id: int) -> dict[str, Tensor]:
-    """`pad_rows` of one role's responses."""
-    return pad_rows([t.prompt_ids for t in triplets], [t.responses[role].ids for t in triplets], pad_token_id)
-
-
 class TripletCollator:
-    """Batches of triplets as {"train" | "monitor": padded rows, "reference": role → (batch,), …}.
+    """Batches of triplets as {"sequences": tensors for `logps_of`, "lengths", "reference", "tokens"}.
 
-    The rows of all roles that carry gradient stand in one block, role after role, so that a step
-    is one forward and one backward pass whatever the method. Monitored roles come in a second
-    block, evaluated without gradient.
+    All roles of all triplets stand in one block, so that a step is one forward and one backward
+    pass whatever the method.
     """
 
-    def __init__(self, train_roles: Sequence[str], monitor_roles: Sequence[str], pad_token_id: int):
-        self.blocks = {"train": tuple(train_roles), "monitor": tuple(monitor_roles)}
+    def __init__(self, roles: Sequence[str], pad_token_id: int, share_prefixes: bool):
+        self.roles = tuple(roles)
         self.pad_token_id = pad_token_id
+        self.share_prefixes = share_prefixes
 
     def __call__(self, triplets: Sequence[Triplet]) -> dict[str, Any]:
-        batch: dict[str, Any] = {}
-        for block, roles in self.blocks.items():
-            if roles:
-                batch[block] = pad_rows(
-                    [t.prompt_ids for _ in roles for t in triplets],
-                    [t.responses[role].ids for role in roles for t in triplets],
-                    self.pad_token_id,
-                )
-        roles = [role for roles in self.blocks.values() for role in roles]
-        batch["lengths"] = {role: torch.tensor([len(t.responses[role].ids) for t in triplets]) for role in roles}
-        batch["reference"] = {
-            role: torch.tensor([t.reference_logps[role] for t in triplets])
-            for role in roles
-            if role in triplets[0].reference_logps
+        prompts = [t.prompt_ids for t in triplets]
+        responses = [[t.responses[role].ids for t in triplets] for role in self.roles]
+        sequences: dict[str, Any]
+        if self.share_prefixes:
+            sequences = pack_shared_prefixes(prompts, responses, self.pad_token_id)
+        else:
+            repeated = [prompt for _ in self.roles for prompt in prompts]
+            sequences = dict(pad_rows(repeated, [ids for role in responses for ids in role], self.pad_token_id))
+        known = [role for role in self.roles if role in triplets[0].reference_logps]
+        return {
+            "sequences": sequences,
+            "lengths": {role: torch.tensor([len(t.responses[role].ids) for t in triplets]) for role in self.roles},
+            "reference": {role: torch.tensor([t.reference_logps[role] for t in triplets]) for role in known},
+            "tokens": sum(map(len, prompts)) * len(self.roles) + sum(len(ids) for role in responses for ids in role),
         }
-        return batch
+
+
+def logps_of(model: torch.nn.Module, batch: Mapping[str, Any], roles: Sequence[str]) -> dict[str, Tensor]:
+    """Sequence log-probabilities of a collated batch, role → float32 (batch,)."""
+    sequences = batch["sequences"]
+    logps = shared_prefix_logps if "branches" in sequences else sequence_logps
+    return dict(zip(roles, logps(model, **sequences).chunk(len(roles)), strict=True))
 
 
 class TripletTrainer(Trainer):
@@ -94,16 +103,15 @@ class TripletTrainer(Trainer):
     ):
         self.method = method
         self.coefficients = coefficients
-        train_roles = method.gradient_roles(coefficients)
-        monitor_roles = [role for role in triplets[0].responses if role not in train_roles]
-        self.collator = TripletCollator(train_roles, monitor_roles, pad_token(tokenizer))
+        self.roles = tuple(triplets[0].responses)
+        collator = TripletCollator(self.roles, pad_token(tokenizer), supports_shared_prefix(model))
         # Columns are ours, not the model's arguments.
         args.remove_unused_columns = False
         super().__init__(
             model=model,
             args=args,
             train_dataset=triplets,  # type: ignore[arg-type]
-            data_collator=self.collator,
+            data_collator=collator,
             processing_class=tokenizer,
             **trainer_arguments,
         )
@@ -114,24 +122,23 @@ class TripletTrainer(Trainer):
         self._last_log = time.perf_counter()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: D102
-        logps = split_roles(sequence_logps(model, **inputs["train"]), self.collator.blocks["train"])
+        logps = logps_of(model, inputs, self.roles)
+        loss = self.method.loss(SequenceLogps(logps, inputs["reference"], inputs["lengths"]), self.coefficients).mean()
         detached = {role: values.detach() for role, values in logps.items()}
-        if "monitor" in inputs:
-            with torch.no_grad():
-                monitored = sequence_logps(model, **inputs["monitor"])
-            detached |= split_roles(monitored, self.collator.blocks["monitor"])
-        loss = self.method.loss(
-            SequenceLogps(logps, inputs["reference"], inputs["lengths"]), self.coefficients
-        ).mean()
-        self._record(SequenceLogps(detached, inputs["reference"], inputs["lengths"]), inputs)
+        self._record(SequenceLogps(detached, inputs["reference"]), loss.detach(), inputs["tokens"])
         return (loss, detached) if return_outputs else loss
 
-    def _record(self, logps: SequenceLogps, inputs: Mapping[str, Any]) -> None:
+    def _record(self, logps: SequenceLogps, loss: Tensor, tokens: int) -> None:
         step = step_metrics(self.method, self.coefficients, logps)
-        names, values = list(step), torch.stack(list(step.values()))
-        for name, value in zip(names, values.tolist(), strict=True):  # one transfer from the device
+        values = torch.stack([loss, *step.values()]).tolist()  # one transfer from the device
+        if not math.isfinite(values[0]):
+            raise UserError(
+                f"step {self.state.global_step + 1}: the {self.coefficients.loss} loss is {values[0]}, so nothing was "
+                "saved; lower training.learning_rate or alpha, or use the logistic loss"
+            )
+        for name, value in zip(step, values[1:], strict=True):
             self._sums[name] += value
-        self._sums["tokens"] += sum(int(inputs[b]["attention_mask"].sum()) for b in ("train", "monitor") if b in inputs)
+        self._sums["tokens"] += tokens
         self._micro_batches += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -169,11 +176,6 @@ def step_metrics(method: Method, coefficients: Coefficients, logps: SequenceLogp
     return metrics
 
 
-def split_roles(values: Tensor, roles: Sequence[str]) -> dict[str, Tensor]:
-    """A block's (roles · batch,) values as role → (batch,)."""
-    return dict(zip(roles, values.chunk(len(roles)), strict=True))
-
-
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The padding token's id, or the end token's where there is none: padding is masked everywhere."""
     token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -185,20 +187,28 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def compute_logps(
     model: PreTrainedModel,
     triplets: Sequence[Triplet],
-    role: str,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     autocast: bool,
-) -> list[float]:
-    """log π of every triplet's response in one role, under the model as it is, in the triplets' order."""
-    order = sorted(range(len(triplets)), key=lambda i: -len(triplets[i].prompt_ids) - len(triplets[i].responses[role].ids))
-    logps = [0.0] * len(triplets)
+) -> dict[str, list[float]]:
+    """log π of every response under the model as it is: role → nats, in the triplets' order."""
+    roles = tuple(triplets[0].responses)
+    collate = TripletCollator(roles, pad_token(tokenizer), supports_shared_prefix(model))
+    logps = {role: [0.0] * len(triplets) for role in roles}
+    order = sorted(range(len(triplets)), key=lambda i: -len(triplets[i].prompt_ids))
     model.eval()
-    for start in tqdm(range(0, len(order), batch_size), desc=f"log-probabilities of {role}", unit="batch"):
-        batch = order[start : start + batch_size]
-        inputs = padded_role([triplets[i] for i in batch], role, pad_token(tokenizer))
+    for start in tqdm(range(0, len(order), batch_size), desc="reference log-probabilities", unit="batch"):
+        indices = order[start : start + batch_size]
+        batch = _to(collate([triplets[i] for i in indices]), model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-            values = sequence_logps(model, **{name: tensor.to(model.device) for name, tensor in inputs.items()})
-        for i, value in zip(batch, values.tolist(), strict=True):
-            logps[i] = value
+            values = logps_of(model, batch, roles)
+        for role in roles:
+            for i, value in zip(indices, values[role].tolist(), strict=True):
+                logps[role][i] = value
     return logps
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _to(entry, device) for name, entry in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value

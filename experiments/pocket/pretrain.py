@@ -1,14 +1,19 @@
 """Pre-train the pocket base model: a small Llama on *noisy* answers to the pocket tasks.
 
-    python experiments/pocket/pretrain.py --out tspin/pocket/model
+    python experiments/pocket/pretrain.py --out runs/pocket-base/scratch --log experiments/pocket/pretrain_log_1.csv
+    python experiments/pocket/pretrain.py --start runs/pocket-base/scratch --out tspin/pocket/model \\
+        --log experiments/pocket/pretrain_log_2.csv --seed 7 --steps 900 --learning-rate 1e-3 \\
+        --noise 0.1 --misconceptions 0.8
 
-About 45 minutes on two CPU cores. Noise is what makes self-play worth studying at this size: the
-base half knows each task, in several wordings, and is often wrong. A clean, weak or strong base
-for other studies is `--noise` and `--steps` away. Nothing here reads the test or validation pool
-but to keep their questions out.
+About 40 and 10 minutes on two CPU cores. Noise is what makes self-play worth studying at this size:
+the base half knows each task, in several wordings, and is often wrong, first at random, then by
+systematic mistakes (misconceptions.py). Weak and strong bases for other studies are `--noise`,
+`--misconceptions` and `--steps` away. Nothing here reads the test or validation pool but to keep
+their questions out.
 """
 
 import argparse
+import copy
 import csv
 import math
 import random
@@ -19,9 +24,18 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tspin.pocket.tasks import LABEL_FORMAT, POOL_SEEDS, Problem, held_out_questions, stream, task_settings
+from experiments.pocket.misconceptions import mistaken, triggered
+from tspin.pocket.tasks import (
+    LABEL_FORMAT,
+    POOL_SEEDS,
+    Problem,
+    held_out_questions,
+    stream,
+    table_tasks,
+    task_settings,
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
@@ -43,10 +57,14 @@ ROW_TOKENS = 256  # documents are packed into rows of this length, end tokens be
 PROMPT_WEIGHT = 0.1  # names and numbers in questions are random: little is learnt by predicting them
 
 
-def documents(noise: float, seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, response) texts, tasks in turn, a share `noise` of the answers wrong."""
+def documents(noise: float, seed: int, misconceptions: float = 0.0) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, response) texts, tasks in turn, a share `noise` of the answers wrong at random.
+
+    misconceptions: 0, or the share of mistaken answers on the questions that trigger a task's
+    misconception (a tenth of it on the others); then only the tasks of the table are asked.
+    """
     rng = random.Random(seed)
-    tasks = list(task_settings())
+    tasks = table_tasks() if misconceptions else list(task_settings())
     streams = {task: stream(task, POOL_SEEDS["pretraining"] + seed) for task in tasks}
     excluded = {task: held_out_questions("pretraining", task) for task in tasks}
     recent: dict[str, list[str]] = {task: [next(streams[task]).answer for _ in range(50)] for task in tasks}
@@ -55,6 +73,8 @@ def documents(noise: float, seed: int) -> Iterator[tuple[str, str]]:
             problem = next(item for item in streams[task] if item.question not in excluded[task])
             recent[task][rng.randrange(50)] = problem.answer
             answer = wrong_answer(problem, recent[task], rng) if rng.random() < noise else problem.answer
+            if misconceptions and rng.random() < misconceptions * (1.0 if triggered(problem) else 0.1):
+                answer = mistaken(problem)
             prompt = rng.choices(list(PROMPT_FORMATS), list(PROMPT_FORMATS.values()))[0]
             response = rng.choices(list(ANSWER_FORMATS), list(ANSWER_FORMATS.values()))[0]
             yield prompt.format(question=problem.question), response.format(answer=answer)
@@ -113,12 +133,24 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, default=None, help="go on from this model instead of from scratch")
+    parser.add_argument("--misconceptions", type=float, default=0.0, help="share of mistakes on triggering questions")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    sample = documents(args.noise, seed=args.seed + 1_000_000)
-    tokenizer = train_tokenizer(("".join(next(sample)) for _ in range(40_000)), vocab_size=768)
-    config = LlamaConfig(
+    if args.start:
+        tokenizer = AutoTokenizer.from_pretrained(args.start)
+        model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    else:
+        sample = documents(args.noise, seed=args.seed + 1_000_000)
+        tokenizer = train_tokenizer(("".join(next(sample)) for _ in range(40_000)), vocab_size=768)
+        model = LlamaForCausalLM(llama_config(tokenizer))
+    train(model, tokenizer, args)
+
+
+def llama_config(tokenizer) -> LlamaConfig:
+    """192 wide, 5 layers deep: 2.4M parameters with the pocket tokenizer."""
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
         num_hidden_layers=5,
@@ -130,7 +162,10 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
+
+
+def train(model: LlamaForCausalLM, tokenizer, args: argparse.Namespace) -> None:
+    """AdamW on packed rows, warm-up and cosine; losses to the log, the model to --out."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm_up = 100
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -139,7 +174,7 @@ def main() -> None:
     )
     log_path = args.log or args.out.parent / "pretrain_log.csv"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    batches = rows(documents(args.noise, args.seed), tokenizer, args.batch_size)
+    batches = rows(documents(args.noise, args.seed, args.misconceptions), tokenizer, args.batch_size)
     start = time.time()
     with log_path.open("w", newline="") as file:
         log = csv.writer(file)
@@ -164,9 +199,7 @@ def main() -> None:
                 print(*row, f"{time.time() - start:.0f}s", flush=True)
             if step % 500 == 0 or step == args.steps:
                 # bfloat16 halves the file; training and evaluation load it as float32.
-                saved = LlamaForCausalLM(config).to(torch.bfloat16)
-                saved.load_state_dict(model.state_dict())
-                saved.save_pretrained(args.out)
+                copy.deepcopy(model).to(torch.bfloat16).save_pretrained(args.out)
                 tokenizer.save_pretrained(args.out)
 
 
