@@ -80,6 +80,8 @@ def validate_rows(rows: Iterable[Row], source: str, columns: Mapping[str, str] |
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise UserError(f"{source}, row {number}: not an object with a prompt and a completion")
+        prompt: Any
+        completion: Any
         if completion_column not in row and row.get("messages") is not None:
             prompt, completion = _first_round(row["messages"], source, number)
         else:

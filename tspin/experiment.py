@@ -115,7 +115,7 @@ def load_dataset(settings: DataSettings) -> list[dict[str, Any]]:
         name=settings.name,
         split=settings.split,
         revision=settings.revision,
-        columns=dict(settings.columns),
+        columns={str(name): column for name, column in settings.columns.items()},
     )
     return [
         {**row, "prompt_id": number} for number, row in data.nested_subset(rows, settings.labels, settings.subset_seed)
@@ -132,7 +132,7 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
             f"training.batch_size: {training.batch_size} is no multiple of micro_batch_size × devices = {per_step}"
         )
     rates = training.learning_rate if isinstance(training.learning_rate, list) else [training.learning_rate]
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         output_dir=str(folder),
         shared_dir=str(shared) if shared else None,
         method=settings.method,

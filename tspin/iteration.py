@@ -55,7 +55,7 @@ def reference_logps(
 
 def with_reference(triplets: Sequence[Triplet], table: pd.DataFrame) -> list[Triplet]:
     """Triplets with their reference log-probabilities from `reference_logps`."""
-    rows = table.set_index("prompt_id").to_dict("index")
+    rows: dict[Any, Any] = table.set_index("prompt_id").to_dict("index")
     return [dataclasses.replace(t, reference_logps=rows[t.prompt_id]) for t in triplets]
 
 

@@ -163,8 +163,8 @@ def _spin(logps: SequenceLogps, c: Coefficients) -> Tensor:
 
 
 def _tspin(logps: SequenceLogps, c: Coefficients) -> Tensor:
-    labelled, synthetic, proto = (logps.policy.get(role) for role in ROLES)
-    return tspin_loss(labelled, synthetic, proto, alpha=c.alpha, beta=c.beta, loss=c.loss)
+    labelled, synthetic = logps.policy[LABELLED], logps.policy[SYNTHETIC]
+    return tspin_loss(labelled, synthetic, logps.policy.get(PROTO), alpha=c.alpha, beta=c.beta, loss=c.loss)
 
 
 def _tspin_reference(logps: SequenceLogps, c: Coefficients) -> Tensor:

@@ -84,7 +84,7 @@ def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings
     for row, prompt in enumerate(prompts):  # left padding: every response starts in the same column
         input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, length - len(prompt) :] = 1
-    output = model.generate(
+    output: torch.Tensor = model.generate(  # type: ignore[operator]
         input_ids.to(model.device), attention_mask=attention_mask.to(model.device), generation_config=settings
     )
     return output[:, length:].tolist()

@@ -66,7 +66,7 @@ class SelfPlayTrainer:
         self.args = args
         self.method = METHODS[args.method]
         self.callbacks = list(callbacks)
-        self.folder = Path(args.output_dir)
+        self.folder = Path(str(args.output_dir))
         self.shared = Path(args.shared_dir) if args.shared_dir else self.folder
         self.model_arguments = model_arguments or {}
         if isinstance(model, PreTrainedModel) and processing_class is None:
@@ -97,7 +97,8 @@ class SelfPlayTrainer:
 
     def _iteration(self, iteration: int, policy: str, policy_fingerprint: str, proto: Any) -> IterationResult:
         folder = self.folder / f"iteration-{iteration}"
-        responses, inputs, synthetic_facts = {}, {"policy": policy_fingerprint, "data": self.data_fingerprint}, {}
+        inputs: dict[str, Any] = {"policy": policy_fingerprint, "data": self.data_fingerprint}
+        responses, synthetic_facts = {}, {}
         if self.method.self_play:
             synthetic = self._responses("synthetic", iteration, policy, policy_fingerprint)
             responses = {SYNTHETIC: synthetic[0], PROTO: proto[0]}
@@ -154,23 +155,24 @@ class SelfPlayTrainer:
         shared = not iteration
         folder = self.shared if shared else self.folder / f"iteration-{iteration}"
         name = "iteration-0-synthetic" if kind == "synthetic" and shared else kind
+        seed = stage_seed(self.args.seed, kind, iteration)
         inputs = {
             "policy": policy_fingerprint,
             "loading": self.loading,
             "data": fingerprint([[e.prompt_id, e.prompt_ids] for e in self.examples]),
             "decoding": decoding,
-            "seed": stage_seed(self.args.seed, kind, iteration),
+            "seed": seed,
         }
         of = "the initial policy" if shared else f"iteration {iteration}'s policy"
         description = f"{kind} responses of {of}"
 
         def produce(path: Path) -> dict[str, Any]:
             responses = sample(
-                load_model(policy, self.model_arguments).to(self.args.device),
+                load_model(policy, self.model_arguments).to(self.args.device),  # type: ignore[arg-type]
                 self.tokenizer,
                 [example.prompt_ids for example in self.examples],
                 self.args.decoding,
-                seed=inputs["seed"],
+                seed=seed,
                 description=description,
             )
             data.write_responses(path, [example.prompt_id for example in self.examples], responses)

@@ -73,7 +73,7 @@ class SelfPlayConfig(TrainingArguments):
     save_strategy: str = "no"
     report_to: Any = "tensorboard"
     logging_nan_inf_filter: bool = False  # Trainer would log an earlier mean in place of an infinite loss
-    bf16: bool | None = None
+    bf16: bool | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
