@@ -18,7 +18,7 @@ from rich.console import Console
 from tspin.config import load_config
 from tspin.evaluation import load_suite, tabulated
 from tspin.experiment import build_trainer, evaluate_checkpoint, model_source, quiet_libraries
-from tspin.run_store import fingerprint, write_text
+from tspin.run_store import fingerprint, read_json, write_json, write_text
 
 
 def main() -> None:
@@ -45,6 +45,7 @@ def main() -> None:
     table.to_csv(buffer, index=False, float_format="%.6g", lineterminator="\n")
     write_text(folder / "sweep.csv", buffer.getvalue())
     write_text(folder / "sweep.md", report(table, sweep))
+    write_json(folder / "sweep_provenance.json", provenance_of(arguments.runs / f"{sweep['preset']}-sweep"))
     console.print(report(table, sweep), markup=False)
 
 
@@ -77,6 +78,17 @@ def run_setting(sweep: dict, method: str, setting: dict, runs: Path) -> list[dic
             }
         )
     return rows
+
+
+def provenance_of(runs: Path) -> list[dict]:
+    """The distinct provenances of the sweep's stages, with how many stages and seconds each covers."""
+    found: dict[str, dict] = {}
+    for path in sorted(runs.rglob("*.stage.json")):
+        record = read_json(path)
+        entry = found.setdefault(fingerprint(record["provenance"]), {**record["provenance"], "stages": 0, "seconds": 0})
+        entry["stages"] += 1
+        entry["seconds"] = round(entry["seconds"] + record["seconds"])
+    return list(found.values())
 
 
 def report(table: pd.DataFrame, sweep: dict) -> str:
