@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="a model folder, a hub name, or pocket")]
-Data = Annotated[str, typer.Option(help="prompt–completion rows: .jsonl, .parquet, a hub name, or pocket")]
+Data = Annotated[str, typer.Option("--data", help="prompt–completion rows: .jsonl, .parquet, a hub name, or pocket")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key.path=value on top of the config; repeatable")]
 Seed = Annotated[int, typer.Option(help="every random choice follows from it")]
 
@@ -117,7 +117,7 @@ def run(
 @command
 def sample_command(
     model: Model,
-    dataset: Annotated[str, typer.Option("--data", help="prompt–completion rows")],
+    dataset: Data,
     out: Annotated[Path, typer.Option(help="Parquet: prompt_id, text, ids, finished")],
     seed: Seed = 0,
     settings: Set = None,
@@ -137,7 +137,7 @@ def sample_command(
 @command
 def train(
     model: Model,
-    dataset: Annotated[str, typer.Option("--data", help="prompt–completion rows")],
+    dataset: Data,
     out: Annotated[Path, typer.Option(help="folder for the checkpoint")],
     method: Annotated[str, typer.Option(help="sft, spin, tspin, tspin_no_history, tspin_reference")] = "tspin",
     iteration: Annotated[int, typer.Option(help="0-based; β is 0 at iteration 0")] = 0,
