@@ -6,7 +6,7 @@ is allowed there. `for_method` gives the settings of one run.
 
 import difflib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -253,8 +253,3 @@ def _section_at(root: type[BaseModel], location: Iterable[Any]) -> type[BaseMode
         if get_origin(annotation) in (Union, types.UnionType):
             annotation = next((a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Section)), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def dump(settings: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
