@@ -50,6 +50,8 @@ def _row(scores: pd.DataFrame, labels: list[str], key: Key) -> dict[str, Any]:
     values = own.pivot(index="seed", columns="label", values="value").reindex(columns=labels)
     stderrs = own.pivot(index="seed", columns="label", values="stderr").reindex(columns=labels)
     complete = values.dropna()
+    if method == "base":  # one model, evaluated once: its seeds are copies, with no spread to report
+        values, complete = values.iloc[:1], complete.iloc[:1]
     averages = complete.mean(axis=1)
     if len(complete) > 1:
         error = averages.sem(ddof=1)
