@@ -88,7 +88,8 @@ class TripletTrainer(Trainer):
 
     Logs, at every logging step: loss, gradient norm, tokens per second, both advantages, and for
     each role the reward by the method's own definition and the log-likelihood (nats, summed over
-    the response), all means over the batch.
+    the response), all means over the batch. Tokens count every response with a prompt of its own,
+    shared or not, so that tokens per second compare layouts by the work they deliver.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Pre-train the pocket base model: a small Llama on *noisy* answers to the pocket tasks.
 
-    python experiments/pocket/pretrain.py --out runs/pocket-base/scratch --log experiments/pocket/pretrain_log_1.csv
-    python experiments/pocket/pretrain.py --start runs/pocket-base/scratch --out tspin/pocket/model \\
+    python -m experiments.pocket.pretrain --out runs/pocket-base/scratch --log experiments/pocket/pretrain_log_1.csv
+    python -m experiments.pocket.pretrain --start runs/pocket-base/scratch --out tspin/pocket/model \\
         --log experiments/pocket/pretrain_log_2.csv --seed 7 --steps 900 --learning-rate 1e-3 \\
         --noise 0.1 --misconceptions 0.8
 
