@@ -1,13 +1,13 @@
 """The files that tables and figures start from, checked, and the atomic write that they end with."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from tspin.errors import UserError
+from tspin.run_store import atomic_path
 
 PAPER = Path(__file__).parent / "paper"
 KEY = ["method", "seed", "iteration", "benchmark", "metric"]
@@ -116,15 +116,6 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def write_atomically(path: Path, content: bytes) -> Path:
     """Put `content` at `path`, so that a reader or a crash meets the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
     return path
