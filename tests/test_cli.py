@@ -13,7 +13,14 @@ from typer.testing import CliRunner
 
 from tspin import cli
 
-SMALL = ["--set", "sampling.max_new_tokens=6", "--set", "training.batch_size=8", "--set", "training.micro_batch_size=4"]
+SMALL = [
+    "--set",
+    "sampling.max_new_tokens=6",
+    "--set",
+    "training.batch_size=8",
+    "--set",
+    "training.micro_batch_tokens=256",
+]
 
 
 def call(*arguments):

@@ -60,7 +60,7 @@ def assert_same_run(a: Path, b: Path, iterations: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_logs(tmp_path, model_folder, rows, method, loss):
     run = tmp_path / "run"
-    trainer, results = play(run, model_folder, rows, method=method, loss_type=loss, beta=0.5)
+    trainer, results = play(run, model_folder, rows, method=method, loss_type=loss, beta=0.5, monitor_proto=True)
     self_play = METHODS[method].self_play
     assert len(results) == (2 if self_play else 1)
     for result in results:
@@ -129,13 +129,36 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path, model_folder, rows, t
     assert_same_run(tmp_path / "a", tmp_path / "object", iterations=2)
 
 
-def test_a_micro_batch_size_changes_memory_and_not_the_update(tmp_path, model_folder, rows):
-    for name, size in (("one", 1), ("four", 4)):
-        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "iterations": 1}
-        play(tmp_path / name, model_folder, rows, **settings)
-    one, four = (load_file(tmp_path / name / "iteration-0" / "model" / "model.safetensors") for name in ("one", "four"))
-    for name in one:
-        np.testing.assert_allclose(one[name], four[name], atol=2e-4)
+@pytest.mark.parametrize("method", ["sft", "spin", "tspin"])
+def test_layout_and_micro_batches_change_memory_and_not_the_update(tmp_path, model_folder, rows, method):
+    step = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    runs = {
+        "whole": {**step, "micro_batch_tokens": 10_000},
+        "small": {**step, "micro_batch_tokens": 100},
+        "padded": {**step, "micro_batch_tokens": 300, "layout": "padded"},
+        "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    }
+    for name, settings in runs.items():
+        play(tmp_path / name, model_folder, rows, method=method, iterations=1, **settings)
+    whole, *others = (load_file(tmp_path / name / "iteration-0" / "model" / "model.safetensors") for name in runs)
+    before = load_file(model_folder / "model.safetensors")
+    assert any(np.abs(whole[name] - before[name]).max() > 1e-3 for name in whole)
+    for other in others:
+        for name in whole:
+            np.testing.assert_allclose(whole[name], other[name], atol=2e-4)
+    losses = [steps_of(tmp_path / name, 0)["loss"] for name in runs]
+    for loss in losses[1:]:
+        np.testing.assert_allclose(loss, losses[0], rtol=1e-3)
+
+
+def test_a_layout_that_the_model_cannot_take_is_refused(tmp_path, tiny_model, rows, tokenizer):
+    tiny_model.set_attn_implementation("eager")
+    with pytest.raises(UserError, match="eager attention"):
+        args = SelfPlayConfig(output_dir=str(tmp_path / "run"), **SETTINGS, layout="shared")
+        SelfPlayTrainer(
+            tiny_model, args=args, train_dataset=rows, processing_class=tokenizer,
+            model_arguments={"attn_implementation": "eager"},
+        ).train()  # fmt: skip
 
 
 class StopAt(TrainerCallback):
@@ -193,7 +216,7 @@ TINY = """
 model: {{path: {model}}}
 data: {{path: {data}}}
 sampling: {{max_new_tokens: 6}}
-training: {{batch_size: 8, micro_batch_size: 4, learning_rate: 1e-3, epochs: 2}}
+training: {{batch_size: 8, micro_batch_tokens: 128, learning_rate: 1e-3, epochs: 2}}
 iterations: 2
 evaluation: {{suite: {suite}, limit: 2}}
 """

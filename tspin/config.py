@@ -34,6 +34,7 @@ class ModelSettings(Section):
     path: str = "pocket"  # a folder, a hub name, or the embedded "pocket"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; see training.bf16 for the arithmetic
+    attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"  # flex_attention: for long rows on NVIDIA GPUs
     trust_remote_code: bool = False
 
 
@@ -68,7 +69,8 @@ class TrainingSettings(Section):
     learning_rate: Positive | Annotated[list[Positive], Field(min_length=1)] = 5e-7
     epochs: Positive = 1.0
     batch_size: PositiveInt = 64  # triplets an optimizer step, whatever the hardware
-    micro_batch_size: PositiveInt = 8  # triplets a forward pass on one device; lower saves memory
+    micro_batch_tokens: PositiveInt = 4096  # tokens a forward pass on one device; lower saves memory
+    layout: Literal["auto", "shared", "padded"] = "auto"  # shared: each prompt once for all its responses
     optimizer: str = "rmsprop"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps
@@ -76,7 +78,7 @@ class TrainingSettings(Section):
     max_grad_norm: Positive = 1.0
     gradient_checkpointing: bool = False  # saves memory, costs a second forward pass
     bf16: bool | Literal["auto"] = "auto"  # auto: where the hardware multiplies bfloat16
-    monitor_proto: bool = True  # log y0 where it carries no gradient too; costs a forward pass
+    monitor_proto: bool = False  # log y0 where it carries no gradient too; a third more work there
     trainer: dict[str, Any] = {}  # any other transformers.TrainingArguments, by its name there
 
 

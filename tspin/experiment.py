@@ -126,11 +126,8 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
     """A run's settings as SelfPlayConfig. Raises UserError for sizes that do not divide or unknown arguments."""
     training, own = settings.training, settings.coefficients
     devices = max(torch.cuda.device_count(), 1)
-    per_step = training.micro_batch_size * devices
-    if training.batch_size % per_step:
-        raise UserError(
-            f"training.batch_size: {training.batch_size} is no multiple of micro_batch_size × devices = {per_step}"
-        )
+    if training.batch_size % devices:
+        raise UserError(f"training.batch_size: {training.batch_size} is no multiple of the devices, {devices}")
     rates = training.learning_rate if isinstance(training.learning_rate, list) else [training.learning_rate]
     arguments: dict[str, Any] = dict(
         output_dir=str(folder),
@@ -153,8 +150,9 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
         learning_rate=rates[0],
         learning_rates=rates,
         num_train_epochs=training.epochs,
-        per_device_train_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.batch_size // per_step,
+        per_device_train_batch_size=training.batch_size // devices,
+        micro_batch_tokens=training.micro_batch_tokens,
+        layout=training.layout,
         optim=training.optimizer,
         weight_decay=training.weight_decay,
         warmup_steps=training.warmup,
@@ -178,7 +176,7 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
 
 def model_source(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     """(local folder, from_pretrained arguments) of the initial policy; downloads a hub model. Raises UserError."""
-    arguments: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    arguments: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "attn_implementation": settings.attention}
     if settings.trust_remote_code:
         arguments["trust_remote_code"] = True
     return resolve(settings.path, settings.revision), arguments
@@ -214,7 +212,7 @@ def evaluate_checkpoint(
 
 def results_config(config: Config, suite: Suite, policy: str) -> dict[str, Any]:
     """What numbers in one results folder must agree on; `iterations` may grow."""
-    tree = config.model_dump(mode="json", exclude={"iterations"})
+    tree = config.model_dump(mode="json", exclude={"iterations": True, "training": {"micro_batch_tokens"}})
     return {"config": tree, "policy": policy, "suite": suite.model_dump(mode="json"), "tasks": suite.definition()}
 
 

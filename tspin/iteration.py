@@ -22,7 +22,7 @@ from tspin.errors import UserError
 from tspin.objectives import METHODS
 from tspin.run_store import atomic_path
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.trainer import Triplet, TripletTrainer, compute_logps
+from tspin.trainer import Triplet, TripletCollator, TripletTrainer, collator_for, compute_logps
 
 
 def encode_dataset(
@@ -49,8 +49,17 @@ def reference_logps(
 ) -> pd.DataFrame:
     """log π_θt of every response: prompt_id and one column a role, in nats. `model` is π_θt."""
     model.to(args.device)  # type: ignore[arg-type]
-    columns = compute_logps(model, triplets, tokenizer, args.sampling_batch_size, bool(args.bf16))
+    columns = compute_logps(model, triplets, _collator(model, triplets, tokenizer, args), bool(args.bf16))
     return pd.DataFrame({"prompt_id": [t.prompt_id for t in triplets], **columns})
+
+
+def _collator(
+    model: PreTrainedModel, triplets: Sequence[Triplet], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
+) -> TripletCollator:
+    try:
+        return collator_for(model, triplets, tokenizer, args.micro_batch_tokens, args.layout)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def with_reference(triplets: Sequence[Triplet], table: pd.DataFrame) -> list[Triplet]:
@@ -95,6 +104,7 @@ def train_iteration(
         model,
         arguments,
         triplets,
+        _collator(model, triplets, tokenizer, args),
         tokenizer,
         method,
         method.coefficients_at(iteration, args.coefficients),

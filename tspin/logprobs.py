@@ -1,21 +1,29 @@
 """Sequence log-probabilities of responses under a causal language model: the hot path.
 
-Two layouts give the same numbers. Plain: one row a response, its prompt before it, padded. Shared
-prefix: a prompt once, all its responses after it, each seeing the prompt and itself only, positions
-going on from the prompt's end; several such examples in a row. A triplet of short responses to a
-long prompt then costs about a third.
+`sequence_logps` is the plain definition, for any model. `shared_prefix_logps` gives the same
+numbers from the shared layout (see packing): a prompt is computed once for all its responses, and
+logits exist for response tokens only, a chunk at a time. No model code is changed: the model gets
+a 4-D mask (SDPA) or a block mask (FlexAttention).
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
-# Families whose attention takes a 4-D mask as it is, under SDPA (tests compare each with the plain layout).
-SHARED_PREFIX_FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
-ROW_TOKENS = 256  # rows at least this long are filled with several examples: attention is still cheap here
+Layout = Literal["shared", "padded"]
 
-Ids = Sequence[int]
+# Families whose attention takes a ready mask as it is, and whose logits are the head's output as it
+# is (tests compare each with the plain layout). Gemma 2 is not one: it caps its logits.
+SHARED_PREFIX_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma", "gemma3_text"}
+MASKS_BY_LAYER = {"qwen2", "qwen3", "gemma3_text"}  # take one mask a kind of layer, full or sliding
+LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32
 
 
 def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
@@ -34,10 +42,12 @@ def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     if bool(((counted == 1) & attention_mask.bool() & response_mask).any()):
         raise ValueError("a response has no prompt token before it: nothing predicts its first token")
     position_ids = (counted - 1).clamp(min=0)
-    predicted = response_mask.nonzero()
-    source = predicted[:, 0] * input_ids.shape[1] + predicted[:, 1] - 1
-    target = input_ids[response_mask]
-    return _summed(model, input_ids, attention_mask, position_ids, source, target, predicted[:, 0], len(input_ids))
+    logits = model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).logits
+    sequence, position = response_mask.nonzero(as_tuple=True)
+    token_logps = _token_logps(logits[sequence, position - 1], input_ids[sequence, position])
+    return _summed(token_logps, sequence, len(input_ids))
 
 
 def shared_prefix_logps(
@@ -51,114 +61,116 @@ def shared_prefix_logps(
     source, target, sequence: int64 (response tokens,): where in the flattened rows each token is
     predicted, which token it is, and which response it belongs to.
     """
-    example, branch = branches.unbind(-1)
-    same_example = example[:, :, None] == example[:, None, :]
-    visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    length = input_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
-    mask = (same_example & visible & causal)[:, None]
-    return _summed(model, input_ids, mask, position_ids, source, target, sequence, count)
+    head = _unwrapped(model).get_output_embeddings()
+    project = head.forward
+
+    def token_logps(hidden: Tensor) -> Tensor:
+        predicting = hidden.flatten(0, 1)[source]
+        chunk = max(LOGITS_PER_CHUNK // head.weight.shape[0], 1)
+        if len(target) <= chunk:
+            return _token_logps(project(predicting), target)
+        # Chunks forget their logits and compute them again in the backward pass.
+        chunks = zip(predicting.split(chunk), target.split(chunk), strict=True)
+        return torch.cat([checkpoint(_projected, project, *one, use_reentrant=False) for one in chunks])
+
+    masks = _attention_masks(_unwrapped(model).config, branches, position_ids)
+    with _head_returns(head, token_logps):
+        values = model(input_ids=input_ids, attention_mask=masks, position_ids=position_ids, use_cache=False).logits
+    return _summed(values, sequence, count)
 
 
-def _summed(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, source: Tensor, target: Tensor,
-    sequence: Tensor, count: int,
-) -> Tensor:  # fmt: skip
-    logits = model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).logits
-    # Softmax in float32 and over response positions only: log-probabilities are summed over
-    # hundreds of tokens, and half precision would lose them.
-    rows = logits.flatten(0, 1)[source].float()
-    token_logps = -nn.functional.cross_entropy(rows, target, reduction="none")
-    return torch.zeros(count, device=rows.device).index_add(0, sequence, token_logps)
+def choose_layout(model: nn.Module, wanted: str = "auto") -> Layout:
+    """The fastest layout that the model supports, or the one asked for.
 
-
-def supports_shared_prefix(model: nn.Module) -> bool:
-    """Whether a model's attention takes the mask that shared prefixes need."""
+    "auto" warns where it falls back to "padded"; "shared" raises ValueError where it cannot be had.
+    """
+    if wanted == "padded":
+        return "padded"
     config = getattr(model, "config", None)
-    return (
-        getattr(config, "model_type", None) in SHARED_PREFIX_FAMILIES
-        and getattr(config, "_attn_implementation", None) == "sdpa"
-    )
+    family = getattr(config, "model_type", None)
+    attention = getattr(config, "_attn_implementation", None)
+    if family not in SHARED_PREFIX_FAMILIES or getattr(config, "final_logit_softcapping", None):
+        reason = f"{family} models are not among {', '.join(sorted(SHARED_PREFIX_FAMILIES))}"
+    elif attention not in {"sdpa", "flex_attention"}:
+        reason = f"{attention} attention takes no mask of that form; load the model with sdpa or flex_attention"
+    else:
+        return "shared"
+    if wanted == "shared":
+        raise ValueError(f"layout: this model cannot share prompts: {reason}")
+    warnings.warn(f"every response is trained with a prompt of its own, several times slower: {reason}", stacklevel=2)
+    return "padded"
 
 
-def pad_rows(prompts: Sequence[Ids], responses: Sequence[Ids], pad_token_id: int) -> dict[str, Tensor]:
-    """Right-padded tensors for `sequence_logps`: input_ids, attention_mask (int64), response_mask (bool).
+def uses_flex_attention(model: nn.Module) -> bool:
+    """Whether the model's attention takes block masks rather than dense ones."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == "flex_attention"
 
-    Each has shape (len(prompts), longest prompt + response).
+
+def _token_logps(logits: Tensor, target: Tensor) -> Tensor:
+    # Softmax in float32: log-probabilities are summed over hundreds of tokens, and half precision
+    # would lose them.
+    return -cross_entropy(logits.float(), target, reduction="none")
+
+
+def _projected(project: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor) -> Tensor:
+    return _token_logps(project(hidden), target)
+
+
+def _summed(token_logps: Tensor, sequence: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, device=token_logps.device).index_add(0, sequence, token_logps)
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.module if hasattr(model, "module") else model
+
+
+@contextmanager
+def _head_returns(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the language-model head return `function` of the hidden states in place of logits.
+
+    The model is still called as a whole, so that what wraps it (FSDP, DDP, hooks) does its part.
     """
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    length = max(map(len, rows))
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
-    response_mask = torch.zeros((len(rows), length), dtype=torch.bool)
-    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        input_ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        attention_mask[i, : len(row)] = 1
-        response_mask[i, len(prompt) : len(row)] = True
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "response_mask": response_mask}
+    head.forward = function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del head.forward  # type: ignore[attr-defined]  # the class's own method is back
 
 
-def pack_shared_prefixes(
-    prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], pad_token_id: int
-) -> dict[str, Tensor | int]:
-    """Tensors for `shared_prefix_logps`: prompts[i] once, then responses[k][i] for every k.
+def _attention_masks(config: Any, branches: Tensor, position_ids: Tensor) -> Any:
+    window = getattr(config, "sliding_window", None)
+    flex = config._attn_implementation == "flex_attention"
 
-    The log-probability of responses[k][i] comes out at k · len(prompts) + i. Raises ValueError for
-    an empty prompt: nothing would predict its responses' first tokens.
+    def mask(window: int | None) -> Tensor | BlockMask:
+        sees = visibility(branches, position_ids, window)
+        rows, length = position_ids.shape
+        if flex:
+            device = branches.device.type
+            return create_block_mask(sees, rows, None, length, length, device=device, _compile=device == "cuda")
+        at = torch.arange(length, device=branches.device)
+        row = torch.arange(rows, device=branches.device)
+        return sees(row[:, None, None], None, at[None, :, None], at[None, None, :])[:, None]
+
+    if config.model_type in MASKS_BY_LAYER:
+        kinds = set(config.layer_types)
+        return {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
+    return mask(window)
+
+
+def visibility(branches: Tensor, position_ids: Tensor, window: int | None) -> Callable[..., Tensor]:
+    """Which token attends to which, as FlexAttention's mask_mod(row, head, query, key) → bool.
+
+    A token sees its own example's prompt and its own branch, up to itself; with a sliding window,
+    only what is less than `window` positions back. Padding sees padding before it, so that no
+    token is left without anything to attend to.
     """
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("a response has no prompt token before it: nothing predicts its first token")
-    sizes = [len(prompt) + sum(len(role[i]) for role in responses) for i, prompt in enumerate(prompts)]
-    rows = _first_fit(sizes, max(ROW_TOKENS, *sizes))
-    length = max(sum(sizes[i] for i in row) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
-    position_ids = torch.zeros((len(rows), length), dtype=torch.long)
-    branches = torch.full((len(rows), length, 2), -1, dtype=torch.long)
-    source: list[int] = []
-    target: list[int] = []
-    sequence: list[int] = []
-    for r, row in enumerate(rows):
-        start = 0
-        for slot, i in enumerate(row):
-            prompt_end = start + len(prompts[i])
-            position = prompt_end
-            for branch, tokens in enumerate([prompts[i], *(role[i] for role in responses)]):
-                begin = start if branch == 0 else position
-                end = begin + len(tokens)
-                input_ids[r, begin:end] = torch.tensor(tokens, dtype=torch.long)
-                first = 0 if branch == 0 else len(prompts[i])
-                position_ids[r, begin:end] = torch.arange(first, first + len(tokens))
-                branches[r, begin:end] = torch.tensor([slot, branch])
-                if branch:
-                    # The prompt's last token predicts each response's first.
-                    source += [r * length + at for at in (prompt_end - 1, *range(begin, end - 1))]
-                    target += tokens
-                    sequence += [(branch - 1) * len(prompts) + i] * len(tokens)
-                    position = end
-            start = position
-    return {
-        "input_ids": input_ids,
-        "branches": branches,
-        "position_ids": position_ids,
-        "source": torch.tensor(source),
-        "target": torch.tensor(target),
-        "sequence": torch.tensor(sequence),
-        "count": len(prompts) * len(responses),
-    }
+    example, branch = branches.unbind(-1)
 
+    def sees(row: Tensor, head: Any, query: Tensor, key: Tensor) -> Tensor:
+        own = (branch[row, key] == 0) | (branch[row, key] == branch[row, query])
+        seen = (query >= key) & own & (example[row, key] == example[row, query])
+        if window is not None:
+            seen = seen & (position_ids[row, query] - position_ids[row, key] < window)
+        return seen
 
-def _first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices grouped into rows of at most `capacity`, first-fit decreasing."""
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        row = next((r for r, room in enumerate(free) if room >= sizes[i]), None)
-        if row is None:
-            rows.append([])
-            free.append(capacity)
-            row = len(rows) - 1
-        rows[row].append(i)
-        free[row] -= sizes[i]
-    return rows
+    return sees

@@ -2,22 +2,33 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments
 
 from tspin.config import unknown
 from tspin.errors import UserError
+from tspin.logprobs import Layout
 from tspin.models import multiplies_bfloat16
 from tspin.objectives import LOSSES, METHODS, Coefficients
 from tspin.sampling import Decoding
 
+LAYOUTS = ("auto", *get_args(Layout))
 LONG_PROMPTS = ("error", "truncate", "drop")
 
 # Fields that say where, how and how long a run is executed, not what an iteration computes.
 OPERATIONAL = {
-    *("iterations", "output_dir", "shared_dir", "report_to", "run_name", "disable_tqdm", "log_level"),
+    *(
+        "iterations",
+        "micro_batch_tokens",
+        "output_dir",
+        "shared_dir",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+        "log_level",
+    ),
     *(
         "log_level_replica",
         "log_on_each_node",
@@ -39,8 +50,12 @@ class SelfPlayConfig(TrainingArguments):
     Coefficients. temperature (0 is greedy), top_p, max_new_tokens, sampling_batch_size: decoding of
     y′ and y0. template, max_prompt_tokens, max_response_tokens, long_prompts: see tspin.data.
     learning_rates: one an iteration, the last going on; learning_rate for all when empty.
-    monitor_proto: log y0 where it carries no gradient too. shared_dir: where what methods of the
-    same base, data and seed share is kept (y0, and y′ of iteration 0); the run's folder when empty.
+    micro_batch_tokens: tokens that pass through the model at once on one device; memory grows with
+    it, results do not depend on it. layout: "shared" computes a prompt once for all its responses,
+    "padded" once for each; "auto" is shared where the model supports it.
+    monitor_proto: log y0 where it carries no gradient too (a third more work there).
+    shared_dir: where what methods of the same base, data and seed share is kept (y0, and y′ of
+    iteration 0); the run's folder when empty.
     bf16: None is "where the hardware multiplies bfloat16".
 
     Defaults are the paper's where it states one: RMSProp without weight decay, 10 % warm-up.
@@ -62,7 +77,9 @@ class SelfPlayConfig(TrainingArguments):
     max_response_tokens: int = 256
     long_prompts: str = "error"
     learning_rates: list[float] | None = None
-    monitor_proto: bool = True
+    micro_batch_tokens: int = 4096
+    layout: str = "auto"
+    monitor_proto: bool = False
     shared_dir: str | None = None
 
     learning_rate: float = 5e-7
@@ -80,7 +97,10 @@ class SelfPlayConfig(TrainingArguments):
             raise UserError(unknown("method", self.method, METHODS))
         if self.loss_type not in LOSSES:
             raise UserError(unknown("loss_type", self.loss_type, LOSSES))
-        positive = ("iterations", "alpha", "lam", "max_new_tokens", "sampling_batch_size", "learning_rate")
+        if self.layout not in LAYOUTS:
+            raise UserError(unknown("layout", self.layout, LAYOUTS))
+        positive = ["iterations", "alpha", "lam", "max_new_tokens", "sampling_batch_size", "micro_batch_tokens"]
+        positive.append("learning_rate")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}: must be positive (got {getattr(self, name)!r})")

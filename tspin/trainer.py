@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -14,14 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from tspin.data import Example, Response
 from tspin.errors import UserError
-from tspin.logprobs import (
+from tspin.logprobs import Layout, choose_layout, sequence_logps, shared_prefix_logps, uses_flex_attention
+from tspin.objectives import LABELLED, PROTO, SYNTHETIC, Coefficients, Method, SequenceLogps
+from tspin.packing import (
+    FLEX_BLOCK,
+    ROW_TOKENS,
+    Tensors,
+    example_sizes,
     pack_shared_prefixes,
     pad_rows,
-    sequence_logps,
-    shared_prefix_logps,
-    supports_shared_prefix,
+    plan_padded,
+    plan_shared,
 )
-from tspin.objectives import LABELLED, PROTO, SYNTHETIC, Coefficients, Method, SequenceLogps
+
+REFERENCE_WINDOW = 256  # triplets planned into micro-batches together
 
 
 @dataclass(frozen=True)
@@ -47,23 +54,52 @@ def make_triplets(examples: Sequence[Example], responses: Mapping[str, Mapping[i
 
 
 class TripletCollator:
-    """Batches of triplets as {"sequences": tensors for `logps_of`, "lengths", "reference", "tokens"}.
+    """Turns triplets into micro-batches of at most `max_tokens` tokens: {"micro_batches": […]}.
 
-    All roles of all triplets stand in one block, so that a step is one forward and one backward
-    pass whatever the method.
+    Each is {"sequences": tensors for `logps_of`, "indices": which triplets, "lengths", "reference",
+    "share": its part of the triplets, "tokens"}. All roles of a triplet stand together, so that a
+    micro-batch is one forward and one backward pass whatever the method. What is computed does not
+    depend on `max_tokens`: an optimizer step sums the micro-batches of the triplets it is given.
     """
 
-    def __init__(self, roles: Sequence[str], pad_token_id: int, share_prefixes: bool):
+    def __init__(self, roles: Sequence[str], pad_token_id: int, layout: Layout, max_tokens: int, flex: bool = False):
         self.roles = tuple(roles)
         self.pad_token_id = pad_token_id
-        self.share_prefixes = share_prefixes
+        self.layout = layout
+        self.max_tokens = max_tokens
+        self.flex = flex  # block masks skip what is masked: one long row; dense masks: short rows
 
-    def __call__(self, triplets: Sequence[Triplet]) -> dict[str, Any]:
+    def __call__(self, triplets: Sequence[Triplet]) -> dict[str, list[dict[str, Any]]]:
         prompts = [t.prompt_ids for t in triplets]
         responses = [[t.responses[role].ids for t in triplets] for role in self.roles]
-        sequences: dict[str, Any]
-        if self.share_prefixes:
-            sequences = pack_shared_prefixes(prompts, responses, self.pad_token_id)
+        rows_of: list[list[list[int]] | None]
+        if self.layout == "shared":
+            row_tokens = self.max_tokens // FLEX_BLOCK * FLEX_BLOCK if self.flex else min(ROW_TOKENS, self.max_tokens)
+            rows_of = list(plan_shared(example_sizes(prompts, responses), self.max_tokens, row_tokens))
+            micro_batches = [sum(rows, []) for rows in rows_of if rows]
+        else:
+            longest = [len(p) + max(len(role[i]) for role in responses) for i, p in enumerate(prompts)]
+            micro_batches = plan_padded([size * len(self.roles) for size in longest], self.max_tokens)
+            rows_of = [None] * len(micro_batches)
+        return {
+            "micro_batches": [
+                {**self._micro_batch([triplets[i] for i in indices], rows), "indices": indices,
+                 "share": len(indices) / len(triplets)}
+                for indices, rows in zip(micro_batches, rows_of, strict=True)
+            ]
+        }  # fmt: skip
+
+    def _micro_batch(self, triplets: Sequence[Triplet], rows: list[list[int]] | None) -> dict[str, Any]:
+        prompts = [t.prompt_ids for t in triplets]
+        responses = [[t.responses[role].ids for t in triplets] for role in self.roles]
+        sequences: Tensors
+        if rows is not None:
+            # The examples stand in the order of their rows.
+            ends = list(accumulate(map(len, rows), initial=0))
+            rows = [list(range(first, last)) for first, last in pairwise(ends)]
+            sequences = pack_shared_prefixes(
+                prompts, responses, self.pad_token_id, rows, multiple=FLEX_BLOCK if self.flex else 1
+            )
         else:
             repeated = [prompt for _ in self.roles for prompt in prompts]
             sequences = dict(pad_rows(repeated, [ids for role in responses for ids in role], self.pad_token_id))
@@ -76,8 +112,25 @@ class TripletCollator:
         }
 
 
+def collator_for(
+    model: torch.nn.Module,
+    triplets: Sequence[Triplet],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    layout: str = "auto",
+) -> TripletCollator:
+    """The collator that suits a model. Raises ValueError where it does not support the layout asked for."""
+    return TripletCollator(
+        tuple(triplets[0].responses),
+        pad_token(tokenizer),
+        choose_layout(model, layout),
+        max_tokens,
+        uses_flex_attention(model),
+    )
+
+
 def logps_of(model: torch.nn.Module, batch: Mapping[str, Any], roles: Sequence[str]) -> dict[str, Tensor]:
-    """Sequence log-probabilities of a collated batch, role → float32 (batch,)."""
+    """Sequence log-probabilities of a micro-batch, role → float32 (batch,)."""
     sequences = batch["sequences"]
     logps = shared_prefix_logps if "branches" in sequences else sequence_logps
     return dict(zip(roles, logps(model, **sequences).chunk(len(roles)), strict=True))
@@ -86,9 +139,13 @@ def logps_of(model: torch.nn.Module, batch: Mapping[str, Any], roles: Sequence[s
 class TripletTrainer(Trainer):
     """Trains a policy on triplets with one method's objective, at one iteration.
 
+    args.per_device_train_batch_size counts the triplets of a step on one device; they pass through
+    the model in micro-batches planned by tokens (see TripletCollator). Dropout is off: log π is the
+    policy's, as it was when y′ was drawn.
+
     Logs, at every logging step: loss, gradient norm, tokens per second, both advantages, and for
     each role the reward by the method's own definition and the log-likelihood (nats, summed over
-    the response), all means over the batch. Tokens count every response with a prompt of its own,
+    the response), all means over the triplets. Tokens count every response with a prompt of its own,
     shared or not, so that tokens per second compare layouts by the work they deliver.
     """
 
@@ -97,6 +154,7 @@ class TripletTrainer(Trainer):
         model: PreTrainedModel,
         args: TrainingArguments,
         triplets: Sequence[Triplet],
+        collator: TripletCollator,
         tokenizer: PreTrainedTokenizerBase,
         method: Method,
         coefficients: Coefficients,
@@ -104,8 +162,10 @@ class TripletTrainer(Trainer):
     ):
         self.method = method
         self.coefficients = coefficients
-        self.roles = tuple(triplets[0].responses)
-        collator = TripletCollator(self.roles, pad_token(tokenizer), supports_shared_prefix(model))
+        self.roles = collator.roles
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
         # Columns are ours, not the model's arguments.
         args.remove_unused_columns = False
         super().__init__(
@@ -116,20 +176,31 @@ class TripletTrainer(Trainer):
             processing_class=tokenizer,
             **trainer_arguments,
         )
-        # Our loss is a mean over the micro-batch: let Trainer divide by the accumulation steps.
+        # Our loss is a mean over the step's triplets: let Trainer divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._sums: dict[str, float] = defaultdict(float)
-        self._micro_batches = 0
+        self._weight = 0.0
         self._last_log = time.perf_counter()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: D102
+    def training_step(self, model, inputs, num_items_in_batch=None):  # noqa: D102
+        *first, last = inputs["micro_batches"]
+        losses = []
+        for micro_batch in first:
+            with self.accelerator.no_sync(model):  # gradients are exchanged once, after the last
+                losses.append(super().training_step(model, micro_batch))
+        losses.append(super().training_step(model, last))
+        return torch.stack(losses).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """A micro-batch's part of the mean loss over the step's triplets."""
         logps = logps_of(model, inputs, self.roles)
         loss = self.method.loss(SequenceLogps(logps, inputs["reference"], inputs["lengths"]), self.coefficients).mean()
         detached = {role: values.detach() for role, values in logps.items()}
-        self._record(SequenceLogps(detached, inputs["reference"]), loss.detach(), inputs["tokens"])
+        self._record(SequenceLogps(detached, inputs["reference"]), loss.detach(), inputs["tokens"], inputs["share"])
+        loss = loss * inputs["share"]
         return (loss, detached) if return_outputs else loss
 
-    def _record(self, logps: SequenceLogps, loss: Tensor, tokens: int) -> None:
+    def _record(self, logps: SequenceLogps, loss: Tensor, tokens: int, share: float) -> None:
         step = step_metrics(self.method, self.coefficients, logps)
         values = torch.stack([loss, *step.values()]).tolist()  # one transfer from the device
         if not math.isfinite(values[0]):
@@ -138,23 +209,23 @@ class TripletTrainer(Trainer):
                 "saved; lower training.learning_rate or alpha, or use the logistic loss"
             )
         for name, value in zip(step, values[1:], strict=True):
-            self._sums[name] += value
+            self._sums[name] += value * share
         self._sums["tokens"] += tokens
-        self._micro_batches += 1
+        self._weight += share
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to what Trainer logs."""
-        if self._micro_batches:
+        if self._weight:
             tokens = self._sums.pop("tokens")
             now = time.perf_counter()
             logs = {
                 **logs,
-                **{name: total / self._micro_batches for name, total in self._sums.items()},
+                **{name: total / self._weight for name, total in self._sums.items()},
                 "tokens": tokens,
                 "tokens_per_second": tokens / (now - self._last_log),
             }
             self._sums.clear()
-            self._micro_batches = 0
+            self._weight = 0.0
             self._last_log = now
         super().log(logs, start_time)
 
@@ -186,26 +257,23 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @torch.no_grad()
 def compute_logps(
-    model: PreTrainedModel,
-    triplets: Sequence[Triplet],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    autocast: bool,
+    model: PreTrainedModel, triplets: Sequence[Triplet], collator: TripletCollator, autocast: bool
 ) -> dict[str, list[float]]:
     """log π of every response under the model as it is: role → nats, in the triplets' order."""
-    roles = tuple(triplets[0].responses)
-    collate = TripletCollator(roles, pad_token(tokenizer), supports_shared_prefix(model))
-    logps = {role: [0.0] * len(triplets) for role in roles}
+    logps = {role: [0.0] * len(triplets) for role in collator.roles}
+    # Longest first across the whole data: micro-batches of like lengths.
     order = sorted(range(len(triplets)), key=lambda i: -len(triplets[i].prompt_ids))
     model.eval()
-    for start in tqdm(range(0, len(order), batch_size), desc="reference log-probabilities", unit="batch"):
-        indices = order[start : start + batch_size]
-        batch = _to(collate([triplets[i] for i in indices]), model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-            values = logps_of(model, batch, roles)
-        for role in roles:
-            for i, value in zip(indices, values[role].tolist(), strict=True):
-                logps[role][i] = value
+    with tqdm(total=len(order), desc="reference log-probabilities", unit="prompt") as bar:
+        for start in range(0, len(order), REFERENCE_WINDOW):
+            window = order[start : start + REFERENCE_WINDOW]
+            for micro_batch in collator([triplets[i] for i in window])["micro_batches"]:
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+                    values = logps_of(model, _to(micro_batch, model.device), collator.roles)
+                for role in collator.roles:
+                    for i, value in zip(micro_batch["indices"], values[role].tolist(), strict=True):
+                        logps[role][window[i]] = value
+                bar.update(len(micro_batch["indices"]))
     return logps
 
 
