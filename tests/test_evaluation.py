@@ -135,7 +135,7 @@ def test_prompts_follow_the_papers_template(model_and_tokenizer, lm_eval_tasks):
 
 def test_split_and_shots_of_a_suite_reach_lm_eval(model_and_tokenizer, monkeypatch):
     seen = {}
-    monkeypatch.setattr("lm_eval.simple_evaluate", lambda lm, tasks, **_: seen.update({t.task_name: t for t in tasks}))
+    monkeypatch.setattr("lm_eval.evaluate", lambda lm, loaded, **_: seen.update(loaded["tasks"]))
     validation = load_suite("pocket-validation")
     columns = [column.model_copy(update={"num_fewshot": 2}) for column in validation.columns[:1]]
     with pytest.raises(TypeError):  # the stand-in reports nothing
@@ -218,3 +218,24 @@ def test_the_papers_benchmarks_and_metrics_exist_in_lm_eval():
         metrics = settings.get("metric_list") or settings["aggregate_metric_list"]
         assert metric in [entry["metric"] for entry in metrics]
         assert filter_name in [entry["name"] for entry in settings.get("filter_list", [{"name": "none"}])]
+
+
+@pytest.mark.parametrize("until", [[], ["1", " the"]])
+def test_segmented_decoding_is_lm_evals_own(monkeypatch, tokenizer, until):
+    """The same responses as HFLM's, with and without stop strings, from a model that ends at different lengths."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from tspin.harness import SegmentedLM
+    from tspin.models import POCKET_MODEL, load_model
+
+    monkeypatch.setattr("tspin.sampling.FIRST_SEGMENT", 3)
+    model = load_model(str(POCKET_MODEL))
+    texts = [f"### Instruction: What is {a} + {a + 7}?\n\n### Response: " for a in range(12)]
+    requests = [Instance("generate_until", {}, (text, {"until": until, "max_gen_toks": 24}), i)
+                for i, text in enumerate(texts)]  # fmt: skip
+    found = [
+        backend(pretrained=model, tokenizer=tokenizer, batch_size=5).generate_until(requests)
+        for backend in (SegmentedLM, HFLM)
+    ]
+    assert found[0] == found[1] and len(set(map(len, found[0]))) > 1

@@ -67,3 +67,17 @@ def test_temperature_and_top_p_are_honoured(tiny_model, tokenizer):
     assert len(set(drawn.tolist())) > 50  # Transformers' default top-k
     narrow = Decoding(temperature=1.0, top_p=1e-6, max_new_tokens=8, batch_size=3)
     assert draw(tiny_model, tokenizer, narrow) == draw(tiny_model, tokenizer)
+
+
+def test_segments_change_nothing_but_the_work(monkeypatch, tokenizer):
+    from tspin.models import POCKET_MODEL, load_model
+
+    model = load_model(str(POCKET_MODEL))
+    texts = [f"### Instruction: What is {a} + {a + 7}?\n\n### Response: " for a in range(12)]
+    greedy = Decoding(temperature=0, max_new_tokens=20, batch_size=8)
+    found = []
+    for first in (1, 3, 100):
+        monkeypatch.setattr("tspin.sampling.FIRST_SEGMENT", first)
+        found.append(sample(model, tokenizer, [tokenizer(text)["input_ids"] for text in texts], greedy, seed=0))
+    assert found[0] == found[1] == found[2]
+    assert len({len(response.ids) for response in found[0]}) > 1

@@ -112,26 +112,23 @@ def evaluate(
     left in the state that the evaluation puts them in.
     Raises UserError when lm-eval does not know a benchmark.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    import lm_eval
+    from transformers import set_seed
+
+    from tspin.harness import SegmentedLM
 
     was_training = model.training
     with _lm_eval_log(logging.ERROR):  # its warnings here concern custom data sets and ready-made models as such
         manager = _task_manager_for(suite)
         tasks = [_load_task(manager, column, suite.split) for column in _benchmarks(suite)]
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        lm = SegmentedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        loaded = manager.load(tasks)
+        for leaf in loaded["tasks"].values():
+            leaf.set_fewshot_seed(seed)
+    set_seed(seed)
     with _lm_eval_log(logging.WARNING):
-        results = simple_evaluate(
-            lm,
-            tasks=tasks,
-            task_manager=manager,
-            limit=limit,
-            apply_chat_template=suite.apply_chat_template,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        # Not simple_evaluate: it reloads the tasks and starts a dozen programs to describe the machine, every time.
+        results = lm_eval.evaluate(lm, loaded, limit=limit, apply_chat_template=suite.apply_chat_template)
     model.train(was_training)
     scores, samples = [], []
     for column, task in zip(_benchmarks(suite), tasks, strict=True):
@@ -205,6 +202,8 @@ def _load_task(manager: "TaskManager", column: Column, split: str | None) -> "Ta
     for task in loaded["tasks"].values():
         if column.num_fewshot is not None:
             task.set_config("num_fewshot", column.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
         if split is not None:
             task.set_config("test_split", split)
     return loaded.get("groups", {}).get(column.benchmark) or loaded["tasks"][column.benchmark]

@@ -1,13 +1,17 @@
 """Responses from a policy."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from tspin.data import Response
+
+FIRST_SEGMENT = 8  # tokens after which ended rows leave for the first time; twice as many each time after
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,6 @@ def sample(
     return [response for response in responses if response is not None]
 
 
-@torch.inference_mode()
 def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:
     length = max(map(len, prompts))
     input_ids = torch.full((len(prompts), length), settings.pad_token_id, dtype=torch.long)
@@ -84,10 +87,56 @@ def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings
     for row, prompt in enumerate(prompts):  # left padding: every response starts in the same column
         input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, length - len(prompt) :] = 1
-    output: torch.Tensor = model.generate(  # type: ignore[operator]
-        input_ids.to(model.device), attention_mask=attention_mask.to(model.device), generation_config=settings
-    )
-    return output[:, length:].tolist()
+    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    return generate_in_segments(model, input_ids, attention_mask, settings)
+
+
+@torch.inference_mode()
+def generate_in_segments(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    settings: GenerationConfig,
+    stops: Callable[[int], StoppingCriteriaList] | None = None,
+    has_stopped: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """New tokens of each row by `generate`, in segments: rows that have ended leave between two of them.
+
+    One long response would otherwise keep its whole batch computing to the end. input_ids,
+    attention_mask: int64 (batch, length), left-padded. A row ends at settings.eos_token_id; stops:
+    further stopping criteria for a number of rows, has_stopped: whether a continuation ended by them.
+    """
+    ends = set(settings.eos_token_id)
+    continuations: list[list[int]] = [[] for _ in input_ids]
+    rows = list(range(len(input_ids)))
+    cache, segment, left = None, FIRST_SEGMENT, settings.max_new_tokens
+    while rows and left > 0:
+        part = copy.deepcopy(settings)
+        part.max_new_tokens = min(segment, left)
+        output: Any = model.generate(  # type: ignore[operator]
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            generation_config=part,
+            stopping_criteria=stops(len(rows)) if stops else None,
+            return_dict_in_generate=True,
+        )
+        new = output.sequences[:, input_ids.shape[1] :]
+        still_open = []
+        for position, tokens in enumerate(new.tolist()):
+            row = continuations[rows[position]]
+            row += tokens
+            if ends.isdisjoint(tokens) and not (has_stopped and has_stopped(row)):
+                still_open.append(position)
+        left -= new.shape[1]
+        segment *= 2
+        rows = [rows[position] for position in still_open]
+        kept = torch.tensor(still_open, dtype=torch.long, device=input_ids.device)
+        input_ids = output.sequences[kept]
+        attention_mask = torch.cat([attention_mask[kept], torch.ones_like(new[kept])], dim=1)
+        cache = output.past_key_values
+        cache.batch_select_indices(kept)
+    return continuations
 
 
 def _response(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Response:
