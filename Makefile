@@ -6,7 +6,7 @@ METHODS ?= base,sft,spin,tspin
 VENV    := .venv
 READY   := $(VENV)/.ready
 
-.PHONY: reproduce-table1 sweep test lint clean
+.PHONY: reproduce-table1 sweep benchmark test lint clean
 
 reproduce-table1: $(READY)
 	$(VENV)/bin/tspin run --preset $(PRESET) --seeds "$(SEEDS)" --methods "$(METHODS)"
@@ -14,6 +14,10 @@ reproduce-table1: $(READY)
 
 sweep: $(READY)
 	$(VENV)/bin/python experiments/sweep.py experiments/$(PRESET)/sweep.yaml
+
+benchmark: $(VENV)/.benchmark
+	$(VENV)/bin/python experiments/benchmark/run.py
+	$(VENV)/bin/python -m analysis.benchmark
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
@@ -34,6 +38,10 @@ $(READY): pyproject.toml
 
 $(VENV)/.lint: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]'
+	touch $@
+
+$(VENV)/.benchmark: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[benchmark]'
 	touch $@
 
 clean:

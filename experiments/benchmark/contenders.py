@@ -1,0 +1,121 @@
+"""What is timed: one optimizer step on a batch of triplets, done our way and as users do it elsewhere."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedModel, TrainingArguments
+
+from tspin.models import POCKET_MODEL, load_tokenizer, multiplies_bfloat16
+from tspin.objectives import LABELLED, METHODS, SYNTHETIC, Coefficients
+from tspin.packing import pad_rows
+from tspin.trainer import Triplet, TripletTrainer, collator_for
+
+Step = Callable[[Sequence[Triplet]], None]
+MICRO_BATCH_TOKENS = 2048
+
+
+def updating(model: PreTrainedModel, backward: Callable[[Sequence[Triplet]], object]) -> Step:
+    """A step from a function that leaves gradients: clipping and RMSProp, the same for every contender."""
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-6)
+
+    def step(triplets: Sequence[Triplet]) -> None:
+        backward(triplets)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def arguments(kind: type[TrainingArguments], **more) -> TrainingArguments:
+    on_cpu = not torch.cuda.is_available()
+    own = {"use_cpu": on_cpu, "bf16": multiplies_bfloat16(), "report_to": [], "disable_tqdm": True}
+    return kind(output_dir=tempfile.mkdtemp(), **own, **more)
+
+
+def ours(method: str, layout: str, model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
+    """This project's step, from the same trainer and collator that a run uses."""
+    own = [as_trained(method, triplet) for triplet in triplets]
+    tokenizer = load_tokenizer(str(POCKET_MODEL))
+    collator = collator_for(model, own, tokenizer, MICRO_BATCH_TOKENS, layout)
+    trainer = TripletTrainer(
+        model, arguments(TrainingArguments), own, collator, tokenizer, METHODS[method], Coefficients()
+    )
+    trainer.current_gradient_accumulation_steps = 1  # set by the training loop, which is not part of the step
+
+    def backward(batch: Sequence[Triplet]) -> None:
+        trainer.training_step(model, collator([as_trained(method, triplet) for triplet in batch]))
+
+    return updating(model, backward)
+
+
+def as_trained(method: str, triplet: Triplet) -> Triplet:
+    roles = METHODS[method].trains_on
+    reference = {role: -100.0 for role in roles} if METHODS[method].uses_reference else {}
+    return Triplet(triplet.prompt_id, triplet.prompt_ids, {role: triplet.responses[role] for role in roles}, reference)
+
+
+def trl_dpo(model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
+    """TRL's DPOTrainer on (y, y′), reference log-probabilities precomputed."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    words = {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}  # the trainer wants some data; batches come from us
+    config = arguments(DPOConfig, per_device_train_batch_size=len(triplets), precompute_ref_log_probs=True,
+                       max_length=None, gradient_checkpointing=False)  # fmt: skip
+    trainer = DPOTrainer(
+        model, args=config, train_dataset=Dataset.from_dict(words), processing_class=load_tokenizer(str(POCKET_MODEL))
+    )
+    trainer.current_gradient_accumulation_steps = 1
+
+    def backward(batch: Sequence[Triplet]) -> None:
+        rows = [
+            {
+                "prompt_ids": triplet.prompt_ids,
+                "chosen_ids": triplet.responses[LABELLED].ids,
+                "rejected_ids": triplet.responses[SYNTHETIC].ids,
+                "ref_chosen_logps": -100.0,
+                "ref_rejected_logps": -100.0,
+            }
+            for triplet in batch
+        ]
+        trainer.training_step(model, trainer.data_collator(rows))
+
+    return updating(model, backward)
+
+
+def spin_live(model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
+    """SPIN as it was released: both responses concatenated and padded, logits everywhere, the reference run live."""
+    reference = copy.deepcopy(model).eval()
+
+    def logps(policy: PreTrainedModel, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits = policy(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
+        log_probabilities = logits[:, :-1].float().log_softmax(-1)
+        taken = log_probabilities.gather(2, rows["input_ids"][:, 1:, None])[..., 0]
+        return (taken * rows["response_mask"][:, 1:]).sum(-1)
+
+    def backward(batch: Sequence[Triplet]) -> None:
+        responses = [triplet.responses[role].ids for role in (LABELLED, SYNTHETIC) for triplet in batch]
+        rows = pad_rows([triplet.prompt_ids for triplet in batch] * 2, responses, 0)
+        rows = {name: tensor.to(model.device) for name, tensor in rows.items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=multiplies_bfloat16()):
+            with torch.no_grad():
+                fixed = logps(reference, rows)
+            labelled, synthetic = (logps(model, rows) - fixed).chunk(2)
+        (-logsigmoid(0.1 * (labelled - synthetic))).mean().backward()
+
+    return updating(model, backward)
+
+
+# name → (responses a prompt, how often its layout computes the prompt, constructor)
+CONTENDERS: dict[str, tuple[int, int, Callable[[PreTrainedModel, Sequence[Triplet]], Step]]] = {
+    "tspin shared": (3, 1, lambda model, triplets: ours("tspin", "shared", model, triplets)),
+    "tspin padded": (3, 3, lambda model, triplets: ours("tspin", "padded", model, triplets)),
+    "spin shared": (2, 1, lambda model, triplets: ours("spin", "shared", model, triplets)),
+    "spin padded": (2, 2, lambda model, triplets: ours("spin", "padded", model, triplets)),
+    "TRL DPO": (2, 2, trl_dpo),
+    "SPIN, live reference": (2, 2, spin_live),
+}
