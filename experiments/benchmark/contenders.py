@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from tspin.models import POCKET_MODEL, load_tokenizer, multiplies_bfloat16
 from tspin.objectives import LABELLED, METHODS, SYNTHETIC, Coefficients
@@ -36,6 +36,13 @@ def arguments(kind: type[TrainingArguments], **more) -> TrainingArguments:
     return kind(output_dir=tempfile.mkdtemp(), **own, **more)
 
 
+def in_training(trainer: Trainer) -> torch.nn.Module:
+    """The model as the training loop prepares it: Accelerate runs its forward pass in bfloat16."""
+    trainer.current_gradient_accumulation_steps = 1
+    model: torch.nn.Module = trainer.accelerator.prepare_model(trainer.model)
+    return model
+
+
 def ours(method: str, layout: str, model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
     """This project's step, from the same trainer and collator that a run uses."""
     own = [as_trained(method, triplet) for triplet in triplets]
@@ -44,10 +51,10 @@ def ours(method: str, layout: str, model: PreTrainedModel, triplets: Sequence[Tr
     trainer = TripletTrainer(
         model, arguments(TrainingArguments), own, collator, tokenizer, METHODS[method], Coefficients()
     )
-    trainer.current_gradient_accumulation_steps = 1  # set by the training loop, which is not part of the step
+    prepared = in_training(trainer)
 
     def backward(batch: Sequence[Triplet]) -> None:
-        trainer.training_step(model, collator([as_trained(method, triplet) for triplet in batch]))
+        trainer.training_step(prepared, collator([as_trained(method, triplet) for triplet in batch]))
 
     return updating(model, backward)
 
@@ -69,7 +76,7 @@ def trl_dpo(model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
     trainer = DPOTrainer(
         model, args=config, train_dataset=Dataset.from_dict(words), processing_class=load_tokenizer(str(POCKET_MODEL))
     )
-    trainer.current_gradient_accumulation_steps = 1
+    prepared = in_training(trainer)
 
     def backward(batch: Sequence[Triplet]) -> None:
         rows = [
@@ -82,7 +89,7 @@ def trl_dpo(model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
             }
             for triplet in batch
         ]
-        trainer.training_step(model, trainer.data_collator(rows))
+        trainer.training_step(prepared, trainer.data_collator(rows))
 
     return updating(model, backward)
 

@@ -27,7 +27,7 @@ from tspin.experiment import quiet_libraries  # noqa: E402
 from tspin.run_store import provenance, write_json, write_text  # noqa: E402
 
 TOKENS = 128  # of a prompt with its response, in the mean
-BATCH, MEMORY_BATCH, ROUNDS = 8, 32, 3
+BATCH, MEMORY_BATCH, ROUNDS = 8, 32, 2
 BATCHES, LENGTHS, FIXED_TOKENS = (1, 4, 16, 64), (256, 512, 1024, 2048, 4096), 4096
 
 
@@ -140,18 +140,18 @@ def main() -> None:
     rate = matmul_rate()
     print(f"bfloat16 matrix product: {rate / 1e9:.0f} GFLOP/s", flush=True)
     shapes = list(SHAPES) if torch.cuda.is_available() else [given.shape]
-    tables = {
-        "steps": [row for shape in shapes for row in step_rows(shape, rate)],
-        "memory": [row for shape in shapes for row in memory_rows(shape)],
-        "growth": growth_rows(given.shape),
-        "heads": head_rows(seconds),
-        "sampling": sampling_rows(seconds),
-        "profile": profile_rows(),
-    }
     folder = given.out / ("gpu" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        write_text(folder / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.5g"))
+    tables = {
+        "steps": lambda: [row for shape in shapes for row in step_rows(shape, rate)],
+        "memory": lambda: [row for shape in shapes for row in memory_rows(shape)],
+        "growth": lambda: growth_rows(given.shape),
+        "heads": lambda: head_rows(seconds),
+        "sampling": lambda: sampling_rows(seconds),
+        "profile": profile_rows,
+    }
+    for name, measured in tables.items():
+        write_text(folder / f"{name}.csv", pd.DataFrame(measured()).to_csv(index=False, float_format="%.5g"))
     facts = {
         "matmul_flops_per_second": round(rate),
         "micro_batch_tokens": MICRO_BATCH_TOKENS,
