@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from transformers import LlamaConfig
 
-from analysis.benchmark import TARGETS, ratios, report
+from analysis.benchmark import COLOURS, TARGETS, ratios, report
 from tspin.config import REPOSITORY
 
 TINY = LlamaConfig(
@@ -29,7 +29,16 @@ def scripts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["tspin shared", "tspin padded", "spin shared", "spin padded", "TRL DPO", "SPIN, live reference"]
+    "name",
+    [
+        "tspin shared",
+        "tspin padded",
+        "tspin concatenated",
+        "spin shared",
+        "spin padded",
+        "TRL DPO",
+        "SPIN, live reference",
+    ],
 )
 def test_every_contender_changes_the_weights(scripts, name):
     if name == "TRL DPO":
@@ -54,12 +63,12 @@ def test_workload_has_the_lengths_and_the_operations_it_says(scripts):
 
 
 def test_report_of_measurements(tmp_path):
-    names = ["tspin shared", "tspin padded", "spin shared", "spin padded", "TRL DPO", "SPIN, live reference"]
+    names = list(COLOURS)
     mixes = ["prompt-heavy 4:1", "even 1:1", "response-heavy 1:4"]
     steps = pd.DataFrame([
         {"model": "m", "mix": mix, "step": name, "batch": 8, "seconds": second, "fastest": second, "slowest": second,
          "prompts_per_second": 8 / second, "response_tokens_per_second": 1.0, "share_of_matmul_rate": 0.5}
-        for mix in mixes for name, second in zip(names, (2.0, 5.0, 1.5, 3.0, 4.0, 6.0), strict=True)
+        for mix in mixes for name, second in zip(names, (2.0, 5.0, 7.0, 1.5, 3.0, 4.0, 6.0), strict=True)
     ])  # fmt: skip
     memory = pd.DataFrame({"model": "m", "step": ["tspin shared", "TRL DPO"], "peak_bytes": [7, 10]})
     growth = pd.DataFrame({"grows": ["batch", "length"], "value": [4, 512], "seconds_per_1000_tokens": [1.0, 2.0]})

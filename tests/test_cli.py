@@ -71,9 +71,10 @@ def test_bad_input_is_refused(tmp_path, model_folder, data_file):
     assert_refused(call("run", "--model", "nobody/none", "--data", data_file, *mine), "nobody/none: no model")
     long = ["--set", "data.max_prompt_tokens=4"]
     assert_refused(call("run", "--model", model_folder, "--data", data_file, *mine, *long), "data row 1: prompt of")
+    none = ["--set", "training.micro_batch_tokens=0"]
     assert_refused(
-        call("run", "--model", model_folder, "--data", data_file, "--out", out, "--set", "training.batch_size=9"),
-        "training.batch_size: 9 is no multiple",
+        call("run", "--model", model_folder, "--data", data_file, *mine, *none),
+        "micro_batch_tokens: input should be greater",
     )
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -94,7 +95,9 @@ def test_results_of_another_config_are_refused(tmp_path):
     assert_refused(call("run", "--preset", "pocket", *places), "holds a result of another config", "choose another")
     assert [path.name for path in folder.iterdir()] == ["config.json"] and not (tmp_path / "runs").exists()
     fresh = ["--runs", tmp_path / "runs", "--results", tmp_path / "fresh"]
-    assert_refused(call("run", "--preset", "pocket", "--set", "training.batch_size=33", *fresh), "no multiple")
+    assert_refused(
+        call("run", "--preset", "pocket", "--set", "training.layout=share", *fresh), "layout: input should be"
+    )
     assert not (tmp_path / "fresh").exists() and not (tmp_path / "runs").exists()
 
 

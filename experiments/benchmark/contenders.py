@@ -5,11 +5,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from tspin.models import POCKET_MODEL, load_tokenizer, multiplies_bfloat16
-from tspin.objectives import LABELLED, METHODS, SYNTHETIC, Coefficients
+from tspin.objectives import LABELLED, METHODS, ROLES, SYNTHETIC, Coefficients, spin_loss, tspin_loss
 from tspin.packing import pad_rows
 from tspin.trainer import Triplet, TripletTrainer, collator_for
 
@@ -94,25 +93,43 @@ def trl_dpo(model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
     return updating(model, backward)
 
 
-def spin_live(model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
-    """SPIN as it was released: both responses concatenated and padded, logits everywhere, the reference run live."""
-    reference = copy.deepcopy(model).eval()
+def concatenated(model: PreTrainedModel, triplets: Sequence[Triplet], roles: Sequence[str]) -> list[torch.Tensor]:
+    """log π of every role's responses as first implementations have it: one padded batch, logits everywhere."""
+    responses = [triplet.responses[role].ids for role in roles for triplet in triplets]
+    rows = pad_rows([triplet.prompt_ids for triplet in triplets] * len(roles), responses, 0)
+    rows = {name: tensor.to(model.device) for name, tensor in rows.items()}
+    logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
+    log_probabilities = logits[:, :-1].float().log_softmax(-1)
+    taken = log_probabilities.gather(2, rows["input_ids"][:, 1:, None])[..., 0]
+    return list((taken * rows["response_mask"][:, 1:]).sum(-1).chunk(len(roles)))
 
-    def logps(policy: PreTrainedModel, rows: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits = policy(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
-        log_probabilities = logits[:, :-1].float().log_softmax(-1)
-        taken = log_probabilities.gather(2, rows["input_ids"][:, 1:, None])[..., 0]
-        return (taken * rows["response_mask"][:, 1:]).sum(-1)
+
+def in_bfloat16(model: PreTrainedModel) -> torch.autocast:
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=multiplies_bfloat16())
+
+
+def tspin_concatenated(model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
+    """T-SPIN by concatenation."""
 
     def backward(batch: Sequence[Triplet]) -> None:
-        responses = [triplet.responses[role].ids for role in (LABELLED, SYNTHETIC) for triplet in batch]
-        rows = pad_rows([triplet.prompt_ids for triplet in batch] * 2, responses, 0)
-        rows = {name: tensor.to(model.device) for name, tensor in rows.items()}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=multiplies_bfloat16()):
+        with in_bfloat16(model):
+            logps = concatenated(model, batch, ROLES)
+        tspin_loss(*logps, alpha=1.0, beta=0.1).mean().backward()
+
+    return updating(model, backward)
+
+
+def spin_live(model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
+    """SPIN as it was released: concatenation, the reference run live."""
+    reference = copy.deepcopy(model).eval()
+    roles = (LABELLED, SYNTHETIC)
+
+    def backward(batch: Sequence[Triplet]) -> None:
+        with in_bfloat16(model):
             with torch.no_grad():
-                fixed = logps(reference, rows)
-            labelled, synthetic = (logps(model, rows) - fixed).chunk(2)
-        (-logsigmoid(0.1 * (labelled - synthetic))).mean().backward()
+                fixed = concatenated(reference, batch, roles)
+            logps = concatenated(model, batch, roles)
+        spin_loss(*logps, *fixed, lam=0.1).mean().backward()
 
     return updating(model, backward)
 
@@ -121,6 +138,7 @@ def spin_live(model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
 CONTENDERS: dict[str, tuple[int, int, Callable[[PreTrainedModel, Sequence[Triplet]], Step]]] = {
     "tspin shared": (3, 1, lambda model, triplets: ours("tspin", "shared", model, triplets)),
     "tspin padded": (3, 3, lambda model, triplets: ours("tspin", "padded", model, triplets)),
+    "tspin concatenated": (3, 3, tspin_concatenated),
     "spin shared": (2, 1, lambda model, triplets: ours("spin", "shared", model, triplets)),
     "spin padded": (2, 2, lambda model, triplets: ours("spin", "padded", model, triplets)),
     "TRL DPO": (2, 2, trl_dpo),

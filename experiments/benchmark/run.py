@@ -6,6 +6,7 @@ is measured in a process of its own each. Every figure is a median over rounds; 
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -68,14 +69,15 @@ def step_rows(shape: str, rate: float) -> list[dict]:
                 "share_of_matmul_rate": flops(shape, batch, responses, prompts) / median / rate,
             })  # fmt: skip
             print(f"{shape}, {mix}, {name}: {median:.2f} s", flush=True)
-        del steps
+        del steps, step  # one mix's models at a time
+        gc.collect()
     return rows
 
 
 def memory_rows(shape: str) -> list[dict]:
     """Peak memory of a step of MEMORY_BATCH prompts: everything but the interpreter and its libraries."""
     rows = []
-    for name in ("tspin shared", "tspin padded", "TRL DPO", "SPIN, live reference"):
+    for name in ("tspin shared", "tspin padded", "tspin concatenated", "TRL DPO", "SPIN, live reference"):
         command = [sys.executable, __file__, "--memory-of", name, "--shape", shape]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -143,8 +145,9 @@ def main() -> None:
     folder = given.out / ("gpu" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     tables = {
-        "steps": lambda: [row for shape in shapes for row in step_rows(shape, rate)],
+        # Memory first: this process holds no model yet.
         "memory": lambda: [row for shape in shapes for row in memory_rows(shape)],
+        "steps": lambda: [row for shape in shapes for row in step_rows(shape, rate)],
         "growth": lambda: growth_rows(given.shape),
         "heads": lambda: head_rows(seconds),
         "sampling": lambda: sampling_rows(seconds),
