@@ -28,7 +28,7 @@ from tspin.experiment import quiet_libraries  # noqa: E402
 from tspin.run_store import provenance, write_json, write_text  # noqa: E402
 
 TOKENS = 128  # of a prompt with its response, in the mean
-BATCH, MEMORY_BATCH, ROUNDS = 8, 32, 2
+BATCH, MEMORY_BATCH, ROUNDS = 8, 16, 2
 BATCHES, LENGTHS, FIXED_TOKENS = (1, 4, 16, 64), (256, 512, 1024, 2048, 4096), 4096
 
 
