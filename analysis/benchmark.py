@@ -1,6 +1,5 @@
 """`python -m analysis.benchmark`: the table and the picture of results/benchmarks/<device>/."""
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import load
+from analysis.figures import save
 from analysis.style import COLUMN_WIDTH, RC
 
 REFERENCE = "TRL DPO"
@@ -47,12 +47,8 @@ def report(folder: Path) -> list[Path]:
     facts = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     text = "\n\n".join(_sections(tables, facts)) + "\n"
     written = [load.write_atomically(folder / "benchmark.md", text.encode())]
-    for form in ("png", "svg"):
-        content = io.BytesIO()
-        metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
-        with matplotlib.rc_context(RC):
-            picture(tables).savefig(content, format=form, dpi=300, metadata=metadata)
-        written.append(load.write_atomically(folder / f"benchmark.{form}", content.getvalue()))
+    with matplotlib.rc_context(RC):
+        written += save(picture(tables), folder / "benchmark")
     return written
 
 

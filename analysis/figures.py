@@ -41,7 +41,7 @@ def average_by_iteration(preset: str, results: Path = Path("results")) -> list[P
         names = [look.label for look in METHODS.values() if look.label in handles]
         figure.legend([handles[name] for name in names], names, loc="outside upper center", ncols=4, frameon=False,
                       columnspacing=1.2, handlelength=1.8)  # fmt: skip
-        return [_save(figure, results / preset / f"average_by_iteration.{form}") for form in ("png", "svg")]
+        return save(figure, results / preset / "average_by_iteration")
 
 
 def _curves(axes: Axes, table: pd.DataFrame, value: str, error: str | None = None) -> None:
@@ -69,9 +69,13 @@ def _curves(axes: Axes, table: pd.DataFrame, value: str, error: str | None = Non
                   markersize=3.5 if error else 2.5, elinewidth=0.9, capsize=2, zorder=4)  # fmt: skip
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    content = io.BytesIO()
-    # A date or a library version in the file would change it with nothing to see.
-    metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
-    figure.savefig(content, format=path.suffix[1:], dpi=300, metadata=metadata)
-    return load.write_atomically(path, content.getvalue())
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure as `<stem>.png` and `.svg`; return both paths."""
+    paths = []
+    for form in ("png", "svg"):
+        content = io.BytesIO()
+        # A date or a library version in the file would change it with nothing to see.
+        metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
+        figure.savefig(content, format=form, dpi=300, metadata=metadata)
+        paths.append(load.write_atomically(stem.with_suffix(f".{form}"), content.getvalue()))
+    return paths
