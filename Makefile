@@ -2,15 +2,47 @@
 PYTHON  ?= python3
 PRESET  ?= pocket
 SEEDS   ?= 0
-METHODS ?= base,sft,spin,tspin
 VENV    := .venv
 READY   := $(VENV)/.ready
 
-.PHONY: reproduce-table1 sweep benchmark test lint clean
+ALL     := base,sft,spin,tspin,tspin_no_history,tspin_reference
+TSPIN   := $(VENV)/bin/tspin
 
-reproduce-table1: $(READY)
-	$(VENV)/bin/tspin run --preset $(PRESET) --seeds "$(SEEDS)" --methods "$(METHODS)"
-	$(VENV)/bin/tspin table 1 --preset $(PRESET)
+# What each table and figure of the paper is made from: METHODS on the command line replaces it.
+table1 table4 figure2 figure6: NEEDS = base,sft,spin,tspin
+table2 figure5: NEEDS = tspin,tspin_no_history
+table5 figure3 figure7: NEEDS = spin,tspin
+figure4b: NEEDS = tspin,tspin_reference
+
+SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
+.PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4c reproduce-all claims study sweep \
+	benchmark test lint clean
+
+$(SCORES:%=reproduce-%): reproduce-%: %
+
+$(SCORES): $(READY)
+	$(TSPIN) run --preset $(PRESET) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(NEEDS))"
+	$(TSPIN) $(if $(filter table%,$@),table,figure) $(patsubst figure%,%,$(patsubst table%,%,$@)) --preset $(PRESET)
+
+reproduce-figure4: reproduce-figure4b reproduce-figure4c
+
+reproduce-figure4c: STUDY = grid
+reproduce-figure4c: study
+	$(TSPIN) figure 4c --preset $(PRESET)
+
+# Everything that the paper shows, from every method, and the verdicts on its claims.
+reproduce-all: $(READY)
+	$(TSPIN) run --preset $(PRESET) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(ALL))"
+	$(MAKE) study STUDY=grid
+	set -e; for n in 1 2 4 5; do $(TSPIN) table $$n --preset $(PRESET); done
+	set -e; for n in 2 3 4b 4c 5 6 7; do $(TSPIN) figure $$n --preset $(PRESET); done
+	$(MAKE) claims
+
+claims: $(READY)
+	$(TSPIN) claims --preset $(PRESET)
+
+study: $(READY)
+	$(VENV)/bin/python experiments/study.py experiments/studies/$(STUDY).yaml
 
 sweep: $(READY)
 	$(VENV)/bin/python experiments/sweep.py experiments/$(PRESET)/sweep.yaml

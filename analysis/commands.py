@@ -1,42 +1,122 @@
-"""`tspin table`: draw a table of the paper from a preset's results. Heavy imports wait until a command runs."""
+"""`tspin table`, `figure` and `claims`: the paper from a preset's results. Heavy imports wait until a command runs."""
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.tables import Layout
 
 FULL_WIDTH = 120  # characters: ten benchmarks fit from here on
 
 
+Preset = Annotated[str, typer.Option(help="Preset whose results are drawn.")]
+Results = Annotated[Path, typer.Option(help="Folder that holds one folder of results a preset.")]
+
+
 def table(
-    number: Annotated[str, typer.Argument(help="Number of the table in the paper: 1.")],
-    preset: Annotated[str, typer.Option(help="Preset whose results are drawn.")] = "pocket",
-    results: Annotated[Path, typer.Option(help="Folder that holds one folder of results a preset.")] = Path("results"),
+    number: Annotated[str, typer.Argument(help="Number of the table in the paper: 1, 2, 4 or 5.")],
+    preset: Preset = "pocket",
+    results: Results = Path("results"),
+    prompt: Annotated[int | None, typer.Option(help="Table 5: which training prompt.")] = None,
 ) -> None:
-    """Draw a table of the paper, and its figure, from a preset's results: ours beside the paper's.
+    """Draw a table of the paper from a preset's results: ours beside the paper's; Markdown, CSV and LaTeX.
 
     Example: tspin table 1 --preset pocket
     """
+    from analysis import responses, tables
     from tspin.errors import UserError
 
-    drawn = {"1": _table1}
+    layouts = {str(found): layout for found, layout in tables.LAYOUTS.items()}
+    if number == "5":
+        written = responses.write_table5(preset, results, prompt)
+        _print(responses.table5(preset, results, prompt).map(lambda text: " ".join(str(text).split())))
+        _wrote(written)
+    elif number in layouts:
+        _scores(preset, results, layouts[number])
+    else:
+        raise UserError(f"there is no table {number}; there are: {', '.join([*layouts, '5'])}")
+
+
+def figure(
+    number: Annotated[str, typer.Argument(help="Number of the figure in the paper: 2, 3, 4b, 4c, 5, 6 or 7.")],
+    preset: Preset = "pocket",
+    results: Results = Path("results"),
+) -> None:
+    """Draw a figure of the paper from a preset's results, PNG and SVG.
+
+    Example: tspin figure 7 --preset pocket
+    """
+    from analysis import curves, dynamics, studies
+    from tspin.errors import UserError
+
+    drawn = {name: lambda name=name: curves.draw(name, preset, results) for name in curves.FIGURES}
+    drawn |= {
+        "3": lambda: dynamics.figure3(preset, results),
+        "4c": lambda: studies.figure4c(preset, results),
+        "7": lambda: dynamics.figure7(preset, results),
+    }
     if number not in drawn:
-        raise UserError(f"there is no table {number}; there is: {', '.join(drawn)}")
-    drawn[number](preset, results)
+        raise UserError(f"there is no figure {number}; there are: {', '.join(sorted(drawn))}")
+    _wrote(drawn[number]())
 
 
-def _table1(preset: str, results: Path) -> None:
+def claims(preset: Preset = "pocket", results: Results = Path("results")) -> None:
+    """Judge each of the paper's claims by a preset's results: claims.md and claims.json, with every interval.
+
+    Example: tspin claims --preset pocket
+    """
+    import pandas as pd
+
+    from analysis import claims as scorecard
+    from analysis.load import write_atomically
+    from analysis.scores import intervals, scores_of
+
+    written = scorecard.write_claims(preset, results)
+    rows = scorecard.scorecard(preset, results)
+    _print(pd.DataFrame([{"Claim": f"{r['claim']} {r['statement']}", "Verdict": r["verdict"]} for r in rows]))
+    table = intervals(scores_of(preset, results))
+    content = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+    written.append(write_atomically(results / preset / "intervals.csv", content.encode()))
+    _wrote(written)
+
+
+def _wrote(paths: list[Path]) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print("Wrote " + ", ".join(map(str, paths)), markup=False)
+
+
+def _print(cells: "pd.DataFrame") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    view = Table(box=None, padding=(0, 1, 1, 0), pad_edge=False, header_style="bold")
+    for name in map(str, cells):
+        view.add_column(Text(name), overflow="fold")
+    for line in cells.to_numpy().tolist():
+        view.add_row(*(Text(str(cell)) for cell in line))
+    Console(highlight=False).print(view)
+
+
+def _scores(preset: str, results: Path, layout: "Layout") -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from analysis import figures, tables
 
-    written = tables.write_table1(preset, results) + figures.average_by_iteration(preset, results)
+    written = tables.write_table1(preset, results, layout)
+    if layout is tables.TABLE1:
+        written += figures.average_by_iteration(preset, results)
     console = Console(highlight=False)
     full = console.width >= FULL_WIDTH
-    cells = tables.table1_cells(tables.table1(preset, results))
+    cells = tables.table1_cells(tables.table1(preset, results, layout))
     if not full:
         cells = cells[["Method", "Avg", "Paper's Avg"]]
     view = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
@@ -48,10 +128,10 @@ def _table1(preset: str, results: Path) -> None:
     for line in cells.to_numpy().tolist():
         view.add_row(*line)
     console.print(view)
-    console.print(f"\n{tables.table1_caption(preset, results)}", markup=False)
+    console.print(f"\n{tables.table1_caption(preset, results, layout)}", markup=False)
     if not full:
         console.print(f"Every benchmark: in {written[1]}, and here from {FULL_WIDTH} columns on.", markup=False)
-    console.print("Wrote " + ", ".join(str(path) for path in written), markup=False)
+    _wrote(written)
 
 
 def _short(label: str, width: int = 6) -> str:

@@ -104,6 +104,15 @@ def tabulated(preset: str, results: Path = Path("results")) -> pd.DataFrame:
     return scores
 
 
+def parquet(name: str, preset: str, results: Path = Path("results")) -> pd.DataFrame:
+    """`results/<preset>/<name>.parquet`, see tspin.results for its columns. Raises `UserError` if it cannot be read."""
+    path = _existing(results / preset / f"{name}.parquet", preset)
+    try:
+        return pd.read_parquet(path)
+    except (ValueError, OSError) as error:
+        raise _unusable(path, preset, f"cannot be read ({' '.join(str(error).split())})") from error
+
+
 def published(name: str) -> pd.DataFrame:
     """The paper's numbers in percent, as printed: `analysis/paper/<name>.csv`, `iteration` NA for base and sft."""
     return pd.read_csv(PAPER / f"{name}.csv", dtype={"iteration": "Int64"})

@@ -16,6 +16,11 @@ METHODS = {
     "sft": MethodStyle("SFT", "#009E73", "^"),
     "spin": MethodStyle("SPIN", "#D55E00", "s"),
     "tspin": MethodStyle("T-SPIN", "#0072B2", "o"),
+    "tspin_no_history": MethodStyle("T-SPIN w/o H-A", "#56B4E9", "v"),
+    "tspin_reference": MethodStyle("T-SPIN_ref", "#CC79A7", "P"),
+    "dpo": MethodStyle("DPO", "#E69F00", "X"),
+    "simpo": MethodStyle("SimPO", "#F0E442", "<"),
+    "space": MethodStyle("SPACE", "#7F7F7F", ">"),
 }
 
 COLUMN_WIDTH = 3.5  # inches: one column of a two-column page

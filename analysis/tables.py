@@ -1,7 +1,7 @@
 """The paper's tables, from `results/<preset>/`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -10,12 +10,36 @@ from analysis.style import METHODS, MISSING
 
 ITERATIONS = range(5)
 Key = tuple[str, int | None]
-ROWS: list[Key] = [("base", None), ("sft", None), *((m, t) for m in ("spin", "tspin") for t in ITERATIONS)]
+SUITE = ["GSM8K", "MATH", "MuSR", "MMLU", "MMLU-Pro", "GPQA", "HellaSwag", "WinoGrande", "BBH", "IFEval"]
 
 
-def table1(preset: str, results: Path = Path("results")) -> pd.DataFrame:
-    """Table 1 in percent: base, SFT, SPIN and T-SPIN by iteration; a row is there, of NAs, if it was not run.
+class Layout(NamedTuple):
+    """A table of scores: its number in the paper, the model there, the methods of its rows, the published files."""
 
+    number: int
+    model: str
+    methods: tuple[str, ...]
+    published: tuple[str, ...]
+
+    @property
+    def rows(self) -> list[Key]:
+        """(method, iteration) of every row; base and SFT have no iteration."""
+        once = [(m, None) for m in self.methods if m in ("base", "sft")]
+        return [*once, *((m, t) for m in self.methods if m not in ("base", "sft") for t in ITERATIONS)]
+
+
+LAYOUTS = {
+    1: Layout(1, "Zephyr-7B", ("base", "sft", "spin", "tspin"), ("table1_zephyr",)),
+    2: Layout(2, "Zephyr-7B", ("tspin_no_history", "tspin"), ("table1_zephyr", "table2_without_historical_advantage")),
+    4: Layout(4, "Mistral-7B", ("base", "sft", "spin", "tspin"), ("table4_mistral",)),
+}
+TABLE1 = LAYOUTS[1]
+
+
+def table1(preset: str, results: Path = Path("results"), layout: Layout = TABLE1) -> pd.DataFrame:
+    """A table of scores in percent, a row a method and iteration; a row is there, of NAs, if it was not run.
+
+    Table 1 has base, SFT, SPIN and T-SPIN by iteration; other layouts have other methods.
     After the benchmarks (named by label) come `avg`, its standard error `avg_se`, `avg_change` over the previous
     iteration (at iteration 0: over base), and the paper's `paper_avg` and `paper_change`. A score is the mean over the
     row's `seeds`. A seed that lacks a benchmark is left out of a row that has complete seeds; a row without any shows
@@ -24,14 +48,15 @@ def table1(preset: str, results: Path = Path("results")) -> pd.DataFrame:
     """
     labels = [column.label for column in load.suite(preset, results)]
     scores = load.tabulated(preset, results)
-    rows = {key: _row(scores, labels, key) for key in ROWS}
+    rows = {key: _row(scores, labels, key) for key in {("base", None): 0, **dict.fromkeys(layout.rows)}}
     paper = {
         (row["method"], None if pd.isna(row["iteration"]) else row["iteration"]): row["Avg"]
-        for row in load.records(load.published("table1_zephyr"))
+        for name in layout.published
+        for row in load.records(load.published(name))
     }
     for (method, iteration), row in rows.items():
         row["avg_change"] = row["paper_change"] = float("nan")
-        row["paper_avg"] = paper[method, iteration]
+        row["paper_avg"] = paper.get((method, iteration), float("nan"))
         if iteration is None:
             continue
         before: Key = (method, iteration - 1) if iteration > 0 else ("base", None)
@@ -40,7 +65,7 @@ def table1(preset: str, results: Path = Path("results")) -> pd.DataFrame:
         if iteration == 0 or row["seeds"] == rows[before]["seeds"]:
             row["avg_change"] = row["avg"] - rows[before]["avg"]
     order = ["method", "iteration", "seeds", *labels, "avg", "avg_se", "avg_change", "paper_avg", "paper_change"]
-    return pd.DataFrame(list(rows.values()))[order].astype({"iteration": "Int64"})
+    return pd.DataFrame([rows[key] for key in layout.rows])[order].astype({"iteration": "Int64"})
 
 
 def _row(scores: pd.DataFrame, labels: list[str], key: Key) -> dict[str, Any]:
@@ -71,13 +96,13 @@ def _row(scores: pd.DataFrame, labels: list[str], key: Key) -> dict[str, Any]:
     }
 
 
-def table1_caption(preset: str, results: Path = Path("results")) -> str:
-    """What a reader must know to read Table 1: preset, seeds, problems, metrics, the error, and the paper's column."""
+def table1_caption(preset: str, results: Path = Path("results"), layout: Layout = TABLE1) -> str:
+    """What a reader must know to read the table: preset, seeds, problems, metrics, the error, the paper's column."""
     columns = load.suite(preset, results)
-    table, scores = table1(preset, results), load.tabulated(preset, results)
+    table, scores = table1(preset, results, layout), load.tabulated(preset, results)
     ran = [row for row in load.records(table) if row["seeds"]]
     every = " ".join(str(seed) for seed in sorted({int(seed) for row in ran for seed in row["seeds"].split()}))
-    sentences = [f"Table 1 ({preset}): scores in percent, {_seeds(every)}."]
+    sentences = [f"Table {layout.number} ({preset}): scores in percent, {_seeds(every)}."]
     if other := [f"{_name(row)} ({_seeds(row['seeds'])})" for row in ran if row["seeds"] != every]:
         sentences.append(f"Rows with fewer seeds: {', '.join(other)}.")
     sentences.append(_problems(columns, scores))
@@ -88,9 +113,9 @@ def table1_caption(preset: str, results: Path = Path("results")) -> str:
     if errors:
         sentences.append(f"Avg is the mean of the columns, ± its standard error, {'; '.join(errors)}.")
     sentences.append("In brackets: change over the previous iteration, at iteration 0 over base.")
-    same = [column.label for column in columns] == list(load.published("table1_zephyr").columns[2:-1])
+    same = [column.label for column in columns] == SUITE
     sentences.append(
-        "The paper's Avg (its Table 1) is Zephyr-7B's on "
+        f"The paper's Avg (its Table {layout.number}) is {layout.model}'s on "
         + ("the same ten benchmarks." if same else "other benchmarks (its ten): compare shapes, not levels.")
     )
     if table.drop(columns=["iteration", "avg_change", "paper_change"]).isna().to_numpy().any():
@@ -147,17 +172,37 @@ def table1_cells(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(cells)
 
 
-def write_table1(preset: str, results: Path = Path("results")) -> list[Path]:
-    """Write `results/<preset>/table1.csv` (four decimals, missing cells empty) and `table1.md`; return their paths.
+def write_table1(preset: str, results: Path = Path("results"), layout: Layout = TABLE1) -> list[Path]:
+    """Write `results/<preset>/table<number>.csv` (four decimals, missing cells empty), `.md` and `.tex`.
 
-    Raises `UserError` as `table1` does.
+    Returns their paths. Raises `UserError` as `table1` does.
     """
-    table, folder = table1(preset, results), results / preset
-    cells = table1_cells(table)
-    lines = [list(cells.columns), ["---"] + ["---:"] * (len(cells.columns) - 1), *cells.to_numpy().tolist()]
-    grid = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = table1(preset, results, layout)
+    cells, caption = table1_cells(table), table1_caption(preset, results, layout)
     csv = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+    stem = results / preset / f"table{layout.number}"
     return [
-        load.write_atomically(folder / "table1.csv", csv.encode()),
-        load.write_atomically(folder / "table1.md", f"{grid}\n\n{table1_caption(preset, results)}\n".encode()),
+        load.write_atomically(stem.with_suffix(".csv"), csv.encode()),
+        load.write_atomically(stem.with_suffix(".md"), f"{grid(cells)}\n\n{caption}\n".encode()),
+        load.write_atomically(stem.with_suffix(".tex"), latex(cells, caption).encode()),
     ]
+
+
+def grid(cells: pd.DataFrame) -> str:
+    """A table of texts as Markdown, all columns but the first aligned to the right."""
+    lines = [list(map(str, cells.columns)), ["---"] + ["---:"] * (len(cells.columns) - 1), *cells.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def latex(cells: pd.DataFrame, caption: str) -> str:
+    """A table of texts as a LaTeX table (needs booktabs)."""
+    escaped = cells.rename(columns=_tex).map(_tex)
+    align = "l" + "r" * (len(cells.columns) - 1)
+    body = escaped.style.hide(axis="index").to_latex(hrules=True, column_format=align)
+    return f"\\begin{{table}}\n\\centering\n{body}\\caption{{{_tex(caption)}}}\n\\end{{table}}\n"
+
+
+def _tex(text: str) -> str:
+    for sign in "&%$#_{}":
+        text = text.replace(sign, "\\" + sign)
+    return text.replace("±", r"$\pm$").replace(MISSING, "--").replace("−", "$-$")

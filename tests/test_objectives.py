@@ -14,6 +14,8 @@ from tspin.objectives import (
     Coefficients,
     SequenceLogps,
     sft_loss,
+    simpo_loss,
+    space_loss,
     spin_loss,
     tspin_loss,
 )
@@ -110,12 +112,27 @@ def test_registry_agrees_with_the_pure_functions():
         "tspin": tspin_loss(y, synthetic, proto, alpha=0.7, beta=0.3),
         "tspin_no_history": tspin_loss(y, synthetic, None, alpha=0.7, beta=0.0),
         "tspin_reference": tspin_loss(*ratios, alpha=0.7, beta=0.3),
+        "dpo": spin_loss(y, synthetic, logps.reference[LABELLED], logps.reference[SYNTHETIC], lam=0.2),
+        "simpo": -torch.nn.functional.logsigmoid(2 * (y - synthetic) / 5 - 1),
+        "space": -torch.log(torch.sigmoid(ratios[0])) - torch.log(1 - torch.sigmoid(ratios[1])),
     }
     assert wanted.keys() == METHODS.keys()
     for name, method in METHODS.items():
         found = method.loss(logps, method.coefficients_at(1, c))
         assert found.shape == (4,)
         torch.testing.assert_close(found, wanted[name])
+
+
+def test_neighbours_by_hand():
+    lengths = torch.tensor([2]), torch.tensor([4])
+    # 2.5 · (−3/2 + 5/4) − 0.5 = −1.125
+    simpo = simpo_loss(tensor(-3.0), tensor(-5.0), *lengths, length_scale=2.5, margin=0.5)
+    assert simpo.item() == pytest.approx(softplus(1.125))
+    # σ_μ(u) = 1 / (1 + μ e^−u) with μ = 3
+    space = space_loss(tensor(0.5), tensor(-0.2), noise_ratio=3.0)
+    sigma = [1 / (1 + 3 * math.exp(-u)) for u in (0.5, -0.2)]
+    assert space.item() == pytest.approx(-math.log(sigma[0]) - 3 * math.log(1 - sigma[1]))
+    assert METHODS["dpo"].reference == "initial" and METHODS["spin"].reference == "previous"
 
 
 def test_rewards_are_those_of_the_methods():

@@ -31,6 +31,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="a model folder, a hub name, or pocket")]
 Data = Annotated[str, typer.Option("--data", help="prompt–completion rows: .jsonl, .parquet, a hub name, or pocket")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key.path=value on top of the config; repeatable")]
+MethodName = Annotated[
+    str, typer.Option(help="sft, spin, tspin, tspin_no_history, tspin_reference, dpo, simpo or space")
+]
 Seed = Annotated[int, typer.Option(help="every random choice follows from it")]
 
 
@@ -139,10 +142,11 @@ def train(
     model: Model,
     dataset: Data,
     out: Annotated[Path, typer.Option(help="folder for the checkpoint")],
-    method: Annotated[str, typer.Option(help="sft, spin, tspin, tspin_no_history, tspin_reference")] = "tspin",
+    method: MethodName = "tspin",
     iteration: Annotated[int, typer.Option(help="0-based; β is 0 at iteration 0")] = 0,
     synthetic: Annotated[Path | None, typer.Option(help="y′, from `tspin sample` with --model")] = None,
     proto: Annotated[Path | None, typer.Option(help="y0, from `tspin sample` with the initial model")] = None,
+    reference: Annotated[str | None, typer.Option(help="π_θ0, for dpo from iteration 1 on")] = None,
     seed: Seed = 0,
     settings: Set = None,
 ) -> None:
@@ -154,8 +158,42 @@ def train(
     from tspin import experiment, stages
 
     experiment.quiet_libraries()
-    facts = stages.train_from_files(model, dataset, out, method, iteration, synthetic, proto, seed, settings or [])
+    facts = stages.train_from_files(
+        model, dataset, out, method, iteration, synthetic, proto, reference, seed, settings or []
+    )
     typer.echo(f"{out}: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['training_seconds']:.0f} s")
+
+
+@app.command("diagnose")
+@command
+def diagnose_command(
+    model: Model,
+    dataset: Data,
+    out: Annotated[Path, typer.Option(help="Parquet: a row a prompt and role, see tspin/diagnostics.py")],
+    method: MethodName = "tspin",
+    iteration: Annotated[int, typer.Option(help="0-based, of the training that made --model")] = 0,
+    before: Annotated[str | None, typer.Option(help="π_θt, which --model was trained from")] = None,
+    reference: Annotated[str | None, typer.Option(help="π_θ0, for dpo from iteration 1 on")] = None,
+    synthetic: Annotated[
+        Path | None, typer.Option(help="y′, from `tspin sample`, or a run's synthetic.parquet")
+    ] = None,
+    proto: Annotated[Path | None, typer.Option(help="y0, likewise")] = None,
+    seed: Seed = 0,
+    settings: Set = None,
+) -> None:
+    """Log-likelihood and reward of every response under a checkpoint, before and after its training.
+
+    Example: tspin diagnose --model runs/step --before my-model --method spin --data my-data.jsonl
+    --synthetic y1.parquet --out diagnostics.parquet
+    """
+    from tspin import experiment, stages
+
+    experiment.quiet_libraries()
+    facts = stages.diagnose_to_file(
+        model, dataset, out, method, iteration, before, reference, synthetic, proto, seed, settings or []
+    )
+    for name, value in facts.items():
+        typer.echo(f"{name}: {value:.4g}")
 
 
 @app.command()

@@ -89,6 +89,9 @@ class MethodSettings(Section):
     beta: Annotated[float, Field(ge=0)] = 0.1
     lam: Positive = 0.1
     loss: Literal["logistic", "exponential"] = "logistic"
+    length_scale: Positive = 2.0
+    margin: Annotated[float, Field(ge=0)] = 1.0
+    noise_ratio: Positive = 1.0
     data: dict[str, Any] = {}
     training: dict[str, Any] = {}
 

@@ -2,13 +2,12 @@
 
 runs/<preset>/base/evaluation/                      the initial policy's scores
 runs/<preset>/seed-<s>/shared/                      y0, and y′ of iteration 0, for all methods
-runs/<preset>/seed-<s>/<method>/iteration-<t>/      synthetic.parquet, model/, steps.parquet, evaluation/
-results/<preset>/                                   evaluations.csv, suite.json, provenance.json
+runs/<preset>/seed-<s>/<method>/iteration-<t>/      synthetic.parquet, model/, steps.parquet,
+                                                    diagnostics.parquet, evaluation/
+results/<preset>/                                   see tspin.results
 """
 
-import io
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,10 @@ from tspin.errors import UserError
 from tspin.evaluation import Suite, evaluate, load_suite
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS
-from tspin.run_store import claim_folder, provenance, read_json, run_stage, write_json, write_text
+from tspin.results import BASE, EXAMPLES, Collected, problems_of, write_results
+from tspin.run_store import claim_folder, run_stage
 from tspin.selfplay import IterationResult, SelfPlayTrainer
 from tspin.selfplay_config import SelfPlayConfig
-
-BASE = "base"
-EVALUATION_COLUMNS = ["preset", "method", "seed", "iteration", "benchmark", "metric", "value", "stderr", "n"]
 
 
 def run_experiment(
@@ -67,20 +64,18 @@ def run_experiment(
     target = results / preset
     claim_folder(target, results_config(config, suite, policy), what="result")
 
-    rows: list[pd.DataFrame] = []
-    costs: list[dict[str, Any]] = []
+    collected = Collected()
 
-    def evaluated(path: str, fingerprint: str, folder: Path, title: str) -> pd.DataFrame:
+    def evaluated(path: str, fingerprint: str, folder: Path, title: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         report(f"[bold]{title}[/bold]: evaluation on {len(suite.columns)} benchmarks")
-        return evaluate_checkpoint(path, fingerprint, folder, suite, config, model_arguments)
-
-    def keep(scores: pd.DataFrame, method: str, seed: int, iteration: int | None) -> None:
-        rows.append(scores.assign(preset=preset, method=method, seed=seed, iteration=iteration))
+        scores = evaluate_checkpoint(path, fingerprint, folder, suite, config, model_arguments)
+        return scores, problems_of(pd.read_parquet(folder / "samples.parquet"), suite)
 
     if BASE in methods:
-        scores = evaluated(model, policy, runs / preset / BASE / "evaluation", "base")
+        scores, problems = evaluated(model, policy, runs / preset / BASE / "evaluation", "base")
         for seed in seeds:  # greedy decoding: the same for every seed
-            keep(scores, BASE, seed, None)
+            collected.add("evaluations", scores, BASE, seed, None)
+            collected.add("problems", problems, BASE, seed, None)
     for (method, seed), trainer in trainers.items():
         self_play = METHODS[method].self_play
         title = f"{method}, seed {seed}"
@@ -89,12 +84,52 @@ def run_experiment(
             step = f"{title}, iteration {result.iteration}" if self_play else title
             report(f"[bold]{step}[/bold]: {describe(result)}")
             folder = result.model_path.parent / "evaluation"
-            scores = evaluated(str(result.model_path), result.fingerprint, folder, step)
-            keep(scores, method, seed, result.iteration if self_play else None)
+            scores, problems = evaluated(str(result.model_path), result.fingerprint, folder, step)
+            iteration = result.iteration if self_play else None
+            collected.add("evaluations", scores, method, seed, iteration)
+            collected.add("problems", problems, method, seed, iteration)
+            for name in ("steps", "diagnostics"):
+                path = result.model_path.parent / f"{name}.parquet"
+                if path.exists():
+                    collected.add(name, pd.read_parquet(path), method, seed, iteration)
             run = {"method": method, "seed": seed, "iteration": result.iteration}
-            costs.append({**run, **result.training, "synthetic": result.synthetic})
-    write_results(target, preset, suite, rows, costs)
+            facts = {"synthetic": result.synthetic, "diagnostics": result.diagnostics}
+            collected.costs.append({**run, **result.training, **facts})
+        if seed == min(seeds):
+            collect_texts(collected, trainer, result, method, seed)
+    write_results(target, preset, suite, collected)
     return target
+
+
+def collect_texts(
+    collected: Collected, trainer: SelfPlayTrainer, last: IterationResult, method: str, seed: int
+) -> None:
+    """Prompts and responses of a run, as results keep them; `last` is the run's last iteration."""
+
+    def responses(path: Path) -> pd.DataFrame:
+        return pd.read_parquet(path, columns=["prompt_id", "text"])
+
+    step = max(len(trainer.examples) // EXAMPLES, 1)
+    last_path = trainer.sample_last(last, trainer.examples[::step][:EXAMPLES])
+    if not METHODS[method].self_play:
+        collected.add("responses", responses(last_path), method, seed, None)
+        return
+    proto = {
+        row["prompt_id"]: row["text"] for row in responses(trainer.response_path("proto", None)).to_dict("records")
+    }
+    prompts = [
+        {"prompt_id": e.prompt_id, "prompt": e.prompt, "labelled": e.labelled.text, "proto": proto[e.prompt_id]}
+        for e in trainer.examples
+    ]
+    # The same for every method: rows of a method and seed replace each other.
+    if not any(seed in part["seed"].to_numpy() for part in collected.parts.get("prompts", [])):
+        collected.add("prompts", pd.DataFrame(prompts), BASE, seed, None)
+        collected.add("responses", responses(trainer.response_path("synthetic", 0)), BASE, seed, None)
+    for iteration in range(last.iteration):
+        collected.add(
+            "responses", responses(trainer.response_path("synthetic", iteration + 1)), method, seed, iteration
+        )
+    collected.add("responses", responses(last_path), method, seed, last.iteration)
 
 
 def build_trainer(settings: RunSettings, folder: Path, seed: int) -> SelfPlayTrainer:
@@ -138,6 +173,9 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
         beta=own.beta,
         lam=own.lam,
         loss_type=own.loss,
+        length_scale=own.length_scale,
+        margin=own.margin,
+        noise_ratio=own.noise_ratio,
         temperature=settings.sampling.temperature,
         top_p=settings.sampling.top_p,
         max_new_tokens=settings.sampling.max_new_tokens,
@@ -214,46 +252,6 @@ def results_config(config: Config, suite: Suite, policy: str) -> dict[str, Any]:
     """What numbers in one results folder must agree on; `iterations` may grow."""
     tree = config.model_dump(mode="json", exclude={"iterations": True, "training": {"micro_batch_tokens"}})
     return {"config": tree, "policy": policy, "suite": suite.model_dump(mode="json"), "tasks": suite.definition()}
-
-
-def write_results(
-    target: Path, preset: str, suite: Suite, rows: Sequence[pd.DataFrame], costs: Sequence[dict[str, Any]]
-) -> None:
-    """Merge new rows into results/<preset>/evaluations.csv, and write suite.json and provenance.json."""
-    new = pd.concat(rows, ignore_index=True)[EVALUATION_COLUMNS].astype({"iteration": "Int64"})
-    path = target / "evaluations.csv"
-    if path.exists():
-        old = pd.read_csv(path, dtype={"iteration": "Int64"})
-        fresh = set(zip(new["method"], new["seed"], strict=True))
-        kept = [key not in fresh for key in zip(old["method"], old["seed"], strict=True)]
-        new = pd.concat([old[kept], new], ignore_index=True)
-    order = {name: position for position, name in enumerate([BASE, *METHODS])}
-    benchmarks = {column.benchmark: position for position, column in enumerate(suite.columns)}
-    new = new.sort_values(
-        ["method", "seed", "iteration", "benchmark", "metric"],
-        key=lambda column: (
-            column.map({"method": order, "benchmark": benchmarks}.get(str(column.name), {}).get)
-            if column.name in {"method", "benchmark"}
-            else column
-        ),
-        kind="stable",
-        na_position="first",
-    )
-    buffer = io.StringIO()
-    new.to_csv(buffer, index=False, float_format="%.6g", lineterminator="\n")
-    write_text(path, buffer.getvalue())
-    columns = [column.model_dump(mode="json") for column in suite.columns]
-    write_json(target / "suite.json", {"preset": preset, "columns": columns})
-    merged = {}
-    if (target / "provenance.json").exists():
-        merged = {_run_key(cost): cost for cost in read_json(target / "provenance.json")["runs"]}
-    merged |= {_run_key(cost): cost for cost in costs}
-    stamp = {**provenance(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
-    write_json(target / "provenance.json", {**stamp, "runs": list(merged.values())})
-
-
-def _run_key(cost: dict[str, Any]) -> tuple[str, int, int]:
-    return cost["method"], cost["seed"], cost["iteration"]
 
 
 def describe(result: IterationResult) -> str:

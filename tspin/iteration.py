@@ -19,6 +19,7 @@ from transformers.integrations import TensorBoardCallback
 from tspin import data
 from tspin.data import Example
 from tspin.errors import UserError
+from tspin.memory import peak_bytes, reset_peak
 from tspin.objectives import METHODS
 from tspin.run_store import atomic_path
 from tspin.selfplay_config import SelfPlayConfig
@@ -44,13 +45,22 @@ def encode_dataset(
     )
 
 
-def reference_logps(
-    model: PreTrainedModel, triplets: Sequence[Triplet], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
-) -> pd.DataFrame:
-    """log π_θt of every response: prompt_id and one column a role, in nats. `model` is π_θt."""
+def response_logps(
+    model: PreTrainedModel,
+    triplets: Sequence[Triplet],
+    tokenizer: PreTrainedTokenizerBase,
+    args: SelfPlayConfig,
+    of: str = "the policy",
+) -> dict[str, list[float]]:
+    """log π of every response under `model`: role → nats, in the triplets' order. `of` names the model on the bar."""
     model.to(args.device)  # type: ignore[arg-type]
-    columns = compute_logps(model, triplets, _collator(model, triplets, tokenizer, args), bool(args.bf16))
-    return pd.DataFrame({"prompt_id": [t.prompt_id for t in triplets], **columns})
+    collator = _collator(model, triplets, tokenizer, args)
+    return compute_logps(model, triplets, collator, bool(args.bf16), f"log-probabilities of {of}")
+
+
+def reference_table(triplets: Sequence[Triplet], logps: Mapping[str, list[float]]) -> pd.DataFrame:
+    """prompt_id and a column a role, in nats: what a reference policy's log-probabilities are kept as."""
+    return pd.DataFrame({"prompt_id": [t.prompt_id for t in triplets], **logps})
 
 
 def _collator(
@@ -63,7 +73,7 @@ def _collator(
 
 
 def with_reference(triplets: Sequence[Triplet], table: pd.DataFrame) -> list[Triplet]:
-    """Triplets with their reference log-probabilities from `reference_logps`."""
+    """Triplets with their reference log-probabilities from `reference_table`."""
     rows: dict[Any, Any] = table.set_index("prompt_id").to_dict("index")
     return [dataclasses.replace(t, reference_logps=rows[t.prompt_id]) for t in triplets]
 
@@ -82,8 +92,8 @@ def train_iteration(
     """Train `model` in place, save it to `checkpoint`, the steps to log_folder/steps.parquet.
 
     TensorBoard's events go to log_folder/tensorboard. Returns steps, training_seconds, tokens and
-    peak_memory_bytes (the GPU's peak during training; None without a GPU, where no such figure
-    belongs to one training alone). Raises UserError when the loss is no longer finite.
+    peak_memory_bytes (see tspin.memory: on a CPU, that of the whole process). Raises UserError when
+    the loss is no longer finite.
     """
     if args.world_size > 1:
         raise UserError("training in several processes is not supported yet: start one process")
@@ -113,8 +123,7 @@ def train_iteration(
     # Every step's metrics go to the log; the terminal gets one bar with an estimate.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak()
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -128,7 +137,7 @@ def train_iteration(
         "steps": trainer.state.global_step,
         "training_seconds": round(seconds, 2),
         "tokens": int(steps["tokens"].sum()),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "peak_memory_bytes": peak_bytes(),
     }
 
 

@@ -8,8 +8,10 @@ A method is one entry in METHODS: an objective, the reward it defines and what i
 is adding an entry; nothing else in the package asks which method it is running.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,12 +36,17 @@ class Coefficients:
         from the same policy.
     lam: SPIN's λ (0.1 in its paper and code).
     loss: name of ℓ in LOSSES.
+    length_scale, margin: SimPO's reward scale b and target margin γ (2 and 1, its paper's first setting).
+    noise_ratio: SPACE's μ, how many synthetic responses there are to a labelled one (1: as many).
     """
 
     alpha: float = 1.0
     beta: float = 0.1
     lam: float = 0.1
     loss: str = "logistic"
+    length_scale: float = 2.0
+    margin: float = 1.0
+    noise_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,28 @@ def tspin_loss(
     return current + beta * LOSSES[loss](alpha * (synthetic_logps - proto_logps))
 
 
+def simpo_loss(
+    labelled_logps: Tensor, synthetic_logps: Tensor, labelled_lengths: Tensor, synthetic_lengths: Tensor,
+    *, length_scale: float, margin: float,
+) -> Tensor:  # fmt: skip
+    """SimPO (arXiv 2405.14734): −log σ(b log π_θ(y)/|y| − b log π_θ(y′)/|y′| − γ), y chosen and y′ rejected.
+
+    length_scale is b, margin is γ. All tensors, and the result, have shape (batch,).
+    """
+    labelled, synthetic = labelled_logps / labelled_lengths, synthetic_logps / synthetic_lengths
+    return -logsigmoid(length_scale * (labelled - synthetic) - margin)
+
+
+def space_loss(labelled_ratio: Tensor, synthetic_ratio: Tensor, *, noise_ratio: float) -> Tensor:
+    """SPACE (arXiv 2512.07175): −log σ_μ(r(y)) − μ log(1 − σ_μ(r(y′))), r = log(π_θ/π_θt).
+
+    σ_μ(u) = 1 / (1 + μ e^{−u}) = σ(u − log μ), with μ = noise_ratio. The two terms are its noise-contrastive
+    estimation as we read it. All tensors, and the result, have shape (batch,).
+    """
+    shift = math.log(noise_ratio)
+    return -logsigmoid(labelled_ratio - shift) - noise_ratio * logsigmoid(shift - synthetic_ratio)
+
+
 @dataclass(frozen=True)
 class Method:
     """A training method.
@@ -121,7 +150,8 @@ class Method:
     reward: (logps, coefficients, role) → the reward r(z) by the method's own definition, (batch,);
         None where the method defines none.
     trains_on: the roles whose responses can carry gradient.
-    uses_reference: whether it needs log π_θt of `trains_on`, computed once per iteration.
+    reference: whose log-probabilities of `trains_on` it needs, computed once per iteration: those of the
+        "previous" policy π_θt, of the "initial" one π_θ0, or None.
     historical: whether β is used at all. One place decides: `coefficients_at`.
     """
 
@@ -129,8 +159,13 @@ class Method:
     loss: Callable[[SequenceLogps, Coefficients], Tensor]
     reward: Callable[[SequenceLogps, Coefficients, str], Tensor] | None
     trains_on: tuple[str, ...]
-    uses_reference: bool = False
+    reference: Literal["previous", "initial"] | None = None
     historical: bool = False
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss contains a reference policy."""
+        return self.reference is not None
 
     @property
     def self_play(self) -> bool:
@@ -140,7 +175,7 @@ class Method:
     def coefficients_at(self, iteration: int, coefficients: Coefficients) -> Coefficients:
         """The coefficients in force at an iteration (0-based): β is 0 at iteration 0."""
         beta = coefficients.beta if self.historical and iteration > 0 else 0.0
-        return Coefficients(coefficients.alpha, beta, coefficients.lam, coefficients.loss)
+        return replace(coefficients, beta=beta)
 
     def gradient_roles(self, coefficients: Coefficients) -> tuple[str, ...]:
         """The roles that carry gradient under these coefficients: y0 only where β is not 0."""
@@ -172,6 +207,17 @@ def _tspin_reference(logps: SequenceLogps, c: Coefficients) -> Tensor:
     return _tspin(SequenceLogps(ratios), c)
 
 
+def _simpo(logps: SequenceLogps, c: Coefficients) -> Tensor:
+    return simpo_loss(
+        logps.policy[LABELLED], logps.policy[SYNTHETIC], logps.lengths[LABELLED], logps.lengths[SYNTHETIC],
+        length_scale=c.length_scale, margin=c.margin,
+    )  # fmt: skip
+
+
+def _space(logps: SequenceLogps, c: Coefficients) -> Tensor:
+    return space_loss(logps.log_ratio(LABELLED), logps.log_ratio(SYNTHETIC), noise_ratio=c.noise_ratio)
+
+
 def _log_probability_reward(logps: SequenceLogps, c: Coefficients, role: str) -> Tensor:
     return c.alpha * logps.policy[role]
 
@@ -185,7 +231,7 @@ METHODS: dict[str, Method] = {
             _spin,
             lambda logps, c, role: c.lam * logps.log_ratio(role),
             trains_on=(LABELLED, SYNTHETIC),
-            uses_reference=True,
+            reference="previous",
         ),
         Method("tspin", _tspin, _log_probability_reward, trains_on=ROLES, historical=True),
         Method("tspin_no_history", _tspin, _log_probability_reward, trains_on=(LABELLED, SYNTHETIC)),
@@ -194,8 +240,29 @@ METHODS: dict[str, Method] = {
             _tspin_reference,
             lambda logps, c, role: c.alpha * logps.log_ratio(role),
             trains_on=ROLES,
-            uses_reference=True,
+            reference="previous",
             historical=True,
+        ),
+        # Neighbours on the same pairs, which the paper does not compare with.
+        Method(
+            "dpo",
+            _spin,
+            lambda logps, c, role: c.lam * logps.log_ratio(role),
+            trains_on=(LABELLED, SYNTHETIC),
+            reference="initial",
+        ),
+        Method(
+            "simpo",
+            _simpo,
+            lambda logps, c, role: c.length_scale * logps.policy[role] / logps.lengths[role],
+            trains_on=(LABELLED, SYNTHETIC),
+        ),
+        Method(
+            "space",
+            _space,
+            lambda logps, c, role: logps.log_ratio(role),
+            trains_on=(LABELLED, SYNTHETIC),
+            reference="previous",
         ),
     )
 }

@@ -19,15 +19,23 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from tspin import data
-from tspin.data import Response
+from tspin.data import Example, Response
+from tspin.diagnostics import diagnose, summary
 from tspin.errors import UserError
-from tspin.iteration import encode_dataset, reference_logps, stage_seed, train_iteration, with_reference
+from tspin.iteration import (
+    encode_dataset,
+    reference_table,
+    response_logps,
+    stage_seed,
+    train_iteration,
+    with_reference,
+)
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
 from tspin.run_store import atomic_path, claim_folder, fingerprint, folder_fingerprint, run_stage
 from tspin.sampling import sample
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.trainer import make_triplets
+from tspin.trainer import Triplet, make_triplets
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class IterationResult:
     fingerprint: str
     synthetic: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
 
 
 class SelfPlayTrainer:
@@ -88,14 +97,17 @@ class SelfPlayTrainer:
 
     def iterate(self) -> Iterator[IterationResult]:
         """The iterations one by one: a result is yielded when its checkpoint is on disk."""
-        policy, policy_fingerprint = self._claim()
+        policy, policy_fingerprint = initial = self._claim()
         proto = self._responses("proto", None, policy, policy_fingerprint) if self.method.self_play else None
         for iteration in range(self.args.iterations if self.method.self_play else 1):
-            result = self._iteration(iteration, policy, policy_fingerprint, proto)
+            result = self._iteration(iteration, policy, policy_fingerprint, proto, initial)
             policy, policy_fingerprint = str(result.model_path), result.fingerprint
             yield result
 
-    def _iteration(self, iteration: int, policy: str, policy_fingerprint: str, proto: Any) -> IterationResult:
+    def _iteration(
+        self, iteration: int, policy: str, policy_fingerprint: str, proto: Any, initial_policy: tuple[str, str]
+    ) -> IterationResult:
+        initial, initial_fingerprint = initial_policy
         folder = self.folder / f"iteration-{iteration}"
         inputs: dict[str, Any] = {"policy": policy_fingerprint, "data": self.data_fingerprint}
         responses, synthetic_facts = {}, {}
@@ -105,24 +117,30 @@ class SelfPlayTrainer:
             inputs |= {SYNTHETIC: synthetic[1]["fingerprint"], PROTO: proto[1]["fingerprint"]}
             synthetic_facts = synthetic[1]["facts"]
         coefficients = self.method.coefficients_at(iteration, self.args.coefficients)
+        every = dict(responses)
         if not self.args.monitor_proto and PROTO not in self.method.gradient_roles(coefficients):
             responses.pop(PROTO, None)
         triplets = make_triplets(self.examples, responses)
+        all_roles = make_triplets(self.examples, every)
         inputs |= {"iteration": iteration, "settings": self.args.computed(), "loading": self.loading}
 
         loaded: list[PreTrainedModel] = []  # one model serves the reference pass and the training
 
         def model() -> PreTrainedModel:
             if not loaded:
-                loaded.append(load_model(policy, self.model_arguments))
+                loaded.append(self._load(policy))
             return loaded[0]
 
         if self.method.uses_reference:
             path = folder / "reference.parquet"
 
             def write_reference(target: Path) -> None:
-                reference_logps(model(), triplets, self.tokenizer, self.args).to_parquet(target, index=False)
+                policy_used = model() if self.method.reference == "previous" else self._load(initial)
+                logps = response_logps(policy_used, triplets, self.tokenizer, self.args, "the reference")
+                reference_table(triplets, logps).to_parquet(target, index=False)
 
+            if self.method.reference == "initial":
+                inputs |= {"reference": initial_fingerprint}
             reference = run_stage(path, inputs, write_reference)
             triplets = with_reference(triplets, pd.read_parquet(path))
 
@@ -144,7 +162,37 @@ class SelfPlayTrainer:
         if self.method.uses_reference:
             seconds["reference_seconds"] = reference["seconds"]
         facts = record["facts"] | seconds
-        return IterationResult(iteration, folder / "model", record["fingerprint"], synthetic_facts, facts)
+        result = IterationResult(iteration, folder / "model", record["fingerprint"], synthetic_facts, facts)
+        if self.args.diagnostics:
+            self._diagnose(result, all_roles, policy, initial, inputs)
+        return result
+
+    def _diagnose(
+        self, result: IterationResult, triplets: list[Triplet], policy: str, initial: str, inputs: dict[str, Any]
+    ) -> None:
+        """Write the iteration's diagnostics.parquet: log π and rewards before and after, sample by sample."""
+
+        def logps(path: str, of: str) -> dict[str, list[float]]:
+            return response_logps(self._load(path), triplets, self.tokenizer, self.args, of)
+
+        def produce(target: Path) -> dict[str, Any]:
+            table = diagnose(
+                self.method,
+                self.method.coefficients_at(result.iteration, self.args.coefficients),
+                triplets,
+                trained=lambda: logps(str(result.model_path), "the trained policy"),
+                before=lambda: logps(policy, "the policy before"),
+                initial=None if policy == initial else lambda: logps(initial, "the initial policy"),
+            )
+            table.to_parquet(target, index=False)
+            return summary(table)
+
+        path = result.model_path.parent / "diagnostics.parquet"
+        record = run_stage(path, {**inputs, "trained": result.fingerprint}, produce)
+        result.diagnostics.update(record["facts"])
+
+    def _load(self, path: str) -> PreTrainedModel:
+        return load_model(path, self.model_arguments)
 
     def _responses(
         self, kind: str, iteration: int | None, policy: str, policy_fingerprint: str
@@ -153,8 +201,7 @@ class SelfPlayTrainer:
         decoding = dataclasses.asdict(self.args.decoding)
         # All methods start from the same policy: y0 and the first y′ are sampled once for all of them.
         shared = not iteration
-        folder = self.shared if shared else self.folder / f"iteration-{iteration}"
-        name = "iteration-0-synthetic" if kind == "synthetic" and shared else kind
+        path = self.response_path(kind, iteration)
         seed = stage_seed(self.args.seed, kind, iteration)
         inputs = {
             "policy": policy_fingerprint,
@@ -164,22 +211,43 @@ class SelfPlayTrainer:
             "seed": seed,
         }
         of = "the initial policy" if shared else f"iteration {iteration}'s policy"
-        description = f"{kind} responses of {of}"
+        record = self._sample(path, inputs, policy, self.examples, f"{kind} responses of {of}")
+        return data.read_responses(path), record
 
-        def produce(path: Path) -> dict[str, Any]:
+    def _sample(
+        self, path: Path, inputs: dict[str, Any], policy: str, examples: Sequence[Example], description: str
+    ) -> dict[str, Any]:
+        def produce(target: Path) -> dict[str, Any]:
             responses = sample(
-                load_model(policy, self.model_arguments).to(self.args.device),  # type: ignore[arg-type]
+                self._load(policy).to(self.args.device),  # type: ignore[arg-type]
                 self.tokenizer,
-                [example.prompt_ids for example in self.examples],
+                [example.prompt_ids for example in examples],
                 self.args.decoding,
-                seed=seed,
+                seed=inputs["seed"],
                 description=description,
             )
-            data.write_responses(path, [example.prompt_id for example in self.examples], responses)
-            return data.response_statistics(responses, [example.labelled for example in self.examples])
+            data.write_responses(target, [example.prompt_id for example in examples], responses)
+            return data.response_statistics(responses, [example.labelled for example in examples])
 
-        record = run_stage(folder / f"{name}.parquet", inputs, produce)
-        return data.read_responses(folder / f"{name}.parquet"), record
+        return run_stage(path, inputs, produce)
+
+    def response_path(self, kind: str, iteration: int | None) -> Path:
+        """Where y0 ("proto", None) or an iteration's y′ ("synthetic") is kept, as data.read_responses reads it."""
+        if iteration:
+            return self.folder / f"iteration-{iteration}" / f"{kind}.parquet"
+        return self.shared / ("iteration-0-synthetic.parquet" if kind == "synthetic" else f"{kind}.parquet")
+
+    def sample_last(self, result: IterationResult, examples: Sequence[Example]) -> Path:
+        """Responses of an iteration's trained policy to some prompts, in its folder: to look at, not to train on."""
+        path = result.model_path.parent / "examples.parquet"
+        inputs = {
+            "policy": result.fingerprint,
+            "prompts": [example.prompt_ids for example in examples],
+            "decoding": dataclasses.asdict(self.args.decoding),
+            "seed": stage_seed(self.args.seed, "examples", result.iteration),
+        }
+        self._sample(path, inputs, str(result.model_path), examples, "examples")
+        return path
 
     def _claim(self) -> tuple[str, str]:
         """(folder, fingerprint) of π_θ0, once the run's folder is known to be this run's."""

@@ -22,6 +22,7 @@ OPERATIONAL = {
     *(
         "iterations",
         "micro_batch_tokens",
+        "diagnostics",
         "output_dir",
         "shared_dir",
         "report_to",
@@ -46,14 +47,16 @@ OPERATIONAL = {
 class SelfPlayConfig(TrainingArguments):
     """Settings of a self-play run: transformers.TrainingArguments and what self-play adds.
 
-    method: a key of tspin.objectives.METHODS. iterations: T. alpha, beta, lam, loss_type: see
-    Coefficients. temperature (0 is greedy), top_p, max_new_tokens, sampling_batch_size: decoding of
-    y′ and y0. template, max_prompt_tokens, max_response_tokens, long_prompts: see tspin.data.
+    method: a key of tspin.objectives.METHODS. iterations: T. alpha, beta, lam, loss_type,
+    length_scale, margin, noise_ratio: see Coefficients. temperature (0 is greedy), top_p,
+    max_new_tokens, sampling_batch_size: decoding of y′ and y0. template, max_prompt_tokens,
+    max_response_tokens, long_prompts: see tspin.data.
     learning_rates: one an iteration, the last going on; learning_rate for all when empty.
     micro_batch_tokens: tokens that pass through the model at once on one device; memory grows with
     it, results do not depend on it. layout: "shared" computes a prompt once for all its responses,
     "padded" once for each; "auto" is shared where the model supports it.
     monitor_proto: log y0 where it carries no gradient too (a third more work there).
+    diagnostics: after each iteration, write what tspin.diagnostics finds (two forward passes over the responses).
     shared_dir: where what methods of the same base, data and seed share is kept (y0, and y′ of
     iteration 0); the run's folder when empty.
     bf16: None is "where the hardware multiplies bfloat16".
@@ -68,6 +71,9 @@ class SelfPlayConfig(TrainingArguments):
     beta: float = 0.1
     lam: float = 0.1
     loss_type: str = "logistic"
+    length_scale: float = 2.0
+    margin: float = 1.0
+    noise_ratio: float = 1.0
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 256
@@ -80,6 +86,7 @@ class SelfPlayConfig(TrainingArguments):
     micro_batch_tokens: int = 4096
     layout: str = "auto"
     monitor_proto: bool = False
+    diagnostics: bool = True
     shared_dir: str | None = None
 
     learning_rate: float = 5e-7
@@ -99,7 +106,16 @@ class SelfPlayConfig(TrainingArguments):
             raise UserError(unknown("loss_type", self.loss_type, LOSSES))
         if self.layout not in LAYOUTS:
             raise UserError(unknown("layout", self.layout, LAYOUTS))
-        positive = ["iterations", "alpha", "lam", "max_new_tokens", "sampling_batch_size", "micro_batch_tokens"]
+        positive = [
+            "iterations",
+            "alpha",
+            "lam",
+            "noise_ratio",
+            "length_scale",
+            "max_new_tokens",
+            "sampling_batch_size",
+            "micro_batch_tokens",
+        ]
         positive.append("learning_rate")
         for name in positive:
             if not getattr(self, name) > 0:
@@ -116,7 +132,8 @@ class SelfPlayConfig(TrainingArguments):
 
     @property
     def coefficients(self) -> Coefficients:
-        return Coefficients(self.alpha, self.beta, self.lam, self.loss_type)
+        own = (self.alpha, self.beta, self.lam, self.loss_type, self.length_scale, self.margin, self.noise_ratio)
+        return Coefficients(*own)
 
     @property
     def decoding(self) -> Decoding:

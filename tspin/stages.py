@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tspin import data
 from tspin.config import build_config, unknown
 from tspin.data import Example, Response
+from tspin.diagnostics import diagnose, summary
 from tspin.errors import UserError
 from tspin.evaluation import evaluate, load_suite, tabulated
 from tspin.experiment import load_dataset, model_source, training_arguments
-from tspin.iteration import encode_dataset, reference_logps, train_iteration, with_reference
+from tspin.iteration import encode_dataset, reference_table, response_logps, train_iteration, with_reference
 from tspin.models import load_model, load_tokenizer, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
 from tspin.run_store import atomic_path, write_text
@@ -28,7 +29,7 @@ def sample_to_file(model: str, dataset: str, out: Path, seed: int, overrides: Se
     if out.is_dir():
         raise UserError(f"{out} is a folder: --out is the Parquet file to write")
     args, tokenizer, examples, load = _prepare(model, dataset, "tspin", seed, overrides)
-    policy = load().to(args.device)  # type: ignore[arg-type]
+    policy = load(None).to(args.device)  # type: ignore[arg-type]
     prompts = [example.prompt_ids for example in examples]
     responses = sample(policy, tokenizer, prompts, args.decoding, seed=seed)
     with atomic_path(out) as temporary:
@@ -44,16 +45,20 @@ def train_from_files(
     iteration: int,
     synthetic: Path | None,
     proto: Path | None,
+    reference: str | None,
     seed: int,
     overrides: Sequence[str],
 ) -> dict[str, Any]:
     """Train one iteration of `method` from `model` into the folder `out`; returns train_iteration's facts.
 
+    reference: the policy in the loss of methods that have one; `model` itself when None.
     The folder is a checkpoint with its step log (steps.parquet) beside the weights. Raises
     UserError when a file of responses that the method needs is missing or fits other prompts.
     """
     if method not in METHODS:
         raise UserError(unknown("method", method, METHODS))
+    if METHODS[method].reference == "initial" and iteration > 0 and reference is None:
+        raise UserError(f"--reference: {method} at iteration {iteration} needs the initial policy")
     if out.exists():
         raise UserError(f"{out} exists: choose a new folder for the checkpoint, nothing is written over")
     args, tokenizer, examples, load = _prepare(model, dataset, method, seed, overrides)
@@ -66,11 +71,56 @@ def train_from_files(
                 f"--{role}: {method} at iteration {iteration} needs these responses; make them by `tspin sample`"
             )
     triplets = make_triplets(examples, responses)
-    policy = load()
+    policy = load(None)
     if METHODS[method].uses_reference:
-        triplets = with_reference(triplets, reference_logps(policy, triplets, tokenizer, args))
+        source = load(reference) if reference else policy
+        logps = response_logps(source, triplets, tokenizer, args, "the reference")
+        triplets = with_reference(triplets, reference_table(triplets, logps))
     with atomic_path(out) as temporary:
         return train_iteration(policy, triplets, tokenizer, args, iteration, checkpoint=temporary, log_folder=temporary)
+
+
+def diagnose_to_file(
+    model: str,
+    dataset: str,
+    out: Path,
+    method: str,
+    iteration: int,
+    before: str | None,
+    reference: str | None,
+    synthetic: Path | None,
+    proto: Path | None,
+    seed: int,
+    overrides: Sequence[str],
+) -> dict[str, float]:
+    """Rewards and log-likelihoods of `dataset`'s labelled and the given responses, a Parquet file (tspin.diagnostics).
+
+    model: the policy after training. before: the one it was trained from, π_θt; `model` itself when None.
+    reference: π_θ0, for methods whose reference it is; `before` when None. Returns diagnostics.summary.
+    """
+    if method not in METHODS:
+        raise UserError(unknown("method", method, METHODS))
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: --out is the Parquet file to write")
+    args, tokenizer, examples, load = _prepare(model, dataset, method, seed, overrides)
+    given = {SYNTHETIC: synthetic, PROTO: proto}
+    triplets = make_triplets(examples, {role: _responses_for(examples, path) for role, path in given.items() if path})
+
+    def logps(path: str | None) -> dict[str, list[float]]:
+        return response_logps(load(path), triplets, tokenizer, args, path or model)
+
+    after = logps(None)
+    table = diagnose(
+        METHODS[method],
+        METHODS[method].coefficients_at(iteration, args.coefficients),
+        triplets,
+        trained=lambda: after,
+        before=lambda: logps(before) if before else after,
+        initial=(lambda: logps(reference)) if reference else None,
+    )
+    with atomic_path(out) as temporary:
+        table.to_parquet(temporary, index=False)
+    return summary(table)
 
 
 def evaluate_to_file(model: str, suite_name: str, out: Path | None, batch_size: int, limit: int | None) -> pd.DataFrame:
@@ -90,7 +140,7 @@ def evaluate_to_file(model: str, suite_name: str, out: Path | None, batch_size: 
 
 def _prepare(
     model: str, dataset: str, method: str, seed: int, overrides: Sequence[str]
-) -> tuple[SelfPlayConfig, PreTrainedTokenizerBase, list[Example], Callable[[], PreTrainedModel]]:
+) -> tuple[SelfPlayConfig, PreTrainedTokenizerBase, list[Example], Callable[[str | None], PreTrainedModel]]:
     tree = {"model": {"path": model}, "data": {"path": dataset}}
     config = build_config(tree, overrides)
     settings = config.for_method(method)
@@ -98,7 +148,12 @@ def _prepare(
     folder, model_arguments = model_source(settings.model)
     tokenizer = load_tokenizer(folder, model_arguments)
     examples = encode_dataset(load_dataset(settings.data), tokenizer, args)
-    return args, tokenizer, examples, lambda: load_model(folder, model_arguments)
+    return (
+        args,
+        tokenizer,
+        examples,
+        lambda other: load_model(folder if other is None else resolve(other), model_arguments),
+    )
 
 
 def _responses_for(examples: Sequence[Example], path: Path) -> dict[int, Response]:

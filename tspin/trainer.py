@@ -196,7 +196,12 @@ class TripletTrainer(Trainer):
         logps = logps_of(model, inputs, self.roles)
         loss = self.method.loss(SequenceLogps(logps, inputs["reference"], inputs["lengths"]), self.coefficients).mean()
         detached = {role: values.detach() for role, values in logps.items()}
-        self._record(SequenceLogps(detached, inputs["reference"]), loss.detach(), inputs["tokens"], inputs["share"])
+        self._record(
+            SequenceLogps(detached, inputs["reference"], inputs["lengths"]),
+            loss.detach(),
+            inputs["tokens"],
+            inputs["share"],
+        )
         loss = loss * inputs["share"]
         return (loss, detached) if return_outputs else loss
 
@@ -257,14 +262,18 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @torch.no_grad()
 def compute_logps(
-    model: PreTrainedModel, triplets: Sequence[Triplet], collator: TripletCollator, autocast: bool
+    model: PreTrainedModel,
+    triplets: Sequence[Triplet],
+    collator: TripletCollator,
+    autocast: bool,
+    description: str = "log-probabilities",
 ) -> dict[str, list[float]]:
     """log π of every response under the model as it is: role → nats, in the triplets' order."""
     logps = {role: [0.0] * len(triplets) for role in collator.roles}
     # Longest first across the whole data: micro-batches of like lengths.
     order = sorted(range(len(triplets)), key=lambda i: -len(triplets[i].prompt_ids))
     model.eval()
-    with tqdm(total=len(order), desc="reference log-probabilities", unit="prompt") as bar:
+    with tqdm(total=len(order), desc=description, unit="prompt") as bar:
         for start in range(0, len(order), REFERENCE_WINDOW):
             window = order[start : start + REFERENCE_WINDOW]
             for micro_batch in collator([triplets[i] for i in window])["micro_batches"]:

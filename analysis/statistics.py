@@ -1,0 +1,100 @@
+"""Intervals and tests, by SciPy and statsmodels: how sure a mean or a difference is.
+
+Scores come as an array (seeds, benchmarks, problems) of values in percent, NaN where a benchmark has fewer problems
+than another. A mean is over problems, then benchmarks, then seeds. Differences are arrays of that shape too: methods
+share their problems, so that a difference is taken problem by problem before anything is averaged.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval and the number of seeds behind it."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def seed_means(values: np.ndarray) -> np.ndarray:
+    """The mean of each seed: over problems, then benchmarks."""
+    means: np.ndarray = np.nanmean(values, axis=-1).mean(axis=-1)
+    return means
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """The mean and its interval.
+
+    Bootstrap percentiles: seeds are drawn again, and within each drawn seed the problems of every benchmark. With one
+    seed, whose spread nothing tells, the interval is that of the problems alone (normal).
+    """
+    mean, seeds = float(seed_means(values).mean()), len(values)
+    if seeds < 2:
+        half = stats.norm.ppf((1 + LEVEL) / 2) * _problem_error(values[0])
+        return Estimate(mean, mean - half, mean + half, seeds)
+    generator = np.random.default_rng(0)
+    counts = (~np.isnan(values)).sum(-1)  # real problems stand first
+
+    def resampled(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        drawn = drawn.astype(int)  # (…, seeds)
+        picks = generator.random((*drawn.shape, *values.shape[1:]), dtype=np.float32)
+        picks = (picks * counts[drawn][..., None]).astype(np.int32)
+        benchmark = np.arange(values.shape[1])[:, None]
+        again = values[drawn[..., None, None], benchmark, picks]
+        real = np.arange(values.shape[2]) < counts[drawn][..., None]
+        sums = np.where(real, again, 0).sum(-1)  # (…, seeds, benchmarks)
+        return (sums / counts[drawn]).mean((-1, -2))
+
+    found = stats.bootstrap((np.arange(seeds),), resampled, n_resamples=RESAMPLES, batch=50, vectorized=True,
+                            confidence_level=LEVEL, method="percentile", rng=generator)  # fmt: skip
+    return Estimate(mean, float(found.confidence_interval.low), float(found.confidence_interval.high), seeds)
+
+
+def p_value(differences: np.ndarray) -> float:
+    """Two-sided p of a mean difference of zero: a t test over seeds, or with fewer than three of them over problems.
+
+    1 where every difference is zero.
+    """
+    means = seed_means(differences)
+    if not differences[~np.isnan(differences)].any():
+        return 1.0
+    if len(means) >= 3 and means.std() > 0:
+        return float(stats.ttest_1samp(means, 0).pvalue)
+    error = np.sqrt(sum(_problem_error(one) ** 2 for one in differences)) / len(differences)
+    return float(2 * stats.norm.sf(abs(means.mean()) / error)) if error > 0 else 0.0
+
+
+def corrected(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm)."""
+    return [float(p) for p in multipletests(list(p_values), method="holm")[1]] if len(p_values) else []
+
+
+def of_seeds(values: Sequence[float]) -> Estimate:
+    """The mean of one number a seed, with its t interval (one seed: no interval)."""
+    array = np.asarray(values, dtype=float)
+    mean = float(array.mean())
+    if len(array) < 2 or array.std() == 0:
+        return Estimate(
+            mean, mean if len(array) > 1 else float("-inf"), mean if len(array) > 1 else float("inf"), len(array)
+        )
+    low, high = stats.t.interval(LEVEL, len(array) - 1, loc=mean, scale=stats.sem(array))
+    return Estimate(mean, float(low), float(high), len(array))
+
+
+def _problem_error(values: np.ndarray) -> float:
+    """Standard error of one seed's mean over benchmarks, from problems within them."""
+    counts = (~np.isnan(values)).sum(-1)
+    variances = np.nanvar(values, axis=-1, ddof=1) / counts
+    return float(np.sqrt(variances.sum()) / len(values))

@@ -1,0 +1,64 @@
+"""Run a study: every setting of a grid, for some methods and seeds, evaluated at every iteration.
+
+    python experiments/study.py experiments/studies/grid.yaml
+
+Writes results/<preset>/studies/<name>.csv (a row per setting, method, seed and iteration) and its provenance. A study
+that was stopped goes on where it was: each setting is an ordinary experiment in runs/<preset>-studies/<name>/.
+"""
+
+import argparse
+import io
+import itertools
+import time
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from tspin.config import load_config
+from tspin.evaluation import load_suite, tabulated
+from tspin.experiment import run_experiment
+from tspin.run_store import fingerprint, provenance, write_json, write_text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    arguments = parser.parse_args()
+    study = yaml.safe_load(arguments.study.read_text())
+    name, start = arguments.study.stem, time.time()
+    cells = [dict(zip(study["grid"], values, strict=True)) for values in itertools.product(*study["grid"].values())]
+    tables = []
+    for number, cell in enumerate(cells, start=1):
+        print(f"{name}, setting {number} of {len(cells)}: {cell}", flush=True)
+        tables.append(run_cell(study, cell, arguments.runs / f"{study['preset']}-studies" / name))
+    folder = arguments.results / study["preset"] / "studies"
+    buffer = io.StringIO()
+    pd.concat(tables).to_csv(buffer, index=False, float_format="%.6g", lineterminator="\n")
+    write_text(folder / f"{name}.csv", buffer.getvalue())
+    facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": round(time.time() - start)}
+    write_json(folder / f"{name}_provenance.json", {**provenance(), **facts})
+    print(f"wrote {folder / name}.csv, {facts['seconds']} s")
+
+
+def run_cell(study: dict, cell: dict, runs: Path) -> pd.DataFrame:
+    """The cell's settings (by the last part of their names), method, seed, iteration, avg and avg_se in percent."""
+    overrides = [*study.get("overrides", []), *(f"{key}={value}" for key, value in cell.items())]
+    config = load_config(study["preset"], overrides)
+    assert config.evaluation is not None
+    suite, folder = load_suite(config.evaluation.suite), runs / fingerprint(cell)
+    results = run_experiment(study["preset"], config, study["methods"], study["seeds"], folder, folder / "results")
+    scores = pd.read_csv(results / "evaluations.csv")
+    keys = ["method", "seed", "iteration"]
+    rows = []
+    for key, own in scores.groupby(keys, dropna=False):
+        columns = tabulated(own, suite)
+        error = (columns["stderr"] ** 2).sum() ** 0.5 / len(columns)
+        rows.append({**dict(zip(keys, key, strict=True)), "avg": columns["value"].mean(), "avg_se": error})
+    return pd.DataFrame(rows).assign(**{key.rsplit(".", 1)[-1]: value for key, value in cell.items()})
+
+
+if __name__ == "__main__":
+    main()

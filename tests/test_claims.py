@@ -1,0 +1,139 @@
+"""Scores, claims, dynamics and their figures, on results whose verdicts are known in advance."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from analysis import claims, scores
+from tspin.cli import app
+
+PROBLEMS, BENCHMARKS = 40, 3
+LEVELS = {  # percent; the shapes that the paper prints
+    "base": [20],
+    "sft": [50],
+    "spin": [40, 30, 45, 40, 35],
+    "tspin": [45, 50, 55, 60, 65],
+    "tspin_no_history": [45, 35, 40, 45, 45],
+    "tspin_reference": [40, 45, 50, 55, 60],
+}
+
+
+def made(levels: dict[str, list[int]], seeds: int) -> pd.DataFrame:
+    """Problems right in the share that `levels` says; the same ones first, so that methods are paired."""
+    rows = []
+    for method, course in levels.items():
+        for seed in range(seeds):
+            for iteration, level in enumerate(course):
+                right = np.arange(PROBLEMS) < level / 100 * PROBLEMS + (seed % 2) * 0.5
+                for benchmark in range(BENCHMARKS):
+                    rows.append(pd.DataFrame({
+                        "method": method, "seed": seed, "iteration": pd.NA if len(course) == 1 else iteration,
+                        "benchmark": f"b{benchmark}", "doc_id": range(PROBLEMS), "value": right.astype(float),
+                    }))  # fmt: skip
+    return pd.concat(rows).astype({"iteration": "Int8"})
+
+
+def diagnostics(seeds: int) -> pd.DataFrame:
+    """After every iteration SPIN's y has the higher reward and the lower log-likelihood; T-SPIN's has both."""
+    rows = []
+    for method, gap in (("spin", -2.0), ("tspin", 3.0)):
+        for seed in range(seeds):
+            for iteration in range(5):
+                for role, value in (("labelled", gap), ("synthetic", 0.0), ("proto", 0.0)):
+                    reward = {"labelled": 1.0}.get(role, 0.0)
+                    noise = np.random.default_rng(seed).normal(0, 0.1, 20)
+                    rows.append(pd.DataFrame({
+                        "method": method, "seed": seed, "iteration": iteration, "prompt_id": range(20), "role": role,
+                        "after": value + noise * (role == "labelled"), "reward_after": reward,
+                    }))  # fmt: skip
+    return pd.concat(rows).astype({"iteration": "Int8"})
+
+
+def steps(seeds: int) -> pd.DataFrame:
+    cells = [(m, s, t, n) for m in ("spin", "tspin") for s in range(seeds) for t in range(3) for n in range(1, 7)]
+    table = pd.DataFrame(cells, columns=["method", "seed", "iteration", "step"])
+    for kind in ("reward", "log_likelihood"):
+        for role, sign in (("labelled", 1), ("synthetic", -1)):
+            table[f"{kind}/{role}"] = sign * table["step"] + table["seed"]
+    return table.astype({"iteration": "Int8"})
+
+
+@pytest.fixture
+def results(tmp_path):
+    def write(levels=LEVELS, seeds=5):
+        scores.scores_of.cache_clear()
+        folder = tmp_path / "pocket"
+        folder.mkdir(exist_ok=True)
+        columns = [{"benchmark": f"b{i}", "label": f"B{i}", "group": f"g{i}", "metric": "em"} for i in range(3)]
+        (folder / "suite.json").write_text(json.dumps({"columns": columns}))
+        made(levels, seeds).to_parquet(folder / "problems.parquet")
+        diagnostics(seeds).to_parquet(folder / "diagnostics.parquet")
+        steps(seeds).to_parquet(folder / "steps.parquet")
+        facts = {"training_seconds": 10.0, "sampling_seconds": 5.0, "peak_memory_bytes": 1000}
+        runs = [(m, s, t) for m in ("spin", "tspin") for s in range(seeds) for t in range(5)]
+        costs = [{"method": m, "seed": s, "iteration": t, **facts} for m, s, t in runs]
+        (folder / "provenance.json").write_text(json.dumps({"runs": costs}))
+        return tmp_path
+
+    return write
+
+
+def verdicts(results, preset="pocket") -> dict[str, str]:
+    return {row["claim"]: row["verdict"] for row in claims.scorecard(preset, results)}
+
+
+def test_the_papers_shapes_replicate(results):
+    found = verdicts(results())
+    assert found.pop("C8") == claims.OPEN  # the grid is a study of its own
+    assert set(found.values()) == {claims.REPLICATED}, found
+
+
+def test_the_opposite_is_contradicted(results):
+    swapped = {**LEVELS, "spin": LEVELS["tspin"], "tspin": LEVELS["spin"], "tspin_reference": [60] * 5}
+    found = verdicts(results({**swapped, "tspin_no_history": [35, 45, 45, 45, 65]}))
+    contradicted = {name for name, verdict in found.items() if verdict == claims.CONTRADICTED}
+    assert contradicted == {"C1", "C2", "C5", "C6", "C7"}
+
+
+def test_what_was_not_run_is_said(results):
+    root = results({name: LEVELS[name] for name in ("base", "spin", "tspin")})
+    rows = {row["claim"]: row for row in claims.scorecard("pocket", root)}
+    assert rows["C5"]["verdict"] == claims.OPEN and "--methods sft" in rows["C5"]["ours"][0]
+    assert "tspin_no_history" in rows["C6"]["ours"][0] and "STUDY=grid" in rows["C8"]["ours"][0]
+
+
+def test_paired_differences(results):
+    found = scores.Scores("pocket", results())
+    assert found.seeds(("base", None)) == [0] and found.seeds(("spin", 1)) == [0, 1, 2, 3, 4]
+    difference = found.differences(("tspin", 4), ("base", None))
+    assert difference.shape == (5, 3, PROBLEMS) and set(np.unique(difference)) <= {0.0, 100.0}
+    (one,) = found.compare([(("tspin", 1), ("tspin", 0))])
+    assert one.difference.mean == pytest.approx(5, abs=1) and one.p < 0.01
+    assert len(scores.intervals(found)) == len(found.policies()) * 4
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_commands_draw(results, seeds, monkeypatch):
+    root = results(seeds=seeds)
+    run = CliRunner()
+    for number in ("2", "3", "4b", "5", "6", "7"):
+        result = run.invoke(app, ["figure", number, "--results", str(root)])
+        assert result.exit_code == 0, result.output
+        for form in ("png", "svg"):
+            assert (root / "pocket" / f"figure{number}.{form}").stat().st_size > 10_000
+    result = run.invoke(app, ["claims", "--results", str(root)])
+    assert result.exit_code == 0, result.output
+    text = (root / "pocket" / "claims.md").read_text()
+    assert all(f"| C{n} |" in text for n in range(1, 10))
+    assert json.loads((root / "pocket" / "claims.json").read_text())["claims"][0]["verdict"]
+    assert run.invoke(app, ["figure", "4c", "--results", str(root)]).exit_code == 2
+    assert run.invoke(app, ["figure", "9", "--results", str(root)]).exit_code == 2
+    cells = [(a, b, "tspin", 0, 1, 40 + a, 0.1) for a in (0.1, 1.0) for b in (0.1, 1.0)]
+    grid = pd.DataFrame(cells, columns=["alpha", "beta", "method", "seed", "iteration", "avg", "avg_se"])
+    (root / "pocket" / "studies").mkdir()
+    grid.to_csv(root / "pocket" / "studies" / "grid.csv", index=False)
+    assert run.invoke(app, ["figure", "4c", "--results", str(root)]).exit_code == 0
+    assert verdicts(root)["C8"] == claims.REPLICATED
