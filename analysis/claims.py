@@ -159,7 +159,8 @@ def c3(evidence: Evidence) -> list[Finding]:
     for method in ("spin", "tspin"):
         table = evidence.diagnostics(method, 1)
         shares[method] = per_seed(table, (table["reward"] > 0) & (table["log_likelihood"] < 0))
-    spin = Estimate(*(v - LARGE_SHARE for v in shares["spin"][:3]), shares["spin"].seeds)
+    mean, low, high, seeds = shares["spin"]
+    spin = Estimate(mean - LARGE_SHARE, low - LARGE_SHARE, high - LARGE_SHARE, seeds)
     none = shares["tspin"].mean == 0
     return [
         Finding(f"SPIN's misaligned share {_percent(shares['spin'])}", sign(spin)),

@@ -1,4 +1,4 @@
-"""`tspin table`, `figure` and `claims`: the paper from a preset's results. Heavy imports wait until a command runs."""
+"""`tspin table`, `figure`, `claims` and `compare`: the paper from results. Heavy imports wait until a command runs."""
 
 import re
 from pathlib import Path
@@ -52,17 +52,18 @@ def figure(
     Example: tspin figure 7 --preset pocket
     """
     from analysis import curves, dynamics, studies
+    from analysis.figures import save
     from tspin.errors import UserError
 
-    drawn = {name: lambda name=name: curves.draw(name, preset, results) for name in curves.FIGURES}
-    drawn |= {
-        "3": lambda: dynamics.figure3(preset, results),
-        "4c": lambda: studies.figure4c(preset, results),
-        "7": lambda: dynamics.figure7(preset, results),
-    }
-    if number not in drawn:
-        raise UserError(f"there is no figure {number}; there are: {', '.join(sorted(drawn))}")
-    _wrote(drawn[number]())
+    others = {"3": dynamics.figure3, "4c": studies.figure4c, "7": dynamics.figure7}
+    if number in others:
+        drawn = others[number](preset, results)
+    elif number in curves.FIGURES:
+        drawn = curves.draw(number, preset, results)
+    else:
+        known = ", ".join(sorted([*curves.FIGURES, *others]))
+        raise UserError(f"there is no figure {number}; there are: {known}")
+    _wrote(save(drawn, results / preset / f"figure{number}"))
 
 
 def claims(preset: Preset = "pocket", results: Results = Path("results")) -> None:
@@ -83,6 +84,24 @@ def claims(preset: Preset = "pocket", results: Results = Path("results")) -> Non
     content = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
     written.append(write_atomically(results / preset / "intervals.csv", content.encode()))
     _wrote(written)
+
+
+def compare(
+    run_a: Annotated[str, typer.Argument(help="A run's folder, or <results folder>:<method>:<seed>.")],
+    run_b: Annotated[str, typer.Argument(help="Another one.")],
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("compare.html"),
+) -> None:
+    """Put two runs side by side: a table here, and one HTML page with everything in it.
+
+    Example: tspin compare results/pocket:spin:0 results/pocket:tspin:0
+    """
+    from analysis.compare import summary, write_page
+    from analysis.runs import load_run
+
+    first, second = load_run(run_a), load_run(run_b)
+    written = write_page(first, second, out)
+    _print(summary(first, second))
+    _wrote([written])
 
 
 def _wrote(paths: list[Path]) -> None:

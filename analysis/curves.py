@@ -1,7 +1,7 @@
 """Figures 2, 4b, 5 and 6: scores by iteration, method against method, ours above the paper's."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import pandas as pd
@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import load
-from analysis.figures import save
 from analysis.scores import AVG, Scores, scores_of
 from analysis.style import COLUMN_WIDTH, METHODS, RC
 
@@ -17,9 +16,8 @@ SPREAD = 0.08  # methods stand beside each other, so that intervals do not hide 
 
 
 class Curves(NamedTuple):
-    """A figure: its name, its methods, how many benchmarks beside Avg, and the paper's benchmarks and files."""
+    """A figure: its methods, how many benchmarks beside Avg, and the paper's benchmarks and files."""
 
-    name: str
     methods: tuple[str, ...]
     benchmarks: int
     model: str
@@ -28,16 +26,16 @@ class Curves(NamedTuple):
 
 
 FIGURES = {
-    "2": Curves("figure2", ("spin", "tspin"), 2, "Zephyr-7B", ("GSM8K", "IFEval", AVG), ("table1_zephyr",)),
-    "4b": Curves("figure4b", ("tspin", "tspin_reference"), 0, "Zephyr-7B", (AVG,), ("table1_zephyr",)),
-    "5": Curves("figure5", ("tspin", "tspin_no_history"), 3, "Zephyr-7B", ("GSM8K", "BBH", "IFEval"),
+    "2": Curves(("spin", "tspin"), 2, "Zephyr-7B", ("GSM8K", "IFEval", AVG), ("table1_zephyr",)),
+    "4b": Curves(("tspin", "tspin_reference"), 0, "Zephyr-7B", (AVG,), ("table1_zephyr",)),
+    "5": Curves(("tspin", "tspin_no_history"), 3, "Zephyr-7B", ("GSM8K", "BBH", "IFEval"),
                 ("table1_zephyr", "table2_without_historical_advantage")),
-    "6": Curves("figure6", ("spin", "tspin"), 2, "Mistral-7B", ("GSM8K", "IFEval", AVG), ("table4_mistral",)),
+    "6": Curves(("spin", "tspin"), 2, "Mistral-7B", ("GSM8K", "IFEval", AVG), ("table4_mistral",)),
 }  # fmt: skip
 
 
-def draw(number: str, preset: str, results: Path = Path("results")) -> list[Path]:
-    """Draw a figure of FIGURES into `results/<preset>/`, PNG and SVG. Raises UserError where a file is missing."""
+def draw(number: str, preset: str, results: Path = Path("results")) -> Figure:
+    """A figure of FIGURES. Raises UserError where a file is missing."""
     curves, scores = FIGURES[number], scores_of(preset, results)
     labels = chosen(scores, preset, results, curves.benchmarks)
     if curves.benchmarks < 3:
@@ -56,11 +54,11 @@ def draw(number: str, preset: str, results: Path = Path("results")) -> list[Path
             axes.set_xlabel("Iteration")
         for row in panels:
             row[0].set_ylabel("Score (%)")
-        found: dict[str, object] = {}
+        found: dict[str, Any] = {}
         for axes in panels.flat:
             found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         figure.legend(list(found.values()), list(found), loc="outside upper center", ncols=4, frameon=False)
-        return save(figure, results / preset / curves.name)
+        return figure
 
 
 def chosen(scores: Scores, preset: str, results: Path, count: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Figures 3 and 7: rewards and log-likelihoods of y and y′ during training, and where the two disagree."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -8,9 +9,9 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis import load
-from analysis.figures import save
 from analysis.style import COLUMN_WIDTH, METHODS, RC
 from tspin.errors import UserError
 
@@ -55,8 +56,8 @@ def sign_shares(preset: str, results: Path = Path("results"), iteration: int = 1
     return shares.assign(share=shares["share"] / shares["method"].map(seeds))
 
 
-def figure3(preset: str, results: Path = Path("results"), iteration: int = 1) -> list[Path]:
-    """Draw Figure 3 at an iteration: a row a method; rewards, log-likelihoods, joint signs."""
+def figure3(preset: str, results: Path = Path("results"), iteration: int = 1) -> Figure:
+    """Figure 3 at an iteration: a row a method; rewards, log-likelihoods, joint signs."""
     table, shares = steps(preset, results), sign_shares(preset, results, iteration)
     table = table[table["iteration"] == iteration]
     with matplotlib.rc_context(RC):
@@ -75,11 +76,11 @@ def figure3(preset: str, results: Path = Path("results"), iteration: int = 1) ->
         panels[0, 0].legend(frameon=False)
         for axes in panels[1, :2]:
             axes.set_xlabel(f"Step of iteration {iteration}")
-        return save(figure, results / preset / "figure3")
+        return figure
 
 
-def figure7(preset: str, results: Path = Path("results"), iterations: tuple[int, ...] = (0, 1, 2)) -> list[Path]:
-    """Draw Figure 7: log-likelihoods of y and y′ by step, and their gap; a column an iteration."""
+def figure7(preset: str, results: Path = Path("results"), iterations: tuple[int, ...] = (0, 1, 2)) -> Figure:
+    """Figure 7: log-likelihoods of y and y′ by step, and their gap; a column an iteration."""
     table = steps(preset, results)
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(2 * COLUMN_WIDTH, 4.8), layout="constrained")
@@ -100,7 +101,7 @@ def figure7(preset: str, results: Path = Path("results"), iterations: tuple[int,
             axes.set_ylabel(label)
         panels[0, 0].legend(frameon=False)
         panels[2, 0].legend(frameon=False)
-        return save(figure, results / preset / "figure7")
+        return figure
 
 
 def _roles(axes: Axes, table: pd.DataFrame, kind: str, method: str) -> None:
@@ -114,6 +115,7 @@ def _band(axes: Axes, table: pd.DataFrame, column: str, colour: str, line: str, 
     seaborn.lineplot(table, x="step", y=column, ax=axes, color=colour, linestyle=line, label=label, legend=False,
                      errorbar=("ci", 95) if many else None, seed=0, linewidth=1.2)  # fmt: skip
     axes.set(xlabel="", ylabel="")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 
 
 def _signs(axes: Axes, shares: pd.DataFrame) -> None:
@@ -121,7 +123,7 @@ def _signs(axes: Axes, shares: pd.DataFrame) -> None:
     signs = [1.0, 0.0, -1.0]
     table = shares.pivot(index="log_likelihood", columns="reward", values="share")
     table = table.reindex(index=signs, columns=signs[::-1]).fillna(0.0)
-    names = {1.0: "> 0", 0.0: "= 0", -1.0: "< 0"}
+    names: dict[Any, str] = {1.0: "> 0", 0.0: "= 0", -1.0: "< 0"}
     seaborn.heatmap(table, ax=axes, annot=True, fmt=".0%", cmap="Blues", cbar=False, vmin=0, vmax=1, linewidths=1,
                     xticklabels=[names[s] for s in table.columns], yticklabels=[names[s] for s in table.index],
                     annot_kws={"fontsize": 8})  # fmt: skip

@@ -76,6 +76,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         content = io.BytesIO()
         # A date or a library version in the file would change it with nothing to see.
         metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
-        figure.savefig(content, format=form, dpi=300, metadata=metadata)
+        with matplotlib.rc_context(RC):
+            figure.savefig(content, format=form, dpi=300, metadata=metadata)
         paths.append(load.write_atomically(stem.with_suffix(f".{form}"), content.getvalue()))
     return paths

@@ -37,9 +37,10 @@ class Scores:
         table = table.assign(benchmark=table["benchmark"].map(order), iteration=table["iteration"].fillna(-1))
         problems = 1 + int(table["doc_id"].max())
         self._values: dict[tuple[str, int, int], np.ndarray] = {}
-        for (method, seed, iteration), rows in table.groupby(["method", "seed", "iteration"]):
+        for key, rows in table.groupby(["method", "seed", "iteration"]):
+            method, seed, iteration = map(str, tuple(key))  # type: ignore[arg-type]
             array = np.full((len(order), problems), np.nan)
-            array[rows["benchmark"].to_numpy(int), rows["doc_id"].to_numpy(int)] = 100 * rows["value"].to_numpy(float)
+            array[rows["benchmark"].to_numpy(int), rows["doc_id"].to_numpy(int)] = rows["value"].to_numpy(float)
             if not np.isnan(array).all(-1).any():  # a run without one of the benchmarks has no average
                 self._values[str(method), int(iteration), int(seed)] = array
 

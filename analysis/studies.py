@@ -7,7 +7,6 @@ import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
 
-from analysis.figures import save
 from analysis.style import COLUMN_WIDTH, RC
 from tspin.errors import UserError
 
@@ -20,8 +19,8 @@ def study(name: str, preset: str, results: Path = Path("results")) -> pd.DataFra
     return pd.read_csv(path)
 
 
-def figure4c(preset: str, results: Path = Path("results")) -> list[Path]:
-    """Draw the α × β grid of T-SPIN: Avg at iteration 1, the mean over seeds."""
+def figure4c(preset: str, results: Path = Path("results")) -> Figure:
+    """The α × β grid of T-SPIN: Avg at iteration 1, the mean over seeds."""
     table = study("grid", preset, results)
     table = table[table["iteration"] == 1]
     cells = table.pivot_table(index="alpha", columns="beta", values="avg").sort_index(ascending=False)
@@ -33,4 +32,4 @@ def figure4c(preset: str, results: Path = Path("results")) -> list[Path]:
         seeds, error = table["seed"].nunique(), table["avg_se"].mean()
         axes.set_title(f"T-SPIN ({preset}), {seeds} seed{'s' * (seeds > 1)}; ± {1.96 * error:.1f} a cell", loc="left")
         axes.set(xlabel="β", ylabel="α")
-        return save(figure, results / preset / "figure4c")
+        return figure

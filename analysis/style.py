@@ -23,6 +23,7 @@ METHODS = {
     "space": MethodStyle("SPACE", "#7F7F7F", ">"),
 }
 
+LABELLED, SYNTHETIC = "labelled", "synthetic"  # roles, as in tspin.objectives (which needs torch)
 COLUMN_WIDTH = 3.5  # inches: one column of a two-column page
 MISSING = "–"
 

@@ -31,7 +31,7 @@ def made(levels: dict[str, list[int]], seeds: int) -> pd.DataFrame:
                 for benchmark in range(BENCHMARKS):
                     rows.append(pd.DataFrame({
                         "method": method, "seed": seed, "iteration": pd.NA if len(course) == 1 else iteration,
-                        "benchmark": f"b{benchmark}", "doc_id": range(PROBLEMS), "value": right.astype(float),
+                        "benchmark": f"b{benchmark}", "doc_id": range(PROBLEMS), "value": 100.0 * right,
                     }))  # fmt: skip
     return pd.concat(rows).astype({"iteration": "Int8"})
 

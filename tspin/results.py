@@ -1,7 +1,7 @@
 """results/<preset>/: the small tidy files that tables, figures and claims are made from.
 
 evaluations.csv      preset, method, seed, iteration, benchmark, metric, value, stderr, n (percent)
-problems.parquet     method, seed, iteration, benchmark, doc_id, value: the tabulated metric problem by problem (0 to 1)
+problems.parquet     method, seed, iteration, benchmark, doc_id, value: the tabulated metric of each problem (percent)
 steps.parquet        method, seed, iteration, and what training logged at each optimizer step
 diagnostics.parquet  method, seed, iteration, and a row a prompt and role (tspin.diagnostics.SCHEMA)
 prompts.parquet      seed, prompt_id, prompt, labelled, proto: texts, of the smallest seed
@@ -51,7 +51,7 @@ class Collected:
 
 
 def problems_of(samples: pd.DataFrame, suite: Suite) -> pd.DataFrame:
-    """benchmark, doc_id, value of the tabulated metrics, from an evaluation's samples.
+    """benchmark, doc_id, value (percent) of the tabulated metrics, from an evaluation's samples.
 
     doc_id numbers a benchmark's problems, through all tasks of a group.
     """

@@ -98,11 +98,20 @@ class SelfPlayTrainer:
     def iterate(self) -> Iterator[IterationResult]:
         """The iterations one by one: a result is yielded when its checkpoint is on disk."""
         policy, policy_fingerprint = initial = self._claim()
+        self._write_prompts()
         proto = self._responses("proto", None, policy, policy_fingerprint) if self.method.self_play else None
         for iteration in range(self.args.iterations if self.method.self_play else 1):
             result = self._iteration(iteration, policy, policy_fingerprint, proto, initial)
             policy, policy_fingerprint = str(result.model_path), result.fingerprint
             yield result
+
+    def _write_prompts(self) -> None:
+        """Leave the prompts and labels in the run's folder, for those who read its responses."""
+        path = self.folder / "prompts.parquet"
+        if not path.exists():
+            rows = [{"prompt_id": e.prompt_id, "prompt": e.prompt, "labelled": e.labelled.text} for e in self.examples]
+            with atomic_path(path) as temporary:
+                pd.DataFrame(rows).to_parquet(temporary, index=False)
 
     def _iteration(
         self, iteration: int, policy: str, policy_fingerprint: str, proto: Any, initial_policy: tuple[str, str]
@@ -133,16 +142,19 @@ class SelfPlayTrainer:
 
         if self.method.uses_reference:
             path = folder / "reference.parquet"
+            # Of y0 too where diagnostics ask for it: one pass serves both.
+            scored = all_roles if self.args.diagnostics else triplets
 
             def write_reference(target: Path) -> None:
                 policy_used = model() if self.method.reference == "previous" else self._load(initial)
-                logps = response_logps(policy_used, triplets, self.tokenizer, self.args, "the reference")
-                reference_table(triplets, logps).to_parquet(target, index=False)
+                logps = response_logps(policy_used, scored, self.tokenizer, self.args, "the reference")
+                reference_table(scored, logps).to_parquet(target, index=False)
 
-            if self.method.reference == "initial":
-                inputs |= {"reference": initial_fingerprint}
-            reference = run_stage(path, inputs, write_reference)
-            triplets = with_reference(triplets, pd.read_parquet(path))
+            inputs |= {"reference": initial_fingerprint if self.method.reference == "initial" else policy_fingerprint}
+            roles = sorted(scored[0].responses)
+            reference = run_stage(path, {**inputs, "roles": roles}, write_reference)
+            table = pd.read_parquet(path)
+            triplets, all_roles = with_reference(triplets, table), with_reference(all_roles, table)
 
         def train(target: Path) -> dict[str, Any]:
             return train_iteration(
@@ -164,16 +176,19 @@ class SelfPlayTrainer:
         facts = record["facts"] | seconds
         result = IterationResult(iteration, folder / "model", record["fingerprint"], synthetic_facts, facts)
         if self.args.diagnostics:
-            self._diagnose(result, all_roles, policy, initial, inputs)
+            self._diagnose(result, all_roles, policy, inputs)
         return result
 
-    def _diagnose(
-        self, result: IterationResult, triplets: list[Triplet], policy: str, initial: str, inputs: dict[str, Any]
-    ) -> None:
+    def _diagnose(self, result: IterationResult, triplets: list[Triplet], policy: str, inputs: dict[str, Any]) -> None:
         """Write the iteration's diagnostics.parquet: log π and rewards before and after, sample by sample."""
 
         def logps(path: str, of: str) -> dict[str, list[float]]:
             return response_logps(self._load(path), triplets, self.tokenizer, self.args, of)
+
+        def referred() -> dict[str, list[float]]:
+            return {role: [t.reference_logps[role] for t in triplets] for role in triplets[0].responses}
+
+        own = self.method.reference
 
         def produce(target: Path) -> dict[str, Any]:
             table = diagnose(
@@ -181,8 +196,8 @@ class SelfPlayTrainer:
                 self.method.coefficients_at(result.iteration, self.args.coefficients),
                 triplets,
                 trained=lambda: logps(str(result.model_path), "the trained policy"),
-                before=lambda: logps(policy, "the policy before"),
-                initial=None if policy == initial else lambda: logps(initial, "the initial policy"),
+                before=referred if own == "previous" else lambda: logps(policy, "the policy before"),
+                initial=referred if own == "initial" else None,
             )
             table.to_parquet(target, index=False)
             return summary(table)
