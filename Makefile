@@ -15,7 +15,7 @@ table5 figure3 figure7: NEEDS = spin,tspin
 figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
-.PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4c reproduce-all claims study sweep \
+.PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4c reproduce-all claims study notebooks sweep \
 	benchmark test lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
@@ -44,6 +44,9 @@ claims: $(READY)
 study: $(READY)
 	$(VENV)/bin/python experiments/study.py experiments/studies/$(STUDY).yaml
 
+notebooks: $(VENV)/.notebooks
+	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab
+
 sweep: $(READY)
 	$(VENV)/bin/python experiments/sweep.py experiments/$(PRESET)/sweep.yaml
 
@@ -70,6 +73,10 @@ $(READY): pyproject.toml
 
 $(VENV)/.lint: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]'
+	touch $@
+
+$(VENV)/.notebooks: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
 	touch $@
 
 $(VENV)/.benchmark: $(READY)

@@ -17,7 +17,7 @@ BASE_X = -1
 
 
 def average_by_iteration(preset: str, results: Path = Path("results")) -> list[Path]:
-    """Draw Avg (percent, ± 1.96 standard errors) against the iteration, SPIN against T-SPIN, above the paper's curves.
+    """Draw Avg (percent, 95 % intervals) against the iteration, SPIN against T-SPIN, above the paper's curves.
 
     Returns the paths written, `results/<preset>/average_by_iteration.png` and `.svg`. Raises `UserError` as
     `analysis.tables.table1` does.
@@ -27,9 +27,9 @@ def average_by_iteration(preset: str, results: Path = Path("results")) -> list[P
         figure = Figure(figsize=(COLUMN_WIDTH, 3.7), layout="constrained")
         ours, paper = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
         # Two panels, because the paper's levels (another model, other benchmarks) would flatten ours on shared axes.
-        _curves(ours, table, "avg", "avg_se")
+        _curves(ours, table, "avg", intervals=True)
         _curves(paper, table, "paper_avg")
-        ours.set_title(f"Ours ({preset}), ± 1.96 SE", loc="left")
+        ours.set_title(f"Ours ({preset}), 95 % intervals", loc="left")
         paper.set_title("The paper's (Zephyr-7B, its Table 1)", loc="left")
         for axes in (ours, paper):
             axes.set_ylabel("Avg (%)")
@@ -44,16 +44,16 @@ def average_by_iteration(preset: str, results: Path = Path("results")) -> list[P
         return save(figure, results / preset / "average_by_iteration")
 
 
-def _curves(axes: Axes, table: pd.DataFrame, value: str, error: str | None = None) -> None:
-    """Draw a column of `table1`; without errors, it is the paper's: thin and dashed."""
+def _curves(axes: Axes, table: pd.DataFrame, value: str, intervals: bool = False) -> None:
+    """Draw a column of `table1`; without intervals, it is the paper's: thin and dashed."""
     fixed = {row["method"]: row for row in load.records(table[table["iteration"].isna()])}
-    base = fixed["base"][value]
+    base, error = fixed["base"][value], intervals
     for method in ("spin", "tspin"):
         look, rows = METHODS[method], table[table["method"] == method]
         x = [BASE_X, *(rows["iteration"].astype(float) + (DODGE[method] if error else 0.0))]
         y = [base, *rows[value]]
         # The base has one error bar, drawn below, and not one per method.
-        bars = [float("nan"), *(1.96 * rows[error])] if error else None
+        bars = [[float("nan"), *side] for side in _sides(rows)] if intervals else None
         axes.errorbar(x, y, bars, label=look.label, color=look.colour, marker=look.marker, markevery=slice(1, None),
                       linestyle="-" if error else "--", linewidth=1.4 if error else 0.9, markersize=4 if error else 2.5,
                       elinewidth=0.9, capsize=2, zorder=3)  # fmt: skip
@@ -62,11 +62,17 @@ def _curves(axes: Axes, table: pd.DataFrame, value: str, error: str | None = Non
         axes.axhline(fixed[method][value], color=look.colour, linestyle=dashes, linewidth=0.9, label=look.label)
     if error:
         # SFT has no iteration to put an error bar at: its interval is a band.
-        middle, half = fixed["sft"][value], 1.96 * fixed["sft"][error]
-        axes.axhspan(middle - half, middle + half, color=METHODS["sft"].colour, alpha=0.1, linewidth=0)
-    bar = 1.96 * fixed["base"][error] if error else None
+        axes.axhspan(
+            fixed["sft"]["avg_low"], fixed["sft"]["avg_high"], color=METHODS["sft"].colour, alpha=0.1, linewidth=0
+        )
+    bar = _sides(table[table["method"] == "base"]) if error else None
     axes.errorbar(BASE_X, base, bar, color=METHODS["base"].colour, marker=METHODS["base"].marker,
                   markersize=3.5 if error else 2.5, elinewidth=0.9, capsize=2, zorder=4)  # fmt: skip
+
+
+def _sides(rows: pd.DataFrame) -> list[pd.Series]:
+    """How far the interval of Avg reaches below and above it."""
+    return [rows["avg"] - rows["avg_low"], rows["avg_high"] - rows["avg"]]
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from analysis import load
+from analysis.scores import scores_of
 from analysis.style import METHODS, MISSING
 
 ITERATIONS = range(5)
@@ -40,7 +41,8 @@ def table1(preset: str, results: Path = Path("results"), layout: Layout = TABLE1
     """A table of scores in percent, a row a method and iteration; a row is there, of NAs, if it was not run.
 
     Table 1 has base, SFT, SPIN and T-SPIN by iteration; other layouts have other methods.
-    After the benchmarks (named by label) come `avg`, its standard error `avg_se`, `avg_change` over the previous
+    After the benchmarks (named by label) come `avg`, its standard error `avg_se`, its 95 % interval
+    `avg_low` to `avg_high`, `avg_change` over the previous
     iteration (at iteration 0: over base), and the paper's `paper_avg` and `paper_change`. A score is the mean over the
     row's `seeds`. A seed that lacks a benchmark is left out of a row that has complete seeds; a row without any shows
     what there is and has no `avg`. `avg_change` is NA where the two iterations rest on different seeds.
@@ -64,8 +66,22 @@ def table1(preset: str, results: Path = Path("results"), layout: Layout = TABLE1
         # The base model is the same for every seed, so it may have been evaluated with one.
         if iteration == 0 or row["seeds"] == rows[before]["seeds"]:
             row["avg_change"] = row["avg"] - rows[before]["avg"]
-    order = ["method", "iteration", "seeds", *labels, "avg", "avg_se", "avg_change", "paper_avg", "paper_change"]
+    _add_intervals(rows, preset, results)
+    order = ["method", "iteration", "seeds", *labels, "avg", "avg_se", "avg_low", "avg_high", "avg_change", "paper_avg"]
+    order.append("paper_change")
     return pd.DataFrame([rows[key] for key in layout.rows])[order].astype({"iteration": "Int64"})
+
+
+def _add_intervals(rows: dict[Key, dict[str, Any]], preset: str, results: Path) -> None:
+    """Put `avg_low` and `avg_high` into rows: 95 % intervals from the problems' scores, or from the standard error."""
+    has_problems = (results / preset / "problems.parquet").is_file()
+    scores = scores_of(preset, results) if has_problems else None
+    for key, row in rows.items():
+        half = 1.96 * row["avg_se"]
+        row["avg_low"], row["avg_high"] = row["avg"] - half, row["avg"] + half
+        if scores is not None and row["seeds"] == " ".join(map(str, scores.seeds(key))) and row["seeds"]:
+            found = scores.mean(key)
+            row["avg_low"], row["avg_high"] = found.low, found.high
 
 
 def _row(scores: pd.DataFrame, labels: list[str], key: Key) -> dict[str, Any]:
@@ -107,12 +123,15 @@ def table1_caption(preset: str, results: Path = Path("results"), layout: Layout 
         sentences.append(f"Rows with fewer seeds: {', '.join(other)}.")
     sentences.append(_problems(columns, scores))
     counts = {len(row["seeds"].split()) for row in ran if pd.notna(row["avg"])}
-    errors = ["over seeds (ddof = 1)"] if max(counts, default=0) > 1 else []
-    if 1 in counts:
-        errors.append(("in rows with one seed " if errors else "") + "from lm-eval's standard errors over problems")
-    if errors:
-        sentences.append(f"Avg is the mean of the columns, ± its standard error, {'; '.join(errors)}.")
-    sentences.append("In brackets: change over the previous iteration, at iteration 0 over base.")
+    if (results / preset / "problems.parquet").is_file():
+        errors = ["by bootstrap over seeds and, within a seed, problems"] if max(counts, default=0) > 1 else []
+        if 1 in counts:
+            errors.append(("in rows with one seed " if errors else "") + "over problems alone")
+    else:
+        errors = ["1.96 standard errors"]
+    if counts:
+        sentences.append(f"Avg is the mean of the columns, in square brackets its 95 % interval, {'; '.join(errors)}.")
+    sentences.append("In round brackets: change over the previous iteration, at iteration 0 over base.")
     same = [column.label for column in columns] == SUITE
     sentences.append(
         f"The paper's Avg (its Table {layout.number}) is {layout.model}'s on "
@@ -162,7 +181,7 @@ def table1_cells(table: pd.DataFrame) -> pd.DataFrame:
     for row in load.records(table):
         ours, paper = MISSING, number(row["paper_avg"])
         if pd.notna(row["avg"]):
-            ours = f"{number(row['avg'])} ± {number(row['avg_se'])}"
+            ours = f"{number(row['avg'])} [{number(row['avg_low'], '.1f')}, {number(row['avg_high'], '.1f')}]"
         if pd.notna(row["iteration"]):
             paper += f" ({number(row['paper_change'], '+.2f')})"
             if pd.notna(row["avg"]):

@@ -45,7 +45,9 @@ def main() -> None:
 
 def run_cell(study: dict, cell: dict, runs: Path) -> pd.DataFrame:
     """The cell's settings (by the last part of their names), method, seed, iteration, avg and avg_se in percent."""
-    overrides = [*study.get("overrides", []), *(f"{key}={value}" for key, value in cell.items())]
+    # A key may name several settings, separated by commas: they take the same value.
+    given = [f"{key}={value}" for keys, value in cell.items() for key in keys.split(",")]
+    overrides = [*study.get("overrides", []), *given]
     config = load_config(study["preset"], overrides)
     assert config.evaluation is not None
     suite, folder = load_suite(config.evaluation.suite), runs / fingerprint(cell)
@@ -57,7 +59,7 @@ def run_cell(study: dict, cell: dict, runs: Path) -> pd.DataFrame:
         columns = tabulated(own, suite)
         error = (columns["stderr"] ** 2).sum() ** 0.5 / len(columns)
         rows.append({**dict(zip(keys, key, strict=True)), "avg": columns["value"].mean(), "avg_se": error})
-    return pd.DataFrame(rows).assign(**{key.rsplit(".", 1)[-1]: value for key, value in cell.items()})
+    return pd.DataFrame(rows).assign(**{keys.rsplit(".", 1)[-1]: value for keys, value in cell.items()})
 
 
 if __name__ == "__main__":

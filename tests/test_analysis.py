@@ -95,10 +95,10 @@ def test_what_was_not_run_is_missing(results: Path) -> None:
     cells = tables.table1_cells(table).set_index("Method")
     assert cells.loc["SPIN 4", LABELS].tolist() == ["–", "–"]
     assert cells.loc["SPIN 4", "Avg"] == "–"
-    assert cells.loc["SPIN 1", "Avg"] == "20.00 ± 0.00 (–)"
-    assert cells.loc["T-SPIN 1", "Avg"] == "32.00 ± 2.00 (+5.00)"
+    assert cells.loc["SPIN 1", "Avg"] == "20.00 [20.0, 20.0] (–)"
+    assert cells.loc["T-SPIN 1", "Avg"] == "32.00 [28.1, 35.9] (+5.00)"
     assert cells.loc["T-SPIN 1", "Paper's Avg"] == "42.56 (+2.81)"
-    assert cells.loc["base", "Avg"] == "15.00 ± 2.12"
+    assert cells.loc["base", "Avg"] == "15.00 [10.8, 19.2]"
 
 
 def test_a_seed_without_a_benchmark(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_seed_without_a_benchmark(tmp_path: Path) -> None:
 def test_an_unknown_stderr_leaves_the_error_unknown(tmp_path: Path) -> None:
     rows = scores("base", 0, "", 10, 20)[:1] + ["pocket,base,0,,b1,em,20,,200"]
     table = tables.table1("pocket", write_results(tmp_path, rows))
-    assert tables.table1_cells(table)["Avg"][0] == "15.00 ± –"
+    assert tables.table1_cells(table)["Avg"][0] == "15.00 [–, –]"
 
 
 def test_caption(results: Path) -> None:
@@ -126,18 +126,17 @@ def test_caption(results: Path) -> None:
         "Table 1 (pocket): scores in percent, seeds 0, 1.",
         "Rows with fewer seeds: base (seed 0), SFT (seed 0), SPIN 0 (seed 0).",
         "Problems per benchmark: 200; metric: em.",
-        "over seeds (ddof = 1); in rows with one seed from lm-eval's standard errors",
+        "in square brackets its 95 % interval, 1.96 standard errors",
         "compare shapes, not levels",
         "–: not there yet.",
     ):
         assert part in caption
     single = write_results(results, scores("base", 3, "", 1, 2))
     assert "seed 3." in (caption := tables.table1_caption("pocket", single))
-    assert "its standard error, from lm-eval's" in caption and "ddof" not in caption
 
 
 def test_files(results: Path) -> None:
-    csv, markdown = tables.write_table1("pocket", results)
+    csv, markdown, latex = tables.write_table1("pocket", results)
     again = pd.read_csv(csv, dtype={"iteration": "Int64"}, keep_default_na=False, na_values={"avg": [""]})
     assert again["avg"].tolist()[:3] == [15, 35, 25]
     assert again["avg"].isna().sum() == 6
@@ -151,7 +150,8 @@ def test_files(results: Path) -> None:
     before = svg.read_bytes()
     figures.average_by_iteration("pocket", results)
     assert svg.read_bytes() == before and b"<dc:date>" not in before
-    written = {csv.name, markdown.name, png.name, svg.name}
+    assert latex.read_text().count(r"\\") == 13 and r"\begin{tabular}{lrrrr}" in latex.read_text()
+    written = {csv.name, latex.name, markdown.name, png.name, svg.name}
     assert {path.name for path in csv.parent.iterdir()} == written | {"evaluations.csv", "suite.json"}
 
 
@@ -209,7 +209,7 @@ LONG_LABELS = ["Simple equations", "Color cube rotation", "Leg counting", "Word 
 
 
 @pytest.mark.parametrize("labels", [PAPER_LABELS, LONG_LABELS])
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [80, 130])
 def test_the_terminal_table_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int, labels: list[str]
 ) -> None:
@@ -219,10 +219,10 @@ def test_the_terminal_table_fits(
     commands.table("1", "pocket", results)
     lines = capsys.readouterr().out.splitlines()
     shown = next(line for line in lines if line.startswith("T-SPIN 1"))
-    assert shown.count("90.01") == (11 if width == 120 else 1)
-    assert "90.01 ± 0.32 (-9.99)" in shown and "42.56 (+2.81)" in shown
+    assert shown.count("90.01") == (11 if width == 130 else 1)
+    assert "90.01 [89.4, 90.6] (-9.99)" in shown and "42.56 (+2.81)" in shown
     assert max(map(len, lines)) <= width
-    if width == 120:
+    if width == 130:
         assert {word for name in labels for word in commands._short(name).split()} <= set(" ".join(lines[:4]).split())
 
 
@@ -238,7 +238,7 @@ def test_long_labels_are_cut_between_words() -> None:
 
 
 def test_an_unknown_table_lists_those_that_exist(results: Path) -> None:
-    with pytest.raises(UserError, match="there is no table 3; there is: 1"):
+    with pytest.raises(UserError, match="there is no table 3; there are: 1, 2, 4, 5"):
         commands.table("3", "pocket", results)
 
 
