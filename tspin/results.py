@@ -11,7 +11,8 @@ responses.parquet    method, seed, iteration, prompt_id, text: a response sample
 suite.json           which metric makes which column
 provenance.json      commit, versions, hardware, and what each run cost
 
-`iteration` is empty for base and sft. Rows of a method and seed replace those that were there.
+`iteration` is empty for base and sft. Numbers of diagnostics.parquet are rounded to 1/4096. Rows of a method and seed
+replace those that were there.
 """
 
 import io
@@ -28,6 +29,7 @@ from tspin.run_store import atomic_path, provenance, read_json, write_json, writ
 
 BASE = "base"
 EXAMPLES = 10
+DIAGNOSTIC_STEPS = 4096  # to a nat
 RUN = ["method", "seed", "iteration"]
 EVALUATION_COLUMNS = ["preset", *RUN, "benchmark", "metric", "value", "stderr", "n"]
 
@@ -94,12 +96,16 @@ def _merge_parquet(path: Path, new: pd.DataFrame, suite: Suite, smallest_seed: b
     if smallest_seed:
         new = new[new["seed"] == new["seed"].min()]
     new = _in_order(new, suite)
-    # Single precision is more than the numbers hold, and halves the file.
-    floats = {name: "float32" for name in new.select_dtypes("float64")}
+    floats = [str(name) for name in new.select_dtypes(["float64", "float32"])]
+    # These files are committed: digits that mean nothing would be most of their size.
+    rounded = {name: (new[name] * DIAGNOSTIC_STEPS).round() / DIAGNOSTIC_STEPS for name in floats}
+    new = new.assign(**rounded) if path.stem == "diagnostics" else new
+    types = {**dict.fromkeys(floats, "float32"), "seed": "int16", "iteration": "Int8"}
     with atomic_path(path) as temporary:
-        new.astype({**floats, "seed": "int16", "iteration": "Int8"}).to_parquet(
-            temporary, index=False, compression="zstd", compression_level=9
-        )
+        new.astype(types).to_parquet(
+            temporary, index=False, compression="zstd", compression_level=19, use_byte_stream_split=floats,
+            use_dictionary=[str(name) for name in new if name not in floats],
+        )  # fmt: skip
 
 
 def _replacing(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:

@@ -173,7 +173,7 @@ class SelfPlayTrainer:
         seconds = {"sampling_seconds": synthetic[1]["seconds"]} if self.method.self_play else {}
         if self.method.uses_reference:
             seconds["reference_seconds"] = reference["seconds"]
-        facts = record["facts"] | seconds
+        facts = record["facts"] | seconds | {"commit": record["provenance"]["commit"]}
         result = IterationResult(iteration, folder / "model", record["fingerprint"], synthetic_facts, facts)
         if self.args.diagnostics:
             self._diagnose(result, all_roles, policy, inputs)
