@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from analysis import claims, scores
+from analysis import claims, load, scores
 from tspin.cli import app
 
 PROBLEMS, BENCHMARKS = 40, 3
@@ -137,3 +137,22 @@ def test_commands_draw(results, seeds, monkeypatch):
     grid.to_csv(root / "pocket" / "studies" / "grid.csv", index=False)
     assert run.invoke(app, ["figure", "4c", "--results", str(root)]).exit_code == 0
     assert verdicts(root)["C8"] == claims.REPLICATED
+
+
+def test_the_papers_numbers_are_those_of_its_tables():
+    """The scorecard prints differences of published averages; the CSV files have the averages."""
+    one, two = load.published("table1_zephyr"), load.published("table2_without_historical_advantage")
+    average = {name: own["Avg"].tolist() for name, own in pd.concat([one, two]).groupby("method")}
+    printed = {claim.name: claim.paper for claim in claims.CLAIMS}
+
+    def signed(value: float) -> str:
+        return f"{value:+.2f}".replace("-", "−")
+
+    changes = {m: ", ".join(signed(b - a) for a, b in zip(average[m], average[m][1:], strict=False))
+               for m in ("spin", "tspin")}  # fmt: skip
+    assert printed["C1"] == f"SPIN {changes['spin']}; T-SPIN {changes['tspin']}"
+    final = average["tspin"][-1]
+    assert printed["C2"] == f"{signed(final - average['spin'][-1])}; {signed(final - average['sft'][0])}"
+    assert printed["C5"] == signed(final - average["sft"][0])
+    without = average["tspin_no_history"]
+    assert printed["C6"] == f"{signed(without[1] - without[0])}; {signed(final - without[-1])}"
