@@ -15,8 +15,8 @@ table5 figure3 figure7: NEEDS = spin,tspin
 figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
-.PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4c reproduce-all claims study notebooks sweep \
-	benchmark test lint clean
+.PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims \
+	study studies notebooks sweep benchmark test lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
@@ -24,25 +24,32 @@ $(SCORES): $(READY)
 	$(TSPIN) run --preset $(PRESET) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(NEEDS))"
 	$(TSPIN) $(if $(filter table%,$@),table,figure) $(patsubst figure%,%,$(patsubst table%,%,$@)) --preset $(PRESET)
 
-reproduce-figure4: reproduce-figure4b reproduce-figure4c
+reproduce-figure4: reproduce-figure4a reproduce-figure4b reproduce-figure4c
 
-reproduce-figure4c: STUDY = grid
-reproduce-figure4c: study
-	$(TSPIN) figure 4c --preset $(PRESET)
+reproduce-figure4a: $(READY)
+	$(MAKE) study STUDY=data FIGURE=4a
+
+reproduce-figure4c: $(READY)
+	$(MAKE) study STUDY=grid FIGURE=4c
 
 # Everything that the paper shows, from every method, and the verdicts on its claims.
 reproduce-all: $(READY)
 	$(TSPIN) run --preset $(PRESET) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(ALL))"
-	$(MAKE) study STUDY=grid
+	$(MAKE) reproduce-figure4a reproduce-figure4c
 	set -e; for n in 1 2 4 5; do $(TSPIN) table $$n --preset $(PRESET); done
-	set -e; for n in 2 3 4b 4c 5 6 7; do $(TSPIN) figure $$n --preset $(PRESET); done
+	set -e; for n in 2 3 4b 5 6 7; do $(TSPIN) figure $$n --preset $(PRESET); done
 	$(MAKE) claims
 
 claims: $(READY)
 	$(TSPIN) claims --preset $(PRESET)
 
+# STUDY: a file of experiments/studies/, drawn as the figure of its name (or FIGURE).
 study: $(READY)
 	$(VENV)/bin/python experiments/study.py experiments/studies/$(STUDY).yaml
+	$(TSPIN) figure $(or $(FIGURE),$(STUDY)) --preset $(PRESET)
+
+studies: $(READY)
+	set -e; for name in base decoding neighbours ten; do $(MAKE) study STUDY=$$name; done
 
 notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab

@@ -43,27 +43,35 @@ def table(
 
 
 def figure(
-    number: Annotated[str, typer.Argument(help="Number of the figure in the paper: 2, 3, 4b, 4c, 5, 6 or 7.")],
+    number: Annotated[
+        str, typer.Argument(help="Number in the paper: 2, 3, 4a, 4b, 4c, 5, 6, 7; or base, decoding, neighbours, ten.")
+    ],
     preset: Preset = "pocket",
     results: Results = Path("results"),
 ) -> None:
-    """Draw a figure of the paper from a preset's results, PNG and SVG.
+    """Draw a figure of the paper, or of a study of ours, from a preset's results: PNG and SVG.
 
     Example: tspin figure 7 --preset pocket
     """
     from analysis import curves, dynamics, studies
     from analysis.figures import save
+    from analysis.load import write_atomically
     from tspin.errors import UserError
 
-    others = {"3": dynamics.figure3, "4c": studies.figure4c, "7": dynamics.figure7}
-    if number in others:
-        drawn = others[number](preset, results)
+    folder = results / preset
+    others: dict[str, studies.Draw] = {"3": dynamics.figure3, "7": dynamics.figure7}
+    if number in studies.FIGURES:
+        name, draw_study = studies.FIGURES[number]
+        table = write_atomically(folder / "studies" / f"{name}.md", studies.markdown(name, preset, results).encode())
+        stem = folder / f"figure{number}" if number != name else folder / "studies" / name
+        _wrote([*save(draw_study(preset, results), stem), table])
+    elif number in others:
+        _wrote(save(others[number](preset, results), folder / f"figure{number}"))
     elif number in curves.FIGURES:
-        drawn = curves.draw(number, preset, results)
+        _wrote(save(curves.draw(number, preset, results), folder / f"figure{number}"))
     else:
-        known = ", ".join(sorted([*curves.FIGURES, *others]))
+        known = ", ".join(sorted([*curves.FIGURES, *others, *studies.FIGURES]))
         raise UserError(f"there is no figure {number}; there are: {known}")
-    _wrote(save(drawn, results / preset / f"figure{number}"))
 
 
 def claims(preset: Preset = "pocket", results: Results = Path("results")) -> None:

@@ -3,12 +3,16 @@
     python experiments/study.py experiments/studies/grid.yaml
 
 Writes results/<preset>/studies/<name>.csv (a row per setting, method, seed and iteration) and its provenance. A study
-that was stopped goes on where it was: each setting is an ordinary experiment in runs/<preset>-studies/<name>/.
+that was stopped goes on where it was: each setting is an ordinary experiment in runs/<preset>-studies/<name>/, or, with
+`runs: runs` in the YAML, in the preset's own folder, so that what the main experiment has trained is not trained again.
 """
 
 import argparse
 import io
 import itertools
+import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,9 +31,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     arguments = parser.parse_args()
-    study = yaml.safe_load(arguments.study.read_text())
+    study, cells = load(arguments.study)
     name, start = arguments.study.stem, time.time()
-    cells = [dict(zip(study["grid"], values, strict=True)) for values in itertools.product(*study["grid"].values())]
+    prepare(study)
     tables = []
     for number, cell in enumerate(cells, start=1):
         print(f"{name}, setting {number} of {len(cells)}: {cell}", flush=True)
@@ -43,15 +47,33 @@ def main() -> None:
     print(f"wrote {folder / name}.csv, {facts['seconds']} s")
 
 
+def load(path: Path) -> tuple[dict, list[dict]]:
+    """The study and its settings, one dict each from the grid's key to a value."""
+    study = yaml.safe_load(path.read_text())
+    keys, values = study["grid"].keys(), itertools.product(*study["grid"].values())
+    return study, [dict(zip(keys, cell, strict=True)) for cell in values]
+
+
+def prepare(study: dict) -> None:
+    """Run the commands that make folders which are missing, with this Python."""
+    for folder, command in study.get("prepare", {}).items():
+        if not Path(folder, "config.json").is_file():
+            print(f"making {folder}: {command}", flush=True)
+            subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True)
+
+
+def overrides(study: dict, cell: dict) -> list[str]:
+    """`key=value` for every setting. A key may name several, separated by commas: they take the same value."""
+    return [*study.get("overrides", []), *(f"{key}={value}" for keys, value in cell.items() for key in keys.split(","))]
+
+
 def run_cell(study: dict, cell: dict, runs: Path) -> pd.DataFrame:
     """The cell's settings (by the last part of their names), method, seed, iteration, avg and avg_se in percent."""
-    # A key may name several settings, separated by commas: they take the same value.
-    given = [f"{key}={value}" for keys, value in cell.items() for key in keys.split(",")]
-    overrides = [*study.get("overrides", []), *given]
-    config = load_config(study["preset"], overrides)
+    config = load_config(study["preset"], overrides(study, cell))
     assert config.evaluation is not None
     suite, folder = load_suite(config.evaluation.suite), runs / fingerprint(cell)
-    results = run_experiment(study["preset"], config, study["methods"], study["seeds"], folder, folder / "results")
+    own = Path(study["runs"]) if "runs" in study else folder
+    results = run_experiment(study["preset"], config, study["methods"], study["seeds"], own, folder / "results")
     scores = pd.read_csv(results / "evaluations.csv")
     keys = ["method", "seed", "iteration"]
     rows = []
