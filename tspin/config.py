@@ -54,13 +54,32 @@ class DataSettings(Section):
     long_prompts: Literal["error", "truncate", "drop"] = "error"
 
 
+class EngineSettings(Section):
+    """vLLM, where a backend names it; ignored by the others."""
+
+    tensor_parallel: PositiveInt = 1  # GPUs that hold one copy of the model
+    data_parallel: PositiveInt = 1  # copies, each with its share of the prompts
+    memory: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of a GPU's memory that the engine may take
+    enforce_eager: bool = False  # no CUDA graphs: slower, and quicker to start
+
+
 class SamplingSettings(Section):
     """Decoding of y′ and y0. temperature 0 is greedy."""
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt = 64  # of the transformers backend; vllm plans its own
+    backend: Literal["transformers", "vllm"] = "transformers"
+
+
+class LoraSettings(Section):
+    """Low-rank adapters in place of all weights (PEFT); each iteration's checkpoint has them merged."""
+
+    rank: PositiveInt = 16
+    alpha: Positive = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] = "all-linear"
 
 
 class TrainingSettings(Section):
@@ -78,6 +97,7 @@ class TrainingSettings(Section):
     max_grad_norm: Positive = 1.0
     gradient_checkpointing: bool = False  # saves memory, costs a second forward pass
     bf16: bool | Literal["auto"] = "auto"  # auto: where the hardware multiplies bfloat16
+    lora: LoraSettings | None = None  # all weights are trained when empty
     monitor_proto: bool = False  # log y0 where it carries no gradient too; a third more work there
     trainer: dict[str, Any] = {}  # any other transformers.TrainingArguments, by its name there
 
@@ -102,6 +122,7 @@ class EvaluationSettings(Section):
     suite: str = "pocket"
     batch_size: PositiveInt = 64
     limit: PositiveInt | None = None  # problems a benchmark, for trials only
+    backend: Literal["transformers", "vllm"] = "transformers"
 
 
 class RunSettings(Section):
@@ -114,6 +135,7 @@ class RunSettings(Section):
     data: DataSettings
     sampling: SamplingSettings
     training: TrainingSettings
+    engine: EngineSettings
 
 
 class Config(Section):
@@ -123,6 +145,7 @@ class Config(Section):
     data: DataSettings = DataSettings()
     sampling: SamplingSettings = SamplingSettings()
     training: TrainingSettings = TrainingSettings()
+    engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings | None = None
     iterations: PositiveInt = 5
     methods: dict[str, MethodSettings] = {}
@@ -158,6 +181,7 @@ class Config(Section):
             data=data,
             sampling=self.sampling,
             training=training,
+            engine=self.engine,
         )
 
 
