@@ -216,6 +216,7 @@ def c8(evidence: Evidence) -> list[Finding]:
     if not path.is_file():
         raise Missing("not run: the α × β grid (make study STUDY=grid)")
     grid = pd.read_csv(path)
+    grid = grid[grid["iteration"] == 1]  # β does not act before
     cells = grid.groupby(["alpha", "beta"])["avg"].mean()
     spread = float(cells.max() - cells.min())
     error = float(np.sqrt((grid["avg_se"] ** 2).mean() * 2))

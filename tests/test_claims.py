@@ -131,7 +131,9 @@ def test_commands_draw(results, seeds, monkeypatch):
     assert json.loads((root / "pocket" / "claims.json").read_text())["claims"][0]["verdict"]
     assert run.invoke(app, ["figure", "4c", "--results", str(root)]).exit_code == 2
     assert run.invoke(app, ["figure", "9", "--results", str(root)]).exit_code == 2
-    cells = [(a, b, "tspin", 0, 1, 40 + a, 0.1) for a in (0.1, 1.0) for b in (0.1, 1.0)]
+    # Iteration 0, before β acts, is far apart and must not count.
+    settings = [(a, b) for a in (0.1, 1.0) for b in (0.1, 1.0)]
+    cells = [(a, b, "tspin", 0, t, 40 + (a if t else 20 * a), 0.1) for a, b in settings for t in (0, 1)]
     grid = pd.DataFrame(cells, columns=["alpha", "beta", "method", "seed", "iteration", "avg", "avg_se"])
     (root / "pocket" / "studies").mkdir()
     grid.to_csv(root / "pocket" / "studies" / "grid.csv", index=False)

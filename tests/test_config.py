@@ -1,5 +1,7 @@
 """The config tree: presets load, mistakes are named."""
 
+import json
+
 import pytest
 
 from tspin.config import build_config, load_config
@@ -51,3 +53,16 @@ def test_unknown_presets_and_broken_files(tmp_path):
     broken.write_text("- 1")
     with pytest.raises(UserError, match="a config is a mapping"):
         load_config(str(broken))
+
+
+def test_results_of_an_earlier_version_are_known(tmp_path):
+    """A setting that came later had its default then; a setting that was another stays another."""
+    from tspin.experiment import results_config_tree, upgraded
+
+    now = results_config_tree(load_config("pocket"))
+    earlier = json.loads(json.dumps(now))
+    del earlier["sampling"]["backend"], earlier["training"]["lora"]
+    assert upgraded({"config": earlier, "policy": "p"}) == {"config": now, "policy": "p"}
+    earlier["sampling"]["temperature"] = 0.5
+    assert upgraded({"config": earlier})["config"] != now
+    assert upgraded({"config": {"no such section": 1}}) == {"config": {"no such section": 1}}

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.pocket.pretrain import ANSWER_FORMATS, documents, train_tokenizer
 from tspin.errors import UserError
-from tspin.evaluation import Column, Suite, _task_manager_for, evaluate, load_suite, tabulated
+from tspin.evaluation import Column, Suite, evaluate, load_suite, tabulated, task_manager_for
 from tspin.pocket.tasks import (
     LABEL_FORMAT,
     LABELS_PER_TASK,
@@ -57,7 +57,7 @@ def evaluation(model_and_tokenizer, suite):
 def lm_eval_tasks() -> dict:
     """The pocket tasks as lm-eval loads them, by name."""
     suite = load_suite("pocket")
-    return _task_manager_for(suite).load([column.benchmark for column in suite.columns])["tasks"]
+    return task_manager_for(suite).load([column.benchmark for column in suite.columns])["tasks"]
 
 
 def score(task, doc: dict, response: str) -> dict[str, float]:
@@ -205,13 +205,13 @@ def test_suites_extend_and_name_their_mistakes(tmp_path):
         load_suite(file)
     wrong = load_suite("pocket").columns[0].model_copy(update={"benchmark": "gsm8kk"})
     with pytest.raises(UserError, match="did you mean 'gsm8k'"):
-        _task_manager_for(Suite(columns=(wrong,)))
+        task_manager_for(Suite(columns=(wrong,)))
 
 
 def test_the_papers_benchmarks_and_metrics_exist_in_lm_eval():
     suite = load_suite("paper")
     assert len(suite.columns) == 10
-    index = _task_manager_for(suite).task_index
+    index = task_manager_for(suite).task_index
     for column in suite.columns:
         metric, _, filter_name = column.metric.partition(",")
         settings = index[column.benchmark].cfg

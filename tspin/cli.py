@@ -34,6 +34,9 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="key.path=value on 
 MethodName = Annotated[
     str, typer.Option(help="sft, spin, tspin, tspin_no_history, tspin_reference, dpo, simpo or space")
 ]
+Offline = Annotated[
+    Path | None, typer.Option(help="a folder made by `tspin fetch`: nothing else is read, no network is asked")
+]
 Seed = Annotated[int, typer.Option(help="every random choice follows from it")]
 
 
@@ -57,6 +60,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             )
 
     return guarded
+
+
+def go_offline(folder: Path | None) -> None:
+    """Use an offline folder from here on, before any of the hub's libraries is imported."""
+    if folder is not None:
+        from tspin.hub import use_offline
+
+        use_offline(folder)
 
 
 def error_number(error: Exception) -> int:
@@ -87,6 +98,7 @@ def run(
     runs: Annotated[Path, typer.Option(help="checkpoints, responses, logs of presets")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="tidy numbers of presets")] = Path("results"),
     settings: Set = None,
+    offline: Offline = None,
 ) -> None:
     """Run Algorithm 1: a preset's methods with their evaluations, or one method on your model and data.
 
@@ -96,6 +108,7 @@ def run(
 
     Example: tspin run --model my-model --data my-data.jsonl --method tspin --iterations 3 --out runs/mine
     """
+    go_offline(offline)
     from tspin import config, experiment
 
     if preset:
@@ -124,11 +137,13 @@ def sample_command(
     out: Annotated[Path, typer.Option(help="Parquet: prompt_id, text, ids, finished")],
     seed: Seed = 0,
     settings: Set = None,
+    offline: Offline = None,
 ) -> None:
     """Sample one response a prompt.
 
     Example: tspin sample --model my-model --data my-data.jsonl --out proto.parquet --set sampling.temperature=0
     """
+    go_offline(offline)
     from tspin import experiment, stages
 
     experiment.quiet_libraries()
@@ -149,12 +164,14 @@ def train(
     reference: Annotated[str | None, typer.Option(help="π_θ0, for dpo from iteration 1 on")] = None,
     seed: Seed = 0,
     settings: Set = None,
+    offline: Offline = None,
 ) -> None:
     """Train one iteration on responses in files.
 
     Example: tspin train --method tspin --model my-model --data my-data.jsonl --synthetic y1.parquet
     --proto y0.parquet --iteration 1 --out runs/step
     """
+    go_offline(offline)
     from tspin import experiment, stages
 
     experiment.quiet_libraries()
@@ -180,12 +197,14 @@ def diagnose_command(
     proto: Annotated[Path | None, typer.Option(help="y0, likewise")] = None,
     seed: Seed = 0,
     settings: Set = None,
+    offline: Offline = None,
 ) -> None:
     """Log-likelihood and reward of every response under a checkpoint, before and after its training.
 
     Example: tspin diagnose --model runs/step --before my-model --method spin --data my-data.jsonl
     --synthetic y1.parquet --out diagnostics.parquet
     """
+    go_offline(offline)
     from tspin import experiment, stages
 
     experiment.quiet_libraries()
@@ -204,15 +223,51 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="CSV: benchmark, metric, value, stderr, n (percent)")] = None,
     batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 64,
     limit: Annotated[int | None, typer.Option(help="problems a benchmark, for trials")] = None,
+    offline: Offline = None,
 ) -> None:
     """Evaluate a model with lm-evaluation-harness.
 
     Example: tspin evaluate --model runs/pocket/seed-0/tspin/iteration-4/model --suite pocket --out scores.csv
     """
+    go_offline(offline)
     from tspin import experiment, stages
 
     experiment.quiet_libraries()
     typer.echo(stages.evaluate_to_file(model, suite, out, batch_size, limit).to_string(index=False))
+
+
+@app.command("fetch")
+@command
+def fetch_command(
+    preset: Annotated[str, typer.Argument(help="a preset of experiments/, or a YAML file")],
+    out: Annotated[Path, typer.Option(help="the offline folder")] = Path("offline"),
+    take: Annotated[
+        list[str] | None,
+        typer.Option(help="MODEL=PATH or DATASET:CONFIG:SPLIT=PATH, in place of the hub's; repeatable"),
+    ] = None,
+    check: Annotated[bool, typer.Option(help="compare every checksum, fetch nothing")] = False,
+    settings: Set = None,
+) -> None:
+    """Bring a preset's model, data and benchmarks into one folder, for `--offline` on machines without a network.
+
+    Example: tspin fetch zephyr-7b --out offline && tspin run --preset zephyr-7b --offline offline
+    """
+    from tspin import config, experiment, fetch, hub
+
+    experiment.quiet_libraries()
+    loaded = config.load_config(preset, settings or [])
+    if check:
+        wrong = hub.verify(out)
+        wrong += [f"{item}: not fetched" for item in fetch.needed(loaded) if not fetch.is_there(out, item)]
+        what = "wrong with"
+    else:
+        wrong = fetch.fetch(loaded, out, take or [], lambda line: typer.echo(line, err=True))
+        what = "missing from"
+    for line in wrong[1:]:
+        typer.echo(line, err=True)
+    if wrong:
+        raise UserError(f"{len(wrong)} things are {what} {out}, first: {wrong[0]}")
+    typer.echo(f"{out}: everything that {preset} needs")
 
 
 def split(text: str) -> list[str]:

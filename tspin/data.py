@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from tspin.errors import UserError
+from tspin.hub import load_dataset
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 
@@ -63,12 +64,10 @@ def load_rows(
     """
     if path == "pocket":
         rows: Iterable[Row] = _pocket_rows()
-    elif Path(path).suffix in {".jsonl", ".json"}:
-        rows = _read_jsonl(Path(path))
-    elif Path(path).suffix == ".parquet":
-        rows = _read_parquet(Path(path))
+    elif Path(path).suffix in {".jsonl", ".json", ".parquet"}:
+        rows = read_rows(Path(path))
     else:
-        rows = _load_from_hub(path, name, split, revision)
+        rows = load_dataset(path, name, split, revision)
     return validate_rows(rows, path, columns)
 
 
@@ -120,14 +119,33 @@ def _pocket_rows() -> Iterable[Row]:
     return labelled_rows()
 
 
-def _read_jsonl(path: Path) -> Iterable[Row]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl, .parquet or .json file (a list, or a list under the key "examples"). Raises UserError."""
+    if path.suffix == ".parquet":
+        return list(_read_parquet(path))  # type: ignore[arg-type]
+    text = _read_text(path)
+    if path.suffix == ".json":
+        try:
+            whole = json.loads(text)
+        except json.JSONDecodeError:
+            whole = None  # many a .json file has one object a line
+        found = whole.get("examples") if isinstance(whole, dict) else whole
+        if isinstance(found, list):
+            return found
+    return list(_parse_lines(text, path))
+
+
+def _read_text(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits inside JSON strings
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from error
-    for number, line in enumerate(lines, start=1):
+
+
+def _parse_lines(text: str, path: Path) -> Iterable[Any]:
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also splits inside JSON strings
         if line.strip():
             try:
                 yield json.loads(line)
@@ -142,18 +160,6 @@ def _read_parquet(path: Path) -> Iterable[Row]:
         raise UserError(f"{path}: no such file") from None
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: not a Parquet file ({error})") from error
-
-
-def _load_from_hub(path: str, name: str | None, split: str, revision: str | None) -> Iterable[Row]:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(path, name, split=split, revision=revision)  # type: ignore[return-value]
-    except Exception as error:  # the hub client raises many kinds for "not there"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"data set {path!r} is neither a .jsonl or .parquet file here nor on the hub ({reason})"
-        ) from error
 
 
 def nested_subset(rows: Sequence[dict[str, Any]], size: int | None, seed: int) -> list[tuple[int, dict[str, Any]]]:

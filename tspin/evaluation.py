@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tspin.config import REPOSITORY, find_yaml, unknown
 from tspin.errors import UserError
+from tspin.hub import offline_benchmarks
 from tspin.run_store import fingerprint
 
 if TYPE_CHECKING:
@@ -119,8 +120,9 @@ def evaluate(
 
     was_training = model.training
     with _lm_eval_log(logging.ERROR):  # its warnings here concern custom data sets and ready-made models as such
-        manager = _task_manager_for(suite)
-        tasks = [_load_task(manager, column, suite.split) for column in _benchmarks(suite)]
+        manager = task_manager_for(suite)
+        with offline_benchmarks():
+            tasks = [_load_task(manager, column, suite.split) for column in _benchmarks(suite)]
         lm = SegmentedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         loaded = manager.load(tasks)
         for leaf in loaded["tasks"].values():
@@ -179,8 +181,11 @@ def _task_manager(include_path: Path | None, include_defaults: bool) -> "TaskMan
     return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
-def _task_manager_for(suite: Suite) -> "TaskManager":
-    """The index that holds every benchmark; lm-eval's own, seconds to build, only where it is needed."""
+def task_manager_for(suite: Suite) -> "TaskManager":
+    """The index that holds every benchmark; lm-eval's own, seconds to build, only where it is needed.
+
+    Raises UserError when lm-eval does not know a benchmark.
+    """
     names = [column.benchmark for column in suite.columns]
     path = _in_repository(suite.include_path) if suite.include_path else None
     manager = _task_manager(path, include_defaults=path is None)

@@ -62,7 +62,7 @@ def run_experiment(
     model, model_arguments = model_source(config.model)
     policy = policy_fingerprint(model)
     target = results / preset
-    claim_folder(target, results_config(config, suite, policy), what="result")
+    claim_folder(target, results_config(config, suite, policy), what="result", upgrade=upgraded)
 
     collected = Collected()
 
@@ -250,8 +250,28 @@ def evaluate_checkpoint(
 
 def results_config(config: Config, suite: Suite, policy: str) -> dict[str, Any]:
     """What numbers in one results folder must agree on; `iterations` may grow."""
-    tree = config.model_dump(mode="json", exclude={"iterations": True, "training": {"micro_batch_tokens"}})
-    return {"config": tree, "policy": policy, "suite": suite.model_dump(mode="json"), "tasks": suite.definition()}
+    return {
+        "config": results_config_tree(config),
+        "policy": policy,
+        "suite": suite.model_dump(mode="json"),
+        "tasks": suite.definition(),
+    }
+
+
+def results_config_tree(config: Config) -> dict[str, Any]:
+    """The config without what does not change a number: how many iterations there are, and how work is cut up."""
+    return config.model_dump(
+        mode="json", exclude={"iterations": True, "training": {"micro_batch_tokens"}, "engine": True}
+    )
+
+
+def upgraded(found: Any) -> Any:
+    """A results_config as this version writes it: settings that came later have their defaults."""
+    try:
+        config = Config.model_validate(found["config"])
+    except (KeyError, TypeError, ValueError):
+        return found  # of no version that this one knows: the comparison says what differs
+    return {**found, "config": results_config_tree(config)}
 
 
 def describe(result: IterationResult) -> str:

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tspin.errors import UserError
+from tspin.hub import offline_folder, offline_model
 from tspin.run_store import folder_fingerprint
 
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
@@ -25,6 +26,8 @@ def resolve(path: str, revision: str | None = None) -> str:
         if not (Path(path) / "config.json").is_file():
             raise UserError(f"{path} is no model: a model folder has a config.json, weights and a tokenizer")
         return path
+    if folder := offline_folder():
+        return str(offline_model(folder, path, revision))
     from huggingface_hub import snapshot_download
 
     try:
@@ -60,6 +63,23 @@ def load_tokenizer(folder: str, model_arguments: dict[str, Any] | None = None) -
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no end token (eos_token): set one in tokenizer_config.json")
     return tokenizer
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write a GGUF file as a model folder, de-quantised to bfloat16. Needs the `gguf` package; raises UserError."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UserError(f"{path}: reading GGUF files needs one more package: pip install gguf") from None
+    arguments = {"gguf_file": path.name}
+    loaded = _load(AutoModelForCausalLM.from_pretrained, str(path.parent), {**arguments, "dtype": torch.bfloat16})
+    loaded.config.__dict__.pop("quantization_config", None)
+    # A model that came from a GGUF file refuses to be saved: its weights move into one that did not.
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(folder)
+    _load(AutoTokenizer.from_pretrained, str(path.parent), arguments).save_pretrained(folder)
 
 
 def _load(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:

@@ -147,15 +147,18 @@ def run_stage(output: Path, inputs: Any, produce: Callable[[Path], Mapping[str, 
     return record
 
 
-def claim_folder(folder: Path, config: Mapping[str, Any], what: str = "run") -> None:
+def claim_folder(
+    folder: Path, config: Mapping[str, Any], what: str = "run", upgrade: Callable[[Any], Any] = lambda found: found
+) -> None:
     """Make `folder` a run of `config`, or raise UserError if it already is one of another.
 
+    upgrade: gives what was written by an earlier version the settings that it did not know, by their defaults.
     The message names the first setting that differs and both values; nothing is written then.
     """
     path = folder / "config.json"
     wanted = json.loads(json.dumps(config, default=str))
     if path.exists():
-        found = read_json(path)
+        found = upgrade(read_json(path))
         if found != wanted:
             key, there, here = first_difference(found, wanted)
             raise UserError(

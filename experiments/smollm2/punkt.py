@@ -1,0 +1,32 @@
+"""A sentence splitter for IFEval where NLTK's own cannot be downloaded: Punkt, trained on plain English text.
+
+    python experiments/smollm2/punkt.py --text gsm8k_train.jsonl ifeval.jsonl --out punkt_tab
+
+IFEval counts sentences in two of its 25 kinds of instructions; `tspin fetch smollm2 --take punkt_tab=punkt_tab` puts
+the result where NLTK's would be. Scores may then differ from the original's in those two.
+"""
+
+import argparse
+from pathlib import Path
+
+from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
+
+from tspin.data import read_rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="JSONL: every text in every row is read")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; english/ is made in it")
+    arguments = parser.parse_args()
+    rows = [row for path in arguments.text for row in read_rows(path)]
+    texts = [value for row in rows for value in row.values() if isinstance(value, str)]
+    trainer = PunktTrainer("\n".join(texts))
+    folder = arguments.out / "english"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_punkt_params(trainer.get_params(), folder)
+    print(f"{folder}: from {len(texts):,} texts")
+
+
+if __name__ == "__main__":
+    main()
