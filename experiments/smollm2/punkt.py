@@ -9,6 +9,7 @@ the result where NLTK's would be. Scores may then differ from the original's in 
 import argparse
 from pathlib import Path
 
+import nltk
 from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
 
 from tspin.data import read_rows
@@ -24,7 +25,8 @@ def main() -> None:
     trainer = PunktTrainer("\n".join(texts))
     folder = arguments.out / "english"
     folder.mkdir(parents=True, exist_ok=True)
-    save_punkt_params(trainer.get_params(), folder)
+    nltk.data.path.append(str(arguments.out))  # NLTK writes nowhere else
+    save_punkt_params(trainer.get_params(), str(folder))
     print(f"{folder}: from {len(texts):,} texts")
 
 
