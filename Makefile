@@ -49,7 +49,7 @@ study: $(READY)
 	$(TSPIN) figure $(or $(FIGURE),$(STUDY)) --preset $(PRESET)
 
 studies: $(READY)
-	set -e; for name in base decoding neighbours ten; do $(MAKE) study STUDY=$$name; done
+	set -e; for name in base decoding neighbours scale ten; do $(MAKE) study STUDY=$$name; done
 
 notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab

@@ -37,6 +37,7 @@ STUDIES = {
     "decoding": Panels("temperature", "Decoding of y′ and y0", {0.0: "greedy", 0.7: "temperature 0.7",
                                                                 1.0: "temperature 1"}),
     "neighbours": Panels(None, ""),
+    "scale": Panels("alpha", "Scale of the reward: λ of SPIN, α of T-SPIN", {0.1: "0.1", 1.0: "1"}),
     "ten": Panels(None, ""),
 }  # fmt: skip
 

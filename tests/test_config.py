@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from tspin.config import build_config, load_config
+from tspin.config import REPOSITORY, build_config, load_config
 from tspin.errors import UserError
+from tspin.evaluation import load_suite
 
 
 def test_presets_load():
@@ -66,3 +67,19 @@ def test_results_of_an_earlier_version_are_known(tmp_path):
     earlier["sampling"]["temperature"] = 0.5
     assert upgraded({"config": earlier})["config"] != now
     assert upgraded({"config": {"no such section": 1}}) == {"config": {"no such section": 1}}
+
+
+@pytest.mark.parametrize("name", ["zephyr-7b", "mistral-7b"])
+def test_the_papers_presets_are_its_set_up(name):
+    """What the digest of the paper states; each line beside it that is a choice of ours says so."""
+    config = load_config(name)
+    tspin, sft = config.for_method("tspin"), config.for_method("sft")
+    assert (config.iterations, tspin.coefficients.alpha, tspin.coefficients.beta) == (5, 1.0, 0.1)
+    assert (tspin.data.labels, sft.data.labels) == (50_000, None) and tspin.data.template == "paper"
+    assert tspin.data.max_prompt_tokens + tspin.data.max_response_tokens == 2048
+    assert (tspin.training.optimizer, tspin.training.weight_decay, tspin.training.warmup) == ("rmsprop", 0.0, 0.1)
+    assert tspin.training.batch_size == 64 and config.model.revision and config.data.revision
+    assert config.evaluation and len(load_suite(config.evaluation.suite).columns) == 10
+    text = (REPOSITORY / "experiments" / f"{name}.yaml").read_text()
+    for silent in ("learning_rate", "schedule", "epochs", "temperature", "max_new_tokens"):  # the paper does not state
+        assert all("ours" in line for line in text.splitlines() if line.strip().startswith(f"{silent}:")), silent

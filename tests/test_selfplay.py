@@ -1,5 +1,6 @@
 """Algorithm 1 on a real, tiny run: what it leaves, what it repeats, what it survives."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -83,6 +84,29 @@ def test_every_method_runs_and_logs(tmp_path, model_folder, rows, method, loss):
     assert wanted <= set(steps) and np.isfinite(steps[sorted(wanted)]).all().all()
     assert "tokens_per_second" in pd.read_parquet(run / "iteration-0" / "steps.parquet")
     assert (run / "iteration-0" / "reference.parquet").exists() == METHODS[method].uses_reference
+
+
+@pytest.mark.parametrize("method", ["tspin", "spin", "sft"])
+def test_adapters_are_merged_into_each_checkpoint(tmp_path, model_folder, rows, method):
+    """A checkpoint has the base model's tensors and no others; only those that adapters reach differ, by a low rank."""
+    lora = {"rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "down_proj"]}
+    _, results = play(tmp_path / "run", model_folder, rows, method=method, lora=lora, learning_rate=1e-2)
+    folders = [model_folder, *(result.model_path for result in results)]
+    for before, after in itertools.pairwise(load_file(folder / "model.safetensors") for folder in folders):
+        assert set(before) == set(after)
+        for name in before:
+            change = after[name].astype(float) - before[name].astype(float)
+            if "q_proj" in name or "down_proj" in name:
+                values = np.linalg.svd(change, compute_uv=False)
+                assert values[0] > 1e-4 and values[2] < 1e-3 * values[0]
+            else:
+                assert not change.any()
+
+
+def test_adapters_for_modules_that_are_not_there(tmp_path, model_folder, rows):
+    lora = {"rank": 2, "alpha": 4.0, "target_modules": ["no_such_layer"]}
+    with pytest.raises(UserError, match="target_modules"):
+        play(tmp_path / "run", model_folder, rows, lora=lora)
 
 
 def test_the_first_step_is_what_the_objective_says(tmp_path, model_folder, rows):

@@ -18,6 +18,7 @@ SETTINGS = {
     "data": ("labels", [250, 1000, 4000], ("sft", "tspin")),
     "decoding": ("temperature", [0.0, 0.7, 1.0], ("spin", "tspin")),
     "neighbours": (None, [None], ("spin", "tspin", "dpo", "simpo", "space")),
+    "scale": ("alpha", [0.1, 1.0], ("spin", "tspin")),
     "ten": (None, [None], ("spin", "tspin")),
 }
 

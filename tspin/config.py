@@ -78,7 +78,6 @@ class LoraSettings(Section):
 
     rank: PositiveInt = 16
     alpha: Positive = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[str] = "all-linear"
 
 

@@ -49,6 +49,8 @@ def run_experiment(
         raise UserError(f"--methods is empty: name some of {', '.join([BASE, *METHODS])}")
     if config.evaluation is None:
         raise UserError("evaluation: this config names no suite, so there is nothing to put into results")
+    if config.evaluation.backend == "vllm":
+        raise UserError("evaluation.backend: vllm is planned and not there yet; set transformers")
     report = (console or Console(stderr=True)).print
     suite = load_suite(config.evaluation.suite)
     quiet_libraries()
@@ -160,6 +162,8 @@ def load_dataset(settings: DataSettings) -> list[dict[str, Any]]:
 def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: Path | None = None) -> SelfPlayConfig:
     """A run's settings as SelfPlayConfig. Raises UserError for sizes that do not divide or unknown arguments."""
     training, own = settings.training, settings.coefficients
+    if settings.sampling.backend == "vllm":
+        raise UserError("sampling.backend: vllm is planned and not there yet; set transformers")
     devices = max(torch.cuda.device_count(), 1)
     if training.batch_size % devices:
         raise UserError(f"training.batch_size: {training.batch_size} is no multiple of the devices, {devices}")
@@ -184,6 +188,7 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
         max_prompt_tokens=settings.data.max_prompt_tokens,
         max_response_tokens=settings.data.max_response_tokens,
         long_prompts=settings.data.long_prompts,
+        lora=training.lora.model_dump() if training.lora else None,
         monitor_proto=training.monitor_proto,
         learning_rate=rates[0],
         learning_rates=rates,

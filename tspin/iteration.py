@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
@@ -110,6 +112,7 @@ def train_iteration(
         events = log_folder / "tensorboard"
         rmtree(events, ignore_errors=True)  # what a killed try at the same iteration left
         all_callbacks.append(TensorBoardCallback(SummaryWriter(str(events))))
+    adapters = add_adapters(model, args.lora) if args.lora else None
     trainer = TripletTrainer(
         model,
         arguments,
@@ -130,6 +133,8 @@ def train_iteration(
     steps = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
     with atomic_path(log_folder / "steps.parquet") as temporary:
         steps.to_parquet(temporary, index=False)
+    if adapters is not None:
+        trainer.model = adapters.merge_and_unload()
     trainer.save_model(str(checkpoint))
     # A pickle of the settings, which the run's config.json holds as text: nothing here is unpickled.
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
@@ -139,6 +144,21 @@ def train_iteration(
         "tokens": int(steps["tokens"].sum()),
         "peak_memory_bytes": peak_bytes(),
     }
+
+
+def add_adapters(model: PreTrainedModel, settings: dict[str, Any]) -> LoraModel:
+    """Put low-rank adapters into `model`, in place, and freeze everything else (LoRA, arXiv 2106.09685).
+
+    The model itself, not a wrapper, goes on being trained: the layouts that share prompts look into it. Raises
+    UserError where it has no such modules.
+    """
+    config = LoraConfig(
+        r=settings["rank"], lora_alpha=settings["alpha"], target_modules=settings["target_modules"], lora_dropout=0.0
+    )
+    try:
+        return LoraModel(model, {"default": config}, "default")
+    except ValueError as error:
+        raise UserError(f"training.lora.target_modules: {str(error).splitlines()[0]}") from error
 
 
 class StepBar(TrainerCallback):

@@ -55,6 +55,8 @@ class SelfPlayConfig(TrainingArguments):
     micro_batch_tokens: tokens that pass through the model at once on one device; memory grows with
     it, results do not depend on it. layout: "shared" computes a prompt once for all its responses,
     "padded" once for each; "auto" is shared where the model supports it.
+    lora: {"rank", "alpha", "target_modules"}: train low-rank adapters by PEFT and merge them into each
+    checkpoint; None trains all weights.
     monitor_proto: log y0 where it carries no gradient too (a third more work there).
     diagnostics: after each iteration, write what tspin.diagnostics finds (two forward passes over the responses).
     shared_dir: where what methods of the same base, data and seed share is kept (y0, and y′ of
@@ -85,6 +87,7 @@ class SelfPlayConfig(TrainingArguments):
     learning_rates: list[float] | None = None
     micro_batch_tokens: int = 4096
     layout: str = "auto"
+    lora: dict[str, Any] | None = None
     monitor_proto: bool = False
     diagnostics: bool = True
     shared_dir: str | None = None
@@ -142,6 +145,8 @@ class SelfPlayConfig(TrainingArguments):
     def computed(self) -> dict[str, Any]:
         """The fields that decide what is computed, as plain JSON values."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in OPERATIONAL}
+        if self.lora is None:
+            del fields["lora"]  # runs from before there was a choice stay what they were
         return {
             name: value if isinstance(value, int | float | list | dict | None) else str(value)
             for name, value in fields.items()
