@@ -7,6 +7,9 @@ import pytest
 from tspin.config import REPOSITORY, build_config, load_config
 from tspin.errors import UserError
 from tspin.evaluation import load_suite
+from tspin.experiment import results_config, upgraded
+from tspin.models import POCKET_MODEL, policy_fingerprint
+from tspin.run_store import read_json
 
 
 def test_presets_load():
@@ -56,17 +59,26 @@ def test_unknown_presets_and_broken_files(tmp_path):
         load_config(str(broken))
 
 
-def test_results_of_an_earlier_version_are_known(tmp_path):
+def test_results_of_an_earlier_version_are_known():
     """A setting that came later had its default then; a setting that was another stays another."""
-    from tspin.experiment import results_config_tree, upgraded
-
-    now = results_config_tree(load_config("pocket"))
+    config, suite = load_config("pocket"), load_suite("pocket")
+    now = json.loads(json.dumps(results_config(config, suite, "p"), default=str))
     earlier = json.loads(json.dumps(now))
-    del earlier["sampling"]["backend"], earlier["training"]["lora"]
-    assert upgraded({"config": earlier, "policy": "p"}) == {"config": now, "policy": "p"}
-    earlier["sampling"]["temperature"] = 0.5
-    assert upgraded({"config": earlier})["config"] != now
+    del earlier["config"]["sampling"]["backend"], earlier["config"]["training"]["lora"]
+    for column in earlier["suite"]["columns"]:
+        del column["limit"]
+    assert upgraded(earlier) == now
+    earlier["config"]["sampling"]["temperature"] = 0.5
+    assert upgraded(earlier)["config"] != now["config"]
     assert upgraded({"config": {"no such section": 1}}) == {"config": {"no such section": 1}}
+
+
+def test_the_committed_results_can_be_added_to():
+    """In a fresh clone `make reproduce-table1` puts its rows beside the committed ones: no setting stands between."""
+    found = upgraded(read_json(REPOSITORY / "results" / "pocket" / "config.json"))
+    policy = policy_fingerprint(str(POCKET_MODEL))
+    wanted = results_config(load_config("pocket"), load_suite("pocket"), policy)
+    assert found == json.loads(json.dumps(wanted, default=str))
 
 
 @pytest.mark.parametrize("name", ["zephyr-7b", "mistral-7b"])

@@ -239,3 +239,13 @@ def test_segmented_decoding_is_lm_evals_own(monkeypatch, tokenizer, until):
         for backend in (SegmentedLM, HFLM)
     ]
     assert found[0] == found[1] and len(set(map(len, found[0]))) > 1
+
+
+def test_a_column_may_ask_fewer_problems(model_and_tokenizer):
+    suite = load_suite("pocket")
+    first, second = suite.columns[:2]
+    suite = suite.model_copy(update={"columns": (first.model_copy(update={"limit": 2}), second)})
+    found = evaluate(*model_and_tokenizer, suite, batch_size=8, limit=3)
+    asked = found.samples.groupby("benchmark")["doc_id"].unique().map(sorted)
+    assert asked[first.benchmark] == [0, 1] and asked[second.benchmark] == [0, 1, 2]
+    assert dict(found.scores.groupby("benchmark")["n"].first()) == {first.benchmark: 2, second.benchmark: 3}

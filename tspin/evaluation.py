@@ -44,6 +44,7 @@ class Column(BaseModel):
     group: str
     metric: str  # "<metric>,<filter>" as lm-eval reports it, such as "exact_match,flexible-extract"
     num_fewshot: int | None = None  # None: the task's own default
+    limit: int | None = None  # the first problems of each of its tasks; None: all. The evaluation's own may be smaller
 
 
 class Suite(BaseModel):
@@ -130,7 +131,9 @@ def evaluate(
     set_seed(seed)
     with _lm_eval_log(logging.WARNING):
         # Not simple_evaluate: it reloads the tasks and starts a dozen programs to describe the machine, every time.
-        results = lm_eval.evaluate(lm, loaded, limit=limit, apply_chat_template=suite.apply_chat_template)
+        results = lm_eval.evaluate(
+            lm, loaded, samples=_chosen(suite, tasks, limit), apply_chat_template=suite.apply_chat_template
+        )
     model.train(was_training)
     scores, samples = [], []
     for column, task in zip(_benchmarks(suite), tasks, strict=True):
@@ -212,6 +215,19 @@ def _load_task(manager: "TaskManager", column: Column, split: str | None) -> "Ta
         if split is not None:
             task.set_config("test_split", split)
     return loaded.get("groups", {}).get(column.benchmark) or loaded["tasks"][column.benchmark]
+
+
+def _chosen(suite: Suite, tasks: "list[Task | Group]", limit: int | None) -> dict[str, list[int]] | None:
+    """For each task the problems to ask: the first ones, as many as its column and the evaluation allow."""
+    columns = _benchmarks(suite)
+    if limit is None and all(column.limit is None for column in columns):
+        return None
+    chosen = {}
+    for column, task in zip(columns, tasks, strict=True):
+        for leaf in _leaves(task):
+            sizes = [len(leaf.eval_docs), *(size for size in (column.limit, limit) if size is not None)]
+            chosen[leaf.task_name] = list(range(min(sizes)))
+    return chosen
 
 
 def _leaves(task: "Task | Group") -> "list[Task]":

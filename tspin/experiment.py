@@ -273,10 +273,10 @@ def results_config_tree(config: Config) -> dict[str, Any]:
 def upgraded(found: Any) -> Any:
     """A results_config as this version writes it: settings that came later have their defaults."""
     try:
-        config = Config.model_validate(found["config"])
+        config, suite = Config.model_validate(found["config"]), Suite.model_validate(found["suite"])
     except (KeyError, TypeError, ValueError):
         return found  # of no version that this one knows: the comparison says what differs
-    return {**found, "config": results_config_tree(config)}
+    return {**found, "config": results_config_tree(config), "suite": suite.model_dump(mode="json")}
 
 
 def describe(result: IterationResult) -> str:
