@@ -16,7 +16,7 @@ figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
 .PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims \
-	study studies notebooks sweep benchmark test lint clean
+	study studies notebooks sweep benchmark plan-check test lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
@@ -60,6 +60,10 @@ sweep: $(READY)
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python experiments/benchmark/run.py
 	$(VENV)/bin/python -m analysis.benchmark
+
+# Peaks of real steps beside what `tspin plan` predicts.
+plan-check: $(READY)
+	$(VENV)/bin/python experiments/plan_check.py
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest

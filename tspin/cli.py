@@ -270,6 +270,61 @@ def fetch_command(
     typer.echo(f"{out}: everything that {preset} needs")
 
 
+@app.command("plan")
+@command
+def plan_command(
+    preset: Annotated[str, typer.Argument(help="a preset of experiments/, or a YAML file")],
+    gpus: Annotated[int, typer.Option(help="how many", min=1)] = 8,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, a100-40, l40s or rtx4090")] = "h100",
+    utilisation: Annotated[float, typer.Option(help="share of the GPU's speed that is reached", min=0.01, max=1)] = 0.4,
+    prompt_tokens: Annotated[int | None, typer.Option(help="mean; half of the maximum when left out")] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="mean, likewise")] = None,
+    rows: Annotated[int | None, typer.Option(help="of the data, for methods that use all of it")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the plan there too")] = None,
+    settings: Set = None,
+) -> None:
+    """Parameters, memory, tokens, hours and disk of a preset, and the first thing that will not fit.
+
+    Example: tspin plan zephyr-7b --gpus 8 --gpu h100 --rows 200000
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from tspin import config, experiment, plan
+    from tspin.run_store import write_json
+
+    experiment.quiet_libraries()
+    loaded = config.load_config(preset, settings or [])
+    found = plan.plan(
+        loaded,
+        gpus=gpus,
+        gpu=gpu,
+        utilisation=utilisation,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        rows=rows,
+    )
+    console = Console(highlight=False)
+    console.print(f"{loaded.model.path}: {found.shape.parameters:,} parameters; {gpus} × {gpu}")
+    memory = Table("memory a GPU", "part", "GiB", box=None, padding=(0, 2, 0, 0))
+    for stage, parts in found.memory.items():
+        memory.add_row(f"[bold]{stage}", "[bold]all", f"[bold]{sum(parts.values()) / 2**30:.2f}")
+        for part, size in parts.items():
+            memory.add_row("", part, f"{size / 2**30:.2f}")
+    work = Table("method", "stage", "tokens", "PFLOPs", "hours", box=None, padding=(0, 2, 0, 0))
+    for one in found.stages:
+        work.add_row(one.method, one.stage, f"{one.tokens:,}", f"{one.flops / 1e15:,.1f}", f"{one.hours:.2f}")
+    hours = sum(one.hours for one in found.stages)
+    console.print(memory, work, sep="\n")
+    console.print(f"{hours:.1f} hours at {utilisation:.0%} of the GPUs' speed, evaluation not counted; ", end="")
+    console.print(f"{found.disk / 1e9:.1f} GB of checkpoints")
+    if error := plan.measured_error():
+        console.print(error)
+    console.print(found.problem or "Everything fits.", style="bold")
+    if json_file is not None:
+        write_json(json_file, plan.as_dict(found))
+
+
 def split(text: str) -> list[str]:
     """Comma-separated names, blanks dropped."""
     return [part.strip() for part in text.split(",") if part.strip()]

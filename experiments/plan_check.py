@@ -1,0 +1,102 @@
+"""The memory model of `tspin plan` against measured peaks: one optimizer step a case, each in a process of its own.
+
+    make plan-check               # about 5 minutes on two cores → results/benchmarks/plan/memory.csv
+
+On a CPU the peak is the process's resident memory, above what it was before the model was built.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tspin.architectures import find_config, shape_of
+from tspin.data import Example, Response
+from tspin.iteration import train_iteration
+from tspin.memory import resident
+from tspin.memory_model import MicroBatch, Precision, training_parts
+from tspin.models import POCKET_MODEL, load_tokenizer
+from tspin.run_store import provenance, write_json, write_text
+from tspin.selfplay_config import SelfPlayConfig
+from tspin.trainer import make_triplets
+
+OUT = Path("results/benchmarks/plan")
+LAYERS = {"two layers of 7B width": ("mistralai/Mistral-7B-v0.1", {"num_hidden_layers": 2, "vocab_size": 8192})}
+MODELS = {"pocket": ("pocket", {}), "SmolLM2-135M": ("HuggingFaceTB/SmolLM2-135M", {}), **LAYERS}
+LENGTHS = (64, 64)  # of each prompt and of each response
+ROW = LENGTHS[0] + 3 * LENGTHS[1]
+CASES = [
+    (model, tokens, checkpointing)
+    for model in MODELS
+    for tokens in (1024, 4096)
+    for checkpointing in (False, True)
+    if not (model in LAYERS and tokens > 1024)
+]
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(*json.loads(sys.argv[1]))))
+        return
+    rows, start = [], time.time()
+    for case in CASES:
+        output = subprocess.run(
+            [sys.executable, __file__, json.dumps(case)], capture_output=True, text=True, check=True
+        )
+        rows.append(json.loads(output.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    table = pd.DataFrame(rows)
+    table["error_percent"] = 100 * (table["predicted_bytes"] / table["measured_bytes"] - 1)
+    write_text(OUT / "memory.csv", table.to_csv(index=False, float_format="%.1f", lineterminator="\n"))
+    write_json(OUT / "provenance.json", {**provenance(), "seconds": round(time.time() - start)})
+    print(f"wrote {OUT / 'memory.csv'}")
+
+
+def measure(name: str, tokens: int, checkpointing: bool) -> dict:
+    """A T-SPIN step of two micro-batches of `tokens` tokens: predicted and measured peak."""
+    path, changes = MODELS[name]
+    config = AutoConfig.for_model(**{**find_config(path).to_dict(), **changes})
+    tokenizer = load_tokenizer(str(POCKET_MODEL))
+    count = 2 * tokens // ROW
+    prompt, response = ([5] * length for length in LENGTHS)
+    drawn = Response(response, "", False)
+    examples = [Example(number, "", prompt, drawn) for number in range(count)]
+    every = dict.fromkeys(range(count), drawn)
+    triplets = make_triplets(examples, {"synthetic": every, "proto": every})
+    with tempfile.TemporaryDirectory() as folder:
+        args = SelfPlayConfig(
+            output_dir=folder,
+            per_device_train_batch_size=count,
+            micro_batch_tokens=tokens,
+            gradient_checkpointing=checkpointing,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        before = resident("VmRSS") or 0
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        arguments = {"checkpoint": Path(folder) / "model", "log_folder": Path(folder)}
+        facts = train_iteration(model, triplets, tokenizer, args, 1, **arguments)
+    batch = MicroBatch(tokens=tokens, row_tokens=ROW, response_tokens=tokens * 3 * LENGTHS[1] // ROW, count=2)
+    precision = Precision(4, 2 if args.bf16 else 4)
+    parts = training_parts(
+        shape_of(config), precision, batch, optimizer="rmsprop", checkpointing=checkpointing, foreach=False
+    )
+    return {
+        "model": name,
+        "micro_batch_tokens": tokens,
+        "gradient_checkpointing": checkpointing,
+        "bf16": bool(args.bf16),
+        "predicted_bytes": sum(parts.values()),
+        "measured_bytes": facts["peak_memory_bytes"] - before,
+    }
+
+
+if __name__ == "__main__":
+    main()

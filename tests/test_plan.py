@@ -1,0 +1,58 @@
+"""`tspin plan`: exact counts, sums that follow from them, and the first thing that does not fit."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tspin.architectures import adapter_parameters, find_config, known_architectures, shape_of
+from tspin.cli import app
+from tspin.config import load_config
+from tspin.errors import UserError
+from tspin.plan import plan
+
+
+@pytest.mark.parametrize("name", ["mistralai/Mistral-7B-v0.1", "HuggingFaceTB/SmolLM2-135M"])
+def test_parameters_are_exact(name):
+    assert shape_of(find_config(name)).parameters == known_architectures()[name]["parameters"]
+
+
+def test_the_embedded_model_is_read_itself():
+    shape = shape_of(find_config("pocket"))
+    assert (shape.layers, shape.hidden, shape.heads) == (5, 192, 6) and 2.3e6 < shape.parameters < 2.5e6
+
+
+def test_adapters():
+    """Rank 8 on Mistral's queries and keys: 32 layers of 8 (4096 + 4096) and 8 (4096 + 1024)."""
+    found = adapter_parameters(find_config("mistralai/Mistral-7B-v0.1"), 8, ["q_proj", "k_proj"])
+    assert found == 32 * 8 * (4096 + 4096 + 4096 + 1024)
+
+
+@pytest.mark.parametrize("name", ["zephyr-7b", "mistral-7b"])
+def test_the_papers_presets_fit_its_hardware(name):
+    found = plan(load_config(name), gpus=8, gpu="h100", rows=200_000)
+    assert found.problem is None and found.shape.parameters == 7_241_732_096
+    parts = found.memory["training"]
+    assert parts["weights"] == parts["optimizer"] == 4 * found.shape.parameters // 8  # float32, sharded
+    training = next(stage for stage in found.stages if (stage.method, stage.stage) == ("tspin", "training"))
+    assert training.tokens == 5 * 3 * 50_000 * (512 + 512 + 2 * 128)
+    assert training.flops == 8 * found.shape.parameters * training.tokens
+    assert training.hours == pytest.approx(training.flops / (8 * 989e12 * 0.4) / 3600)
+    assert found.disk == (1 + 4 * 5) * 4 * found.shape.parameters  # SFT once, four methods five times
+
+
+def test_what_does_not_fit_is_named():
+    found = plan(load_config("mistral-7b"), gpus=1, gpu="rtx4090", rows=200_000)
+    assert found.problem and found.problem.startswith("training needs") and "weights" in found.problem
+    adapters = plan(load_config("mistral-7b", ["training.lora={rank: 16}"]), gpus=1, gpu="h100", rows=200_000)
+    assert adapters.memory["training"]["gradients"] < 1e9
+    with pytest.raises(UserError, match="--rows"):
+        plan(load_config("mistral-7b"))
+    with pytest.raises(UserError, match="did you mean 'h100'"):
+        plan(load_config("pocket"), gpu="h10")
+
+
+def test_the_command_prints_and_writes(tmp_path):
+    result = CliRunner().invoke(app, ["plan", "pocket", "--gpus", "1", "--json", str(tmp_path / "plan.json")])
+    assert result.exit_code == 0 and "Everything fits." in result.output, result.output
+    assert json.loads((tmp_path / "plan.json").read_text())["does_not_fit"] is None

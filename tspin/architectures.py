@@ -1,0 +1,113 @@
+"""A model's shape without its weights: its config, a model of it on the meta device, and what is counted there."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from tspin.errors import UserError
+from tspin.models import POCKET_MODEL
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory and arithmetic follow from. Widths and counts; parameters are exact, tied ones counted once."""
+
+    family: str  # the config's model_type
+    parameters: int
+    layer_parameters: int  # of one layer
+    layer_matrices: int  # those of them in matrices, which autocast copies
+    largest_parameter: int
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int  # heads × their width
+    key: int  # key–value heads × their width
+    heads: int
+    vocabulary: int
+
+    @property
+    def root_parameters(self) -> int:
+        """Embeddings, last norm and head: what belongs to no layer."""
+        return self.parameters - self.layers * self.layer_parameters
+
+
+@cache
+def known_architectures() -> dict[str, Any]:
+    """Hub name → {"parameters", "config"} of architectures.yaml."""
+    known: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("architectures.yaml").read_text(encoding="utf-8"))
+    return known
+
+
+def find_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A model's config: of a folder or "pocket", of the hub's cache, of architectures.yaml, of the hub.
+
+    Weights are never downloaded. Raises UserError where none of these has it.
+    """
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    place = str(POCKET_MODEL) if path == "pocket" else path
+    try:
+        return AutoConfig.from_pretrained(place, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        if Path(place).is_dir():
+            raise UserError(f"{path}: its config.json does not describe a model ({error})") from error
+    if path in known_architectures():
+        return AutoConfig.for_model(**known_architectures()[path]["config"])
+    try:
+        return AutoConfig.from_pretrained(place, **options)
+    except Exception as error:  # the hub client raises many kinds for "not there"
+        raise UserError(
+            f"{path}: no config.json in this folder, in the hub's cache or on the hub; tspin/architectures.yaml takes "
+            "the facts of a model that cannot be reached"
+        ) from error
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: every parameter's shape, no memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def shape_of(config: PreTrainedConfig) -> Shape:
+    """The shape of a causal language model. Raises UserError for one that is not built as Llama is."""
+    model = meta_model(config)
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if layers is None or not hasattr(config, "intermediate_size") or not hasattr(config, "num_attention_heads"):
+        raise UserError(
+            f"{config.model_type}: plan knows decoders built as Llama is (attention and a gated MLP in model.layers); "
+            "this one would have to be measured"
+        )
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    one = list(layers[0].parameters())
+    return Shape(
+        family=config.model_type,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layer_parameters=sum(parameter.numel() for parameter in one),
+        layer_matrices=sum(parameter.numel() for parameter in one if parameter.dim() == 2),
+        largest_parameter=max(parameter.numel() for parameter in model.parameters()),
+        layers=len(layers),
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        query=heads * width,
+        key=(getattr(config, "num_key_value_heads", None) or heads) * width,
+        heads=heads,
+        vocabulary=config.vocab_size,
+    )
+
+
+def adapter_parameters(config: PreTrainedConfig, rank: int, target_modules: str | list[str]) -> int:
+    """Parameters of low-rank adapters: rank × (inputs + outputs) of every adapted matrix, the head left out."""
+    model = meta_model(config)
+    head = model.get_output_embeddings()
+    total = 0
+    for name, module in model.named_modules():
+        wanted = target_modules == "all-linear" or name.rsplit(".", 1)[-1] in target_modules
+        if isinstance(module, torch.nn.Linear) and module is not head and wanted:
+            total += rank * (module.in_features + module.out_features)
+    return total
