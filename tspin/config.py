@@ -122,6 +122,7 @@ class EvaluationSettings(Section):
     batch_size: PositiveInt = 64
     limit: PositiveInt | None = None  # problems a benchmark, for trials only
     backend: Literal["transformers", "vllm"] = "transformers"
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the weights while evaluating; None: as model.dtype
 
 
 class RunSettings(Section):

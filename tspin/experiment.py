@@ -231,6 +231,8 @@ def evaluate_checkpoint(
     """Scores of a checkpoint on a suite, kept in `folder` with the per-problem samples."""
     assert config.evaluation is not None
     settings = config.evaluation
+    if settings.dtype is not None:
+        model_arguments = {**model_arguments, "dtype": getattr(torch, settings.dtype)}
 
     def produce(target: Path) -> None:
         model = load_model(path, model_arguments)
