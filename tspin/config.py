@@ -71,6 +71,7 @@ class SamplingSettings(Section):
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 64  # of the transformers backend; vllm plans its own
     backend: Literal["transformers", "vllm"] = "transformers"
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the weights while sampling; None: as model.dtype
 
 
 class LoraSettings(Section):

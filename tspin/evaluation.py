@@ -25,6 +25,7 @@ from tspin.run_store import fingerprint
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
+    from lm_eval.api.model import LM
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,17 +115,26 @@ def evaluate(
     left in the state that the evaluation puts them in.
     Raises UserError when lm-eval does not know a benchmark.
     """
-    import lm_eval
-    from transformers import set_seed
-
     from tspin.harness import SegmentedLM
 
     was_training = model.training
-    with _lm_eval_log(logging.ERROR):  # its warnings here concern custom data sets and ready-made models as such
+    with _lm_eval_log(logging.ERROR):  # it warns of ready-made models as such
+        lm = SegmentedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    try:
+        return evaluate_lm(lm, suite, limit=limit, seed=seed)
+    finally:
+        model.train(was_training)
+
+
+def evaluate_lm(lm: "LM", suite: Suite, *, limit: int | None = None, seed: int = 1234) -> Evaluation:
+    """Run a suite on one of lm-eval's own language models; see `evaluate`."""
+    import lm_eval
+    from transformers import set_seed
+
+    with _lm_eval_log(logging.ERROR):  # its warnings here concern custom data sets as such
         manager = task_manager_for(suite)
         with offline_benchmarks():
             tasks = [_load_task(manager, column, suite.split) for column in _benchmarks(suite)]
-        lm = SegmentedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         loaded = manager.load(tasks)
         for leaf in loaded["tasks"].values():
             leaf.set_fewshot_seed(seed)
@@ -134,7 +144,6 @@ def evaluate(
         results = lm_eval.evaluate(
             lm, loaded, samples=_chosen(suite, tasks, limit), apply_chat_template=suite.apply_chat_template
         )
-    model.train(was_training)
     scores, samples = [], []
     for column, task in zip(_benchmarks(suite), tasks, strict=True):
         scores.append(_scores(column.benchmark, results["results"][column.benchmark]))

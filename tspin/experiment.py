@@ -20,12 +20,13 @@ from tspin import data
 from tspin.config import Config, DataSettings, ModelSettings, RunSettings, unknown
 from tspin.errors import UserError
 from tspin.evaluation import Suite, evaluate, load_suite
-from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
+from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS
 from tspin.results import BASE, EXAMPLES, Collected, problems_of, write_results
 from tspin.run_store import claim_folder, run_stage
 from tspin.selfplay import IterationResult, SelfPlayTrainer
 from tspin.selfplay_config import SelfPlayConfig
+from tspin.vllm_backend import Engine, evaluate_folder, require_vllm
 
 
 def run_experiment(
@@ -50,7 +51,7 @@ def run_experiment(
     if config.evaluation is None:
         raise UserError("evaluation: this config names no suite, so there is nothing to put into results")
     if config.evaluation.backend == "vllm":
-        raise UserError("evaluation.backend: vllm is planned and not there yet; set transformers")
+        require_vllm("evaluation.backend", Engine(**config.engine.model_dump()), evaluates=True)
     report = (console or Console(stderr=True)).print
     suite = load_suite(config.evaluation.suite)
     quiet_libraries()
@@ -162,8 +163,9 @@ def load_dataset(settings: DataSettings) -> list[dict[str, Any]]:
 def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: Path | None = None) -> SelfPlayConfig:
     """A run's settings as SelfPlayConfig. Raises UserError for sizes that do not divide or unknown arguments."""
     training, own = settings.training, settings.coefficients
+    engine = settings.engine.model_dump()
     if settings.sampling.backend == "vllm":
-        raise UserError("sampling.backend: vllm is planned and not there yet; set transformers")
+        require_vllm("sampling.backend", Engine(**engine))
     devices = max(torch.cuda.device_count(), 1)
     if training.batch_size % devices:
         raise UserError(f"training.batch_size: {training.batch_size} is no multiple of the devices, {devices}")
@@ -184,6 +186,9 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
         top_p=settings.sampling.top_p,
         max_new_tokens=settings.sampling.max_new_tokens,
         sampling_batch_size=settings.sampling.batch_size,
+        sampling_backend=settings.sampling.backend,
+        sampling_dtype=settings.sampling.dtype,
+        engine=engine,
         template=settings.data.template,
         max_prompt_tokens=settings.data.max_prompt_tokens,
         max_response_tokens=settings.data.max_response_tokens,
@@ -235,6 +240,18 @@ def evaluate_checkpoint(
         model_arguments = {**model_arguments, "dtype": getattr(torch, settings.dtype)}
 
     def produce(target: Path) -> None:
+        if settings.backend == "vllm":
+            target.mkdir()
+            evaluate_folder(
+                path,
+                suite.model_dump(mode="json"),
+                target,
+                dtype=dtype_name(model_arguments),
+                engine=Engine(**config.engine.model_dump()),
+                limit=settings.limit,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+            return
         model = load_model(path, model_arguments)
         if torch.cuda.is_available():
             model.to("cuda")  # type: ignore[arg-type]

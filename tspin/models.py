@@ -56,6 +56,11 @@ def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> Pr
     return model
 
 
+def dtype_name(model_arguments: dict[str, Any]) -> str:
+    """What the weights are loaded as, "float32" unless told otherwise."""
+    return str(model_arguments.get("dtype", torch.float32)).removeprefix("torch.")
+
+
 def load_tokenizer(folder: str, model_arguments: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. Raises UserError when there is none, or it has no end token."""
     arguments = {k: v for k, v in (model_arguments or {}).items() if k == "trust_remote_code"}

@@ -45,7 +45,7 @@ def sample(
     The same seed on the same machine gives the same responses; PyTorch's global generator is left
     as it was.
     """
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model.generation_config, tokenizer)
     sampled = decoding.temperature > 0
     settings = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
@@ -72,7 +72,7 @@ def sample(
             for start in range(0, len(order), decoding.batch_size):
                 batch = order[start : start + decoding.batch_size]
                 for i, ids in zip(batch, _generate(model, [prompts[i] for i in batch], settings), strict=True):
-                    responses[i] = _response(ids, ends, tokenizer)
+                    responses[i] = response_of(ids, ends, tokenizer)
                 bar.update(len(batch))
     finally:
         model.generation_config = configured
@@ -139,7 +139,8 @@ def generate_in_segments(
     return continuations
 
 
-def _response(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Response:
+def response_of(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Response:
+    """The response that new tokens are: cut after the first end token, which it keeps."""
     stop = next((position for position, token in enumerate(ids) if token in ends), None)
     finished = stop is not None
     kept = ids if stop is None else ids[: stop + 1]
@@ -147,7 +148,8 @@ def _response(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBas
     return Response(kept, str(text), finished)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    configured = model.generation_config.eos_token_id if model.generation_config else None
+def end_tokens(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: the model's by its generation settings, and the tokenizer's."""
+    configured = settings.eos_token_id if settings else None
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None})

@@ -32,8 +32,8 @@ from tspin.iteration import (
 )
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
+from tspin.policies import sample_policy
 from tspin.run_store import atomic_path, claim_folder, fingerprint, folder_fingerprint, run_stage
-from tspin.sampling import sample
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import Triplet, make_triplets
 
@@ -224,20 +224,27 @@ class SelfPlayTrainer:
             "data": fingerprint([[e.prompt_id, e.prompt_ids] for e in self.examples]),
             "decoding": decoding,
             "seed": seed,
+            **self._backend(),
         }
         of = "the initial policy" if shared else f"iteration {iteration}'s policy"
         record = self._sample(path, inputs, policy, self.examples, f"{kind} responses of {of}")
         return data.read_responses(path), record
 
+    def _backend(self) -> dict[str, Any]:
+        """What sampled responses depend on besides the decoding, where it is not the default."""
+        given = {"backend": self.args.sampling_backend, "dtype": self.args.sampling_dtype}
+        return {name: value for name, value in given.items() if value not in (None, "transformers")}
+
     def _sample(
         self, path: Path, inputs: dict[str, Any], policy: str, examples: Sequence[Example], description: str
     ) -> dict[str, Any]:
         def produce(target: Path) -> dict[str, Any]:
-            responses = sample(
-                self._load(policy).to(self.args.device),  # type: ignore[arg-type]
+            responses = sample_policy(
+                policy,
+                self.model_arguments,
                 self.tokenizer,
                 [example.prompt_ids for example in examples],
-                self.args.decoding,
+                self.args,
                 seed=inputs["seed"],
                 description=description,
             )
@@ -260,6 +267,7 @@ class SelfPlayTrainer:
             "prompts": [example.prompt_ids for example in examples],
             "decoding": dataclasses.asdict(self.args.decoding),
             "seed": stage_seed(self.args.seed, "examples", result.iteration),
+            **self._backend(),
         }
         self._sample(path, inputs, str(result.model_path), examples, "examples")
         return path

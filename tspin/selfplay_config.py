@@ -15,6 +15,7 @@ from tspin.objectives import LOSSES, METHODS, Coefficients
 from tspin.sampling import Decoding
 
 LAYOUTS = ("auto", *get_args(Layout))
+BACKENDS = ("transformers", "vllm")
 LONG_PROMPTS = ("error", "truncate", "drop")
 
 # Fields that say where, how and how long a run is executed, not what an iteration computes.
@@ -22,6 +23,7 @@ OPERATIONAL = {
     *(
         "iterations",
         "micro_batch_tokens",
+        "engine",
         "diagnostics",
         "output_dir",
         "shared_dir",
@@ -61,6 +63,8 @@ class SelfPlayConfig(TrainingArguments):
     diagnostics: after each iteration, write what tspin.diagnostics finds (two forward passes over the responses).
     shared_dir: where what methods of the same base, data and seed share is kept (y0, and y′ of
     iteration 0); the run's folder when empty.
+    sampling_backend: "transformers" or "vllm". sampling_dtype: of the weights while sampling, "float32" or "bfloat16";
+    as the model is loaded when None. engine: the fields of tspin.vllm_backend.Engine.
     bf16: None is "where the hardware multiplies bfloat16".
 
     Defaults are the paper's where it states one: RMSProp without weight decay, 10 % warm-up.
@@ -91,6 +95,9 @@ class SelfPlayConfig(TrainingArguments):
     monitor_proto: bool = False
     diagnostics: bool = True
     shared_dir: str | None = None
+    sampling_backend: str = "transformers"
+    sampling_dtype: str | None = None
+    engine: dict[str, Any] | None = None
 
     learning_rate: float = 5e-7
     num_train_epochs: float = 1.0
@@ -125,6 +132,8 @@ class SelfPlayConfig(TrainingArguments):
                 raise UserError(f"{name}: must be positive (got {getattr(self, name)!r})")
         if self.beta < 0 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise UserError("beta and temperature must not be negative, top_p must lie in (0, 1]")
+        if self.sampling_backend not in BACKENDS:
+            raise UserError(unknown("sampling_backend", self.sampling_backend, BACKENDS))
         if not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments takes bf16 on a CPU only when told so
         if self.long_prompts not in LONG_PROMPTS:
@@ -145,8 +154,10 @@ class SelfPlayConfig(TrainingArguments):
     def computed(self) -> dict[str, Any]:
         """The fields that decide what is computed, as plain JSON values."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in OPERATIONAL}
-        if self.lora is None:
-            del fields["lora"]  # runs from before there was a choice stay what they were
+        # Runs from before there was a choice stay what they were.
+        for name, default in {"lora": None, "sampling_backend": "transformers", "sampling_dtype": None}.items():
+            if fields[name] == default:
+                del fields[name]
         return {
             name: value if isinstance(value, int | float | list | dict | None) else str(value)
             for name, value in fields.items()

@@ -18,8 +18,8 @@ from tspin.experiment import load_dataset, model_source, training_arguments
 from tspin.iteration import encode_dataset, reference_table, response_logps, train_iteration, with_reference
 from tspin.models import load_model, load_tokenizer, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
+from tspin.policies import sample_policy
 from tspin.run_store import atomic_path, write_text
-from tspin.sampling import sample
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import make_triplets
 
@@ -28,10 +28,9 @@ def sample_to_file(model: str, dataset: str, out: Path, seed: int, overrides: Se
     """Sample one response a prompt from `model` into a Parquet file; returns response_statistics."""
     if out.is_dir():
         raise UserError(f"{out} is a folder: --out is the Parquet file to write")
-    args, tokenizer, examples, load = _prepare(model, dataset, "tspin", seed, overrides)
-    policy = load(None).to(args.device)  # type: ignore[arg-type]
+    args, tokenizer, examples, _, (folder, model_arguments) = _prepare(model, dataset, "tspin", seed, overrides)
     prompts = [example.prompt_ids for example in examples]
-    responses = sample(policy, tokenizer, prompts, args.decoding, seed=seed)
+    responses = sample_policy(folder, model_arguments, tokenizer, prompts, args, seed=seed)
     with atomic_path(out) as temporary:
         data.write_responses(temporary, [example.prompt_id for example in examples], responses)
     return data.response_statistics(responses, [example.labelled for example in examples])
@@ -61,7 +60,7 @@ def train_from_files(
         raise UserError(f"--reference: {method} at iteration {iteration} needs the initial policy")
     if out.exists():
         raise UserError(f"{out} exists: choose a new folder for the checkpoint, nothing is written over")
-    args, tokenizer, examples, load = _prepare(model, dataset, method, seed, overrides)
+    args, tokenizer, examples, load, _ = _prepare(model, dataset, method, seed, overrides)
     responses = {}
     for role, path in ((SYNTHETIC, synthetic), (PROTO, proto)):
         if path is not None:
@@ -102,7 +101,7 @@ def diagnose_to_file(
         raise UserError(unknown("method", method, METHODS))
     if out.is_dir():
         raise UserError(f"{out} is a folder: --out is the Parquet file to write")
-    args, tokenizer, examples, load = _prepare(model, dataset, method, seed, overrides)
+    args, tokenizer, examples, load, _ = _prepare(model, dataset, method, seed, overrides)
     given = {SYNTHETIC: synthetic, PROTO: proto}
     triplets = make_triplets(examples, {role: _responses_for(examples, path) for role, path in given.items() if path})
 
@@ -140,7 +139,13 @@ def evaluate_to_file(model: str, suite_name: str, out: Path | None, batch_size: 
 
 def _prepare(
     model: str, dataset: str, method: str, seed: int, overrides: Sequence[str]
-) -> tuple[SelfPlayConfig, PreTrainedTokenizerBase, list[Example], Callable[[str | None], PreTrainedModel]]:
+) -> tuple[
+    SelfPlayConfig,
+    PreTrainedTokenizerBase,
+    list[Example],
+    Callable[[str | None], PreTrainedModel],
+    tuple[str, dict[str, Any]],
+]:
     tree = {"model": {"path": model}, "data": {"path": dataset}}
     config = build_config(tree, overrides)
     settings = config.for_method(method)
@@ -153,6 +158,7 @@ def _prepare(
         tokenizer,
         examples,
         lambda other: load_model(folder if other is None else resolve(other), model_arguments),
+        (folder, model_arguments),
     )
 
 

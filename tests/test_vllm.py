@@ -1,0 +1,133 @@
+"""vLLM beside Transformers: the same policy, the same tokens. `make test-vllm` sets up the engine's CPU build."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from tspin.config import load_config
+from tspin.errors import UserError
+from tspin.hub import offline_model
+from tspin.models import POCKET_MODEL, load_model, load_tokenizer
+from tspin.sampling import Decoding, end_tokens, sample
+from tspin.vllm_backend import Engine, evaluate_folder, generate_tokens, require_vllm
+
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+QUESTIONS = [
+    "What is the capital of France?",
+    "Tom has 3 apples and buys 4 more. How many apples does he have?",
+    "Write one sentence about the sea.",
+    "List three colours.",
+    "Why is the sky blue?",
+    "Translate 'good morning' into Spanish.",
+]
+# float32 on both sides: only the order of additions differs. Largest differences seen: results/benchmarks/vllm.
+LOGP_TOLERANCE = 1e-3  # nats a token
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+
+
+def folder_of(model: str) -> str:
+    if model == "pocket":
+        return str(POCKET_MODEL)
+    offline = os.environ.get("TSPIN_OFFLINE_FOLDER")
+    if not offline:
+        pytest.skip("TSPIN_OFFLINE_FOLDER names no folder of `tspin fetch smollm2`")
+    return str(offline_model(Path(offline), SMOLLM2, None))
+
+
+def prompts_for(model: str, tokenizer) -> list[list[int]]:
+    if model == "pocket":
+        texts = [f"{a} + {b} =" for a in (3, 12, 40) for b in (5, 27)]
+        return [tokenizer(text)["input_ids"] for text in texts]
+    chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+
+
+@needs_vllm
+@pytest.mark.parametrize("model", ["pocket", "smollm2"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_log_probabilities_agree_token_by_token(model, temperature):
+    folder = folder_of(model)
+    tokenizer, policy = load_tokenizer(folder), load_model(folder).eval()
+    prompts = prompts_for(model, tokenizer)
+    ends = end_tokens(policy.generation_config, tokenizer)
+    answers = generate_tokens(
+        folder, prompts, ends, temperature=temperature, top_p=1.0, max_new_tokens=48, dtype="float32",
+        engine=Engine(enforce_eager=True), seed=3, logprobs=True,
+    )  # fmt: skip
+    largest = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt + answer["ids"]])
+        with torch.no_grad():
+            logps = policy(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        own = logps.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        largest = max(largest, float((own - torch.tensor(answer["logprobs"])).abs().max()))
+        assert len(answer["ids"]) == 48 or answer["ids"][-1] in ends
+    print(f"{model}, temperature {temperature}: largest difference {largest:.2e} nats a token")
+    assert largest < LOGP_TOLERANCE
+    if temperature == 0.0:
+        greedy = sample(policy, tokenizer, prompts, Decoding(temperature=0.0, max_new_tokens=48), seed=0)
+        assert [answer["ids"] for answer in answers] == [response.ids for response in greedy]
+
+
+@needs_vllm
+def test_copies_of_the_engine_draw_what_one_draws():
+    tokenizer = load_tokenizer(str(POCKET_MODEL))
+    prompts = prompts_for("pocket", tokenizer)
+    one, two = (
+        generate_tokens(
+            str(POCKET_MODEL), prompts, [tokenizer.eos_token_id], temperature=1.0, top_p=1.0, max_new_tokens=16,
+            dtype="float32", engine=Engine(data_parallel=copies, enforce_eager=True), seed=5,
+        )
+        for copies in (1, 2)
+    )  # fmt: skip
+    assert one == two
+
+
+@needs_vllm
+def test_a_run_samples_and_evaluates_with_vllm(tmp_path):
+    from tspin.experiment import run_experiment
+
+    overrides = [
+        "data.labels=16", "iterations=2", "sampling.max_new_tokens=16", "training.batch_size=8", "evaluation.limit=10",
+        "engine.enforce_eager=true",
+    ]  # fmt: skip
+    scores = {}
+    for backend in ("vllm", "transformers"):
+        config = load_config("pocket", [*overrides, f"sampling.backend={backend}", f"evaluation.backend={backend}"])
+        methods = ["base", "tspin"] if backend == "vllm" else ["base"]
+        out = run_experiment(
+            "pocket", config, methods, [0], tmp_path / backend / "runs", tmp_path / backend / "results"
+        )
+        scores[backend] = pd.read_csv(out / "evaluations.csv").query("method == 'base'")["value"].to_numpy()
+    # The same base under both engines: at most one problem in ten of one benchmark may tip.
+    assert abs(scores["vllm"] - scores["transformers"]).max() <= 10.0
+    assert (tmp_path / "vllm/runs/pocket/seed-0/tspin/iteration-1/model/model.safetensors").exists()
+
+
+@needs_vllm
+def test_a_folder_that_is_no_model_is_one_line(tmp_path):
+    from tspin.evaluation import load_suite
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"^vllm: .*\(log: ") as error:
+        evaluate_folder(
+            str(tmp_path), load_suite("pocket").model_dump(mode="json"), tmp_path / "out", dtype="float32",
+            engine=Engine(), limit=1,
+        )  # fmt: skip
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_a_run_says_so_before_it_starts():
+    with pytest.raises(UserError, match=r"^sampling.backend: vllm is not installed; pip install"):
+        require_vllm("sampling.backend", Engine())

@@ -1,0 +1,180 @@
+"""Sampling and evaluation by vLLM, in processes of their own.
+
+An engine keeps its GPU memory as long as its process lives, and its weights cannot follow a policy's. So every
+sampling and every evaluation starts `python -m tspin.vllm_worker` on a checkpoint's folder and waits for its end: the
+weights are that checkpoint's, and the memory is free before training starts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tspin.errors import UserError
+
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How vLLM uses the GPUs.
+
+    tensor_parallel: GPUs that hold one copy of the model together. data_parallel: copies, each with its share of the
+    prompts. memory: share of a GPU's memory that an engine may take. enforce_eager: no CUDA graphs.
+    """
+
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    memory: float = 0.9
+    enforce_eager: bool = False
+
+
+def require_vllm(key: str, engine: Engine, evaluates: bool = False) -> None:
+    """Raise UserError where vLLM, or what it needs for `engine`, is missing. key: the setting that asks for it."""
+    if find_spec("vllm") is None:
+        raise UserError(f"{key}: vllm is not installed; pip install 'tspin[gpu]', or set {key}=transformers")
+    if evaluates and engine.data_parallel > 1 and find_spec("ray") is None:
+        raise UserError("engine.data_parallel: lm-eval's copies of vLLM need ray; pip install ray, or set it to 1")
+
+
+def generate_tokens(
+    model: str,
+    prompts: Sequence[Sequence[int]],
+    end_tokens: Sequence[int],
+    *,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    dtype: str,
+    engine: Engine,
+    seed: int,
+    trust_remote_code: bool = False,
+    logprobs: bool = False,
+) -> list[dict[str, Any]]:
+    """One response a prompt: {"ids": token ids, the end token included where it ended, "logprobs": nats a token}.
+
+    model: a checkpoint's folder. prompts: token ids, special tokens included. dtype: "float32" or "bfloat16", of the
+    weights. logprobs: whether to return them; under the policy itself, whatever the temperature. Each prompt has a
+    generator of its own, seeded by `seed` and its position: neither data_parallel nor the batches decide what is drawn.
+    Raises UserError, with the engine's last line, when an engine fails.
+    """
+    job = {
+        "task": "generate",
+        "model": model,
+        "dtype": dtype,
+        "engine": asdict(engine),
+        "trust_remote_code": trust_remote_code,
+        "end_tokens": list(end_tokens),
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        # Of the longest prompt of all, so that every copy is the same engine.
+        "max_model_len": max(map(len, prompts)) + max_new_tokens,
+        "logprobs": logprobs,
+    }
+    copies = min(engine.data_parallel, len(prompts))
+    numbers = [list(range(copy, len(prompts), copies)) for copy in range(copies)]
+    jobs = [
+        {**job, "prompts": [list(prompts[i]) for i in share], "seeds": [(seed + i) % 2**31 for i in share]}
+        for share in numbers
+    ]
+    responses: list[Any] = [None] * len(prompts)
+    with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as folder:
+        _run([Path(folder) / str(copy) for copy in range(copies)], jobs, engine.tensor_parallel)
+        for copy, share in enumerate(numbers):
+            answers = json.loads((Path(folder) / str(copy) / "responses.json").read_text())
+            for number, answer in zip(share, answers, strict=True):
+                responses[number] = answer
+    return responses
+
+
+def evaluate_folder(
+    model: str,
+    suite: dict[str, Any],
+    target: Path,
+    *,
+    dtype: str,
+    engine: Engine,
+    limit: int | None,
+    seed: int = 1234,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write scores.csv and samples.parquet, as tspin.evaluation has them, to the folder `target`.
+
+    model: a checkpoint's folder. suite: a Suite as JSON. lm-eval's own vLLM class runs the suite; with data_parallel,
+    on Ray. Raises UserError, with the engine's last line, when it fails.
+    """
+    job = {
+        "task": "evaluate",
+        "model": model,
+        "dtype": dtype,
+        "engine": asdict(engine),
+        "trust_remote_code": trust_remote_code,
+        "suite": suite,
+        "limit": limit,
+        "seed": seed,
+        "target": str(target.resolve()),
+    }
+    with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as folder:
+        _run([Path(folder) / "0"], [job], gpus=0)
+
+
+def _run(folders: Sequence[Path], jobs: Sequence[dict[str, Any]], gpus: int) -> None:
+    """A worker for each job, all at once. gpus: how many each has to itself; 0: all for the one job."""
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, (folder, job) in enumerate(zip(folders, jobs, strict=True)):
+            folder.mkdir()
+            (folder / "job.json").write_text(json.dumps(job))
+            with (folder / LOG).open("wb") as log:
+                workers.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tspin.vllm_worker", str(folder)],
+                        stdout=log,
+                        stderr=log,
+                        stdin=subprocess.DEVNULL,
+                        env=_environment(number, gpus),
+                    )
+                )
+        for worker, folder in zip(workers, folders, strict=True):
+            if worker.wait() != 0:
+                raise UserError(f"vllm: {_reason(folder / LOG)}")
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.wait()
+
+
+def _environment(number: int, gpus: int) -> dict[str, str]:
+    """The worker's environment: its own GPUs, of those that this process may use."""
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    import torch
+
+    if gpus and torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        own = visible.split(",")[number * gpus : (number + 1) * gpus]
+        if len(own) < gpus:
+            raise UserError(
+                f"engine: {number + 1} copies of the model on {gpus} GPUs each need {(number + 1) * gpus} GPUs, "
+                f"{len(visible.split(','))} are there; lower engine.data_parallel or engine.tensor_parallel"
+            )
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    return environment
+
+
+def _reason(log: Path) -> str:
+    """The line that says why a worker failed; its whole log is kept where the message says."""
+    text = log.read_text(errors="replace")
+    with tempfile.NamedTemporaryFile("w", prefix="tspin-vllm-", suffix=".log", delete=False) as kept:
+        kept.write(text)
+    lines = [line.strip() for line in text.splitlines() if "Error" in line and "Traceback" not in line]
+    # An engine's failure is reported once by itself, with the cause, and then by all that waited for it.
+    first = next((line for line in lines if "Engine core initialization failed" not in line), "it ended without a word")
+    return f"{first[:300]} (log: {kept.name})"
