@@ -44,7 +44,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(measure(*json.loads(sys.argv[1]))))
         return
-    rows, start = [], time.time()
+    rows, start = [], time.monotonic()
     for case in CASES:
         output = subprocess.run(
             [sys.executable, __file__, json.dumps(case)], capture_output=True, text=True, check=True
@@ -54,7 +54,7 @@ def main() -> None:
     table = pd.DataFrame(rows)
     table["error_percent"] = 100 * (table["predicted_bytes"] / table["measured_bytes"] - 1)
     write_text(OUT / "memory.csv", table.to_csv(index=False, float_format="%.1f", lineterminator="\n"))
-    write_json(OUT / "provenance.json", {**provenance(), "seconds": round(time.time() - start)})
+    write_json(OUT / "provenance.json", {**provenance(), "seconds": round(time.monotonic() - start)})
     print(f"wrote {OUT / 'memory.csv'}")
 
 

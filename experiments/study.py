@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     arguments = parser.parse_args()
     study, cells = load(arguments.study)
-    name, start = arguments.study.stem, time.time()
+    name, start = arguments.study.stem, time.monotonic()
     prepare(study)
     tables = []
     for number, cell in enumerate(cells, start=1):
@@ -42,7 +42,7 @@ def main() -> None:
     buffer = io.StringIO()
     pd.concat(tables).to_csv(buffer, index=False, float_format="%.6g", lineterminator="\n")
     write_text(folder / f"{name}.csv", buffer.getvalue())
-    facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": round(time.time() - start)}
+    facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": round(time.monotonic() - start)}
     write_json(folder / f"{name}_provenance.json", {**provenance(), **facts})
     print(f"wrote {folder / name}.csv, {facts['seconds']} s")
 

@@ -17,9 +17,9 @@ from tspin.config import Config
 from tspin.data import read_rows
 from tspin.errors import UserError
 from tspin.evaluation import Suite, load_suite, task_manager_for
-from tspin.hub import DEFAULT, EMPTY, read_manifest, sha256
+from tspin.hub import DEFAULT, EMPTY, read_manifest
 from tspin.models import HUB_FILES
-from tspin.run_store import atomic_path, write_json
+from tspin.run_store import atomic_path, sha256, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,7 +10,6 @@ An offline folder holds
 With one in use (`use_offline`, or the variable TSPIN_OFFLINE), nothing else is read and nothing is asked of a network.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tspin.errors import UserError
-from tspin.run_store import read_json
+from tspin.run_store import read_json, sha256
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -90,12 +89,6 @@ def verify(folder: Path) -> list[str]:
         elif sha256(folder / name) != facts["sha256"]:
             wrong.append(f"{name}: its checksum is not the one that was fetched")
     return wrong
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_dataset(name: str, config: str | None, split: str, revision: str | None) -> Any:

@@ -3,6 +3,10 @@
 A stage is one output (a file or a folder) and the fingerprint of everything that it was made from.
 Its record, `<output>.stage.json`, is written last: an output without a matching record does not
 exist as far as a run is concerned, so a command that was killed anywhere continues where it was.
+
+The record holds a SHA-256 of each file of the output, and of itself. What is read again is checked against them:
+files each time a run comes by, checkpoints, which are large, when they are about to be loaded. What fails is kept
+beside, under a name with "damaged" in it, and made again.
 """
 
 import hashlib
@@ -13,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
@@ -23,6 +27,14 @@ from typing import Any
 from tspin.errors import UserError
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "lm_eval", "reasoning_gym", "vllm")
+
+
+class DamagedStage(Exception):
+    """A finished stage's output is no longer what was written; it was set aside, so running again makes it anew."""
+
+    def __init__(self, output: Path):
+        super().__init__(f"{output} was damaged")
+        self.output = output
 
 
 def fingerprint(content: Any) -> str:
@@ -110,40 +122,121 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}): delete it and run the command again") from error
 
 
+def sha256(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksums(output: Path, beside: Sequence[str] = ()) -> dict[str, str]:
+    """Path from the output's parent → SHA-256, for every file of an output and those `beside` it."""
+    files = sorted(path for path in output.rglob("*") if path.is_file()) if output.is_dir() else [output]
+    files += [output.parent / name for name in beside]
+    return {path.relative_to(output.parent).as_posix(): sha256(path) for path in files}
+
+
 def _record_path(output: Path) -> Path:
     return output.with_name(output.name + ".stage.json")
 
 
+def _write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with a checksum of itself."""
+    plain = json.loads(json.dumps(content, default=str, allow_nan=False))
+    write_json(path, {**plain, "checksum": fingerprint(plain)})
+
+
+def _read_sealed(path: Path, consequence: str) -> dict[str, Any] | None:
+    """A JSON object as it was written, None if there is none; one that was damaged is set aside."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        claimed = content.pop("checksum", None)  # earlier versions wrote none
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
+        return _set_aside(path, consequence)
+    if claimed is not None and claimed != fingerprint(content):
+        return _set_aside(path, consequence)
+    return content
+
+
+def _read_record(output: Path) -> dict[str, Any] | None:
+    return _read_sealed(_record_path(output), "the stage is run again")
+
+
+def _set_aside(path: Path, consequence: str) -> None:
+    """Give a damaged file or folder a name that says so, and say it in one line."""
+    names = (path.with_name(path.name + f".damaged{number}") for number in ["", *(f"-{n}" for n in range(2, 1000))])
+    aside = next(name for name in names if not name.exists())
+    os.replace(path, aside)
+    sys.stderr.write(f"tspin: {path} is damaged (its checksum is another): kept as {aside.name}, {consequence}\n")
+
+
 def stage_record(output: Path, inputs: Any) -> dict[str, Any] | None:
     """The record of a finished stage made from exactly these inputs, else None."""
-    record = _record_path(output)
-    if not (output.exists() and record.exists()):
-        return None
-    content = read_json(record)
-    return content if content.get("fingerprint") == fingerprint(inputs) else None
+    content = _read_record(output) if output.exists() else None
+    return content if content is not None and content.get("fingerprint") == fingerprint(inputs) else None
 
 
-def run_stage(output: Path, inputs: Any, produce: Callable[[Path], Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Make `output` by `produce(temporary path)` unless it is there, made from the same inputs.
+def check_stage(output: Path, whole: bool = True) -> None:
+    """Raise DamagedStage if a stage's output, about to be read, is not what was written; it is set aside then.
 
-    `produce` may return facts worth keeping with it (mean lengths, tokens). Returns the stage's
-    record: {"fingerprint", "inputs", "seconds", "facts", "provenance"}.
+    whole: without, only the files beside the output are compared, and that it is there.
+    What has no record, as a model of the user's, or one of an earlier version without checksums, is taken as it is.
+    """
+    known = (_read_record(output) or {}).get("files")
+    if known is None:
+        return
+    beside = {name for name in known if Path(name).parts[0] != output.name}
+    own = known.keys() - beside
+    there = _checksums(output) if whole else {name: known[name] for name in own}
+    bad = [output] if there != {name: known[name] for name in own} else []
+    for path in (output.parent / name for name in sorted(beside)):
+        if not path.is_file() or sha256(path) != known[path.name]:
+            bad.append(path)
+    if not bad:
+        return
+    _record_path(output).unlink()
+    for path in bad:
+        if path.exists():
+            _set_aside(path, "the stage is run again")
+    raise DamagedStage(output)
+
+
+def run_stage(
+    output: Path,
+    inputs: Any,
+    produce: Callable[[Path], Mapping[str, Any] | None],
+    *,
+    beside: Sequence[str] = (),
+    check: bool = True,
+) -> dict[str, Any]:
+    """Make `output` by `produce(temporary path)` unless it is there, whole, made from the same inputs.
+
+    `produce` may return facts worth keeping with it (mean lengths, tokens). beside: names of further files that it
+    writes into the output's folder. check: compare the checksums of an output that is there; without, those beside
+    it only, and whoever reads it calls `check_stage` (for checkpoints of gigabytes, of which most are not read
+    again). Returns the stage's record: {"fingerprint", "inputs", "seconds", "facts", "files", "provenance"}.
     """
     found = stage_record(output, inputs)
     if found is not None:
-        return found
+        try:
+            check_stage(output, whole=check)
+            return found
+        except DamagedStage:
+            pass
     _record_path(output).unlink(missing_ok=True)
-    start = time.time()
+    start = time.monotonic()
     with atomic_path(output) as temporary:
         facts = produce(temporary)
     record = {
         "fingerprint": fingerprint(inputs),
         "inputs": inputs,
-        "seconds": round(time.time() - start, 2),
+        "seconds": round(time.monotonic() - start, 2),
         "facts": dict(facts or {}),
+        "files": _checksums(output, beside),
         "provenance": provenance(),
     }
-    write_json(_record_path(output), record)
+    _write_sealed(_record_path(output), record)
     return record
 
 
@@ -157,8 +250,9 @@ def claim_folder(
     """
     path = folder / "config.json"
     wanted = json.loads(json.dumps(config, default=str))
-    if path.exists():
-        found = upgrade(read_json(path))
+    found = _read_sealed(path, "written anew from the settings given now")
+    if found is not None:
+        found = upgrade(found)
         if found != wanted:
             key, there, here = first_difference(found, wanted)
             raise UserError(
@@ -166,7 +260,7 @@ def claim_folder(
                 "choose another folder or delete this one"
             )
         return
-    write_json(path, wanted)
+    _write_sealed(path, wanted)
 
 
 def first_difference(there: Any, here: Any, path: str = "") -> tuple[str, Any, Any]:
