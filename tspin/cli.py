@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -14,6 +15,7 @@ import typer
 from safetensors import SafetensorError
 
 from tspin.errors import UserError
+from tspin.interruption import stopping_at_once
 
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -41,14 +43,28 @@ Seed = Annotated[int, typer.Option(help="every random choice follows from it")]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Errors that the user can put right become one line on stderr and exit code 2."""
+    """Errors that the user can put right become one line on stderr and exit code 2; signals, 128 and their number."""
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            with stopping_at_once():
+                function(*args, **kwargs)
         except UserError as error:
             fail(str(error))
+        except KeyboardInterrupt as error:
+            number = getattr(error, "number", signal.SIGINT)
+            saved = getattr(error, "saved", "") or "finished stages are kept, nothing is half-written"
+            sys.stderr.write(f"\ntspin: stopped by {signal.Signals(number).name}: {saved}; ")
+            sys.stderr.write("the same command goes on from there\n")
+            raise typer.Exit(128 + number) from None
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            fail(
+                f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}): lower "
+                "sampling.batch_size, evaluation.batch_size or training.micro_batch_tokens; finished stages are kept"
+            )
         except (OSError, SafetensorError) as error:
             number = error_number(error)
             if number not in DISK_ERRORS:
@@ -68,6 +84,13 @@ def go_offline(folder: Path | None) -> None:
         from tspin.hub import use_offline
 
         use_offline(folder)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """See tspin.memory, which is imported only when something went wrong."""
+    from tspin.memory import out_of_memory
+
+    return out_of_memory(error)
 
 
 def error_number(error: Exception) -> int:

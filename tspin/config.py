@@ -95,6 +95,7 @@ class TrainingSettings(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps
     schedule: str = "linear"
     max_grad_norm: Positive = 1.0
+    checkpoint_steps: PositiveInt | None = None  # keep the training's state every so many steps, against crashes
     gradient_checkpointing: bool = False  # saves memory, costs a second forward pass
     bf16: bool | Literal["auto"] = "auto"  # auto: where the hardware multiplies bfloat16
     lora: LoraSettings | None = None  # all weights are trained when empty

@@ -8,7 +8,8 @@ results/<preset>/                                   see tspin.results
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from tspin import data
 from tspin.config import Config, DataSettings, ModelSettings, RunSettings, unknown
 from tspin.errors import UserError
 from tspin.evaluation import Suite, evaluate, load_suite
+from tspin.locks import owned
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS
 from tspin.results import BASE, EXAMPLES, Collected, problems_of, write_results
-from tspin.run_store import claim_folder, run_stage
+from tspin.run_store import DamagedStage, check_stage, claim_folder, note_damage, run_stage
 from tspin.selfplay import IterationResult, SelfPlayTrainer
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.vllm_backend import Engine, evaluate_folder, require_vllm
@@ -62,11 +64,37 @@ def run_experiment(
         for method in methods
         if method != BASE
     }
-    model, model_arguments = model_source(config.model)
-    policy = policy_fingerprint(model)
+    policy = policy_fingerprint(model_source(config.model)[0])
     target = results / preset
-    claim_folder(target, results_config(config, suite, policy), what="result", upgrade=upgraded)
+    with ExitStack() as locks:
+        for trainer in trainers.values():
+            locks.enter_context(owned(trainer.folder))
+        with owned(target, wait=True):
+            claim_folder(target, results_config(config, suite, policy), what="result", upgrade=upgraded)
+        damaged: set[Path] = set()
+        while True:
+            try:
+                collected = collect(config, suite, methods, seeds, trainers, policy, runs / preset, report)
+                break
+            except DamagedStage as found:  # what is whole is not made again
+                note_damage(found, damaged)
+        with owned(target, wait=True):
+            write_results(target, preset, suite, collected)
+    return target
 
+
+def collect(
+    config: Config,
+    suite: Suite,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    trainers: dict[tuple[str, int], SelfPlayTrainer],
+    policy: str,
+    runs: Path,
+    report: Callable[[str], Any],
+) -> Collected:
+    """Run what is missing, and gather what all runs left. Raises DamagedStage when something has to be made again."""
+    model, model_arguments = model_source(config.model)
     collected = Collected()
 
     def evaluated(path: str, fingerprint: str, folder: Path, title: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -75,7 +103,8 @@ def run_experiment(
         return scores, problems_of(pd.read_parquet(folder / "samples.parquet"), suite)
 
     if BASE in methods:
-        scores, problems = evaluated(model, policy, runs / preset / BASE / "evaluation", "base")
+        with owned(runs / BASE, wait=True):  # commands for other methods and seeds need it too
+            scores, problems = evaluated(model, policy, runs / BASE / "evaluation", "base")
         for seed in seeds:  # greedy decoding: the same for every seed
             collected.add("evaluations", scores, BASE, seed, None)
             collected.add("problems", problems, BASE, seed, None)
@@ -100,8 +129,7 @@ def run_experiment(
             collected.costs.append({**run, **result.training, **facts})
         if seed == min(seeds):
             collect_texts(collected, trainer, result, method, seed)
-    write_results(target, preset, suite, collected)
-    return target
+    return collected
 
 
 def collect_texts(
@@ -200,6 +228,7 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
         num_train_epochs=training.epochs,
         per_device_train_batch_size=training.batch_size // devices,
         micro_batch_tokens=training.micro_batch_tokens,
+        checkpoint_steps=training.checkpoint_steps,
         layout=training.layout,
         optim=training.optimizer,
         weight_decay=training.weight_decay,
@@ -240,6 +269,7 @@ def evaluate_checkpoint(
         model_arguments = {**model_arguments, "dtype": getattr(torch, settings.dtype)}
 
     def produce(target: Path) -> None:
+        check_stage(Path(path))
         if settings.backend == "vllm":
             target.mkdir()
             evaluate_folder(
@@ -285,7 +315,8 @@ def results_config(config: Config, suite: Suite, policy: str) -> dict[str, Any]:
 def results_config_tree(config: Config) -> dict[str, Any]:
     """The config without what does not change a number: how many iterations there are, and how work is cut up."""
     return config.model_dump(
-        mode="json", exclude={"iterations": True, "training": {"micro_batch_tokens"}, "engine": True}
+        mode="json",
+        exclude={"iterations": True, "training": {"micro_batch_tokens", "checkpoint_steps"}, "engine": True},
     )
 
 

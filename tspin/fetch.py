@@ -18,6 +18,7 @@ from tspin.data import read_rows
 from tspin.errors import UserError
 from tspin.evaluation import Suite, load_suite, task_manager_for
 from tspin.hub import DEFAULT, EMPTY, read_manifest
+from tspin.locks import owned
 from tspin.models import HUB_FILES
 from tspin.run_store import atomic_path, sha256, write_json
 
@@ -69,10 +70,18 @@ def fetch(config: Config, out: Path, take: Sequence[str] = (), report: Callable[
 
     take: `MODEL=FOLDER or GGUF FILE`, `punkt_tab=FOLDER`, `DATASET:CONFIG:SPLIT=FILE`; a * in CONFIG and in FILE
     stands for many.
-    Raises UserError for a `take` that is malformed, names what the preset does not need, or leads to no file.
+    Raises UserError for a `take` that is malformed, names what the preset does not need, or leads to no file, and
+    while another process fetches into the same folder.
     """
     items = needed(config)
     taken = local_sources(take, items)
+    with owned(out):
+        return _fetch_missing(items, taken, out, report)
+
+
+def _fetch_missing(
+    items: list[Item], taken: dict[Item, dict[str, Path]], out: Path, report: Callable[[str], None]
+) -> list[str]:
     failed = []
     for item in items:
         if is_there(out, item):

@@ -4,7 +4,8 @@ import copy
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -21,11 +22,12 @@ from transformers.integrations import TensorBoardCallback
 from tspin import data
 from tspin.data import Example
 from tspin.errors import UserError
+from tspin.interruption import Asked, Stopped, stopping_when_asked
 from tspin.memory import peak_bytes, reset_peak
 from tspin.objectives import METHODS
-from tspin.run_store import atomic_path
+from tspin.run_store import DamagedStage, atomic_path, check_stage, remove_stage, run_stage, stage_record
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.trainer import Triplet, TripletCollator, TripletTrainer, collator_for, compute_logps
+from tspin.trainer import AtTrainBegin, Triplet, TripletCollator, TripletTrainer, collator_for, compute_logps
 
 
 def encode_dataset(
@@ -80,6 +82,45 @@ def with_reference(triplets: Sequence[Triplet], table: pd.DataFrame) -> list[Tri
     return [dataclasses.replace(t, reference_logps=rows[t.prompt_id]) for t in triplets]
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """The states that a training keeps before its end, `folder`/step-<n>, each a stage made from `inputs`."""
+
+    folder: Path
+    inputs: Any
+
+    def steps(self) -> list[int]:
+        """The optimizer steps that states were written after, newest first, whole or not."""
+        return sorted((int(path.name[5:]) for path in self.folder.glob("step-*") if path.suffix == ""), reverse=True)
+
+    def newest(self) -> tuple[int, Path, float] | None:
+        """(step, Trainer's checkpoint, seconds trained until then) of the newest whole state of these inputs."""
+        for step in self.steps():
+            output = self.folder / f"step-{step}"
+            record = stage_record(output, self.inputs)
+            try:
+                check_stage(output)
+            except DamagedStage:
+                continue
+            if record is not None:
+                return step, output / f"checkpoint-{step}", record["facts"]["training_seconds"]
+        return None
+
+    def keep(self, step: int, seconds: float, write: Callable[[Path], None]) -> None:
+        """Write a state, and then remove the older ones."""
+
+        def produce(target: Path) -> dict[str, float]:
+            write(target)
+            return {"training_seconds": seconds}
+
+        older = self.steps()
+        remove_stage(self.folder / f"step-{step}")
+        run_stage(self.folder / f"step-{step}", self.inputs, produce)
+        for other in older:
+            if other != step:
+                remove_stage(self.folder / f"step-{other}")
+
+
 def train_iteration(
     model: PreTrainedModel,
     triplets: Sequence[Triplet],
@@ -90,8 +131,13 @@ def train_iteration(
     checkpoint: Path,
     log_folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
+    unfinished: Unfinished | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place, save it to `checkpoint`, the steps to log_folder/steps.parquet.
+
+    unfinished: where SIGTERM or Ctrl-C, and every args.checkpoint_steps steps, keep the training's state, and where
+    it goes on from if there is one. A training that went on ends with the same weights and step log, bit by bit.
+    Raises Stopped at a signal, after the step in hand; without `unfinished` nothing of it is kept.
 
     TensorBoard's events go to log_folder/tensorboard. Returns steps, training_seconds, tokens and
     peak_memory_bytes (see tspin.memory: on a CPU, that of the whole process). Raises UserError when
@@ -106,12 +152,16 @@ def train_iteration(
     rates = args.learning_rates or [args.learning_rate]
     arguments.learning_rate = rates[min(iteration, len(rates) - 1)]
     arguments.dataloader_pin_memory = torch.cuda.is_available()
+    kept = unfinished.newest() if unfinished else None
+    first_step, state, seconds_before = kept or (0, None, 0.0)
     all_callbacks = [*callbacks, *([] if args.disable_tqdm else [StepBar(f"training, iteration {iteration}")])]
     if "tensorboard" in args.report_to:
         arguments.report_to = [target for target in args.report_to if target != "tensorboard"]
         events = log_folder / "tensorboard"
-        rmtree(events, ignore_errors=True)  # what a killed try at the same iteration left
-        all_callbacks.append(TensorBoardCallback(SummaryWriter(str(events))))
+        if state is None:
+            rmtree(events, ignore_errors=True)  # what a killed try at the same iteration left
+        writer = SummaryWriter(str(events), purge_step=first_step + 1 if state else None)
+        all_callbacks.append(TensorBoardCallback(writer))
     adapters = add_adapters(model, args.lora) if args.lora else None
     trainer = TripletTrainer(
         model,
@@ -128,8 +178,25 @@ def train_iteration(
     trainer.remove_callback(PrinterCallback)
     reset_peak()
     start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
+
+    def seconds() -> float:
+        return round(seconds_before + time.perf_counter() - start, 2)
+
+    if state is not None:
+        trainer.add_callback(AtTrainBegin(lambda: trainer.restore_unlogged(state)))
+    if unfinished is None:
+        trainer.train()
+    else:
+        trainer.keep_state = lambda step, write: unfinished.keep(step, seconds(), write)
+        with stopping_when_asked() as asked:
+            trainer.add_callback(KeepState(asked, args.checkpoint_steps))
+            trainer.train(resume_from_checkpoint=str(state) if state else None)
+            step = trainer.state.global_step
+            if asked.number is not None:
+                if step not in unfinished.steps():  # the signal came after the last step
+                    trainer._save_checkpoint(trainer.model, None)
+                raise Stopped(asked.number, f"training is kept at step {step} of {trainer.state.max_steps}")
+    trained_seconds = seconds()
     steps = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
     with atomic_path(log_folder / "steps.parquet") as temporary:
         steps.to_parquet(temporary, index=False)
@@ -140,7 +207,7 @@ def train_iteration(
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
     return {
         "steps": trainer.state.global_step,
-        "training_seconds": round(seconds, 2),
+        "training_seconds": trained_seconds,
         "tokens": int(steps["tokens"].sum()),
         "peak_memory_bytes": peak_bytes(),
     }
@@ -161,6 +228,20 @@ def add_adapters(model: PreTrainedModel, settings: dict[str, Any]) -> LoraModel:
         raise UserError(f"training.lora.target_modules: {str(error).splitlines()[0]}") from error
 
 
+class KeepState(TrainerCallback):
+    """Has the state kept every `every` steps, and at the end of the step in which a signal came, which is the last."""
+
+    def __init__(self, asked: Asked, every: int | None):
+        self.asked = asked
+        self.every = every
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        if self.asked.number is not None:
+            control.should_save = control.should_training_stop = True
+        elif self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            control.should_save = True
+
+
 class StepBar(TrainerCallback):
     """A progress bar over optimizer steps that shows the loss."""
 
@@ -168,7 +249,7 @@ class StepBar(TrainerCallback):
         self.description = description
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
-        self.bar = tqdm(total=state.max_steps, desc=self.description, unit="step")
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.description, unit="step")
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
         if "loss" in logs:

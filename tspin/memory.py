@@ -1,8 +1,9 @@
-"""Peak memory: a GPU's, or without one this process's resident memory where Linux tells it."""
+"""Peak memory: a GPU's, or without one this process's resident memory where Linux tells it; running out of it."""
 
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 PROCESS = Path("/proc/self")
 
@@ -21,6 +22,13 @@ def reset_peak() -> None:
 def peak_bytes() -> int | None:
     """The most memory since `reset_peak`, allocated on the GPU or resident in this process; None if unknown."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU or the host has no memory left, which less work at once may cure."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
 def resident(field: str) -> int | None:

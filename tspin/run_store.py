@@ -153,9 +153,10 @@ def _read_sealed(path: Path, consequence: str) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         claimed = content.pop("checksum", None)  # earlier versions wrote none
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
-        return _set_aside(path, consequence)
-    if claimed is not None and claimed != fingerprint(content):
-        return _set_aside(path, consequence)
+        content = claimed = None
+    if content is None or (claimed is not None and claimed != fingerprint(content)):
+        _set_aside(path, consequence)
+        return None
     return content
 
 
@@ -238,6 +239,21 @@ def run_stage(
     }
     _write_sealed(_record_path(output), record)
     return record
+
+
+def remove_stage(output: Path) -> None:
+    """Remove an output with its record, the record first."""
+    _record_path(output).unlink(missing_ok=True)
+    _remove(output)
+
+
+def note_damage(found: DamagedStage, before: set[Path]) -> None:
+    """Remember a damaged output, which is to be made again. Raises UserError when it was already made again once."""
+    if found.output in before:
+        raise UserError(
+            f"{found.output} was damaged again after it was made anew: this disk does not keep what it gets"
+        )
+    before.add(found.output)
 
 
 def claim_folder(

@@ -23,6 +23,7 @@ from tspin.data import Example, Response
 from tspin.diagnostics import diagnose, summary
 from tspin.errors import UserError
 from tspin.iteration import (
+    Unfinished,
     encode_dataset,
     reference_table,
     response_logps,
@@ -30,10 +31,20 @@ from tspin.iteration import (
     train_iteration,
     with_reference,
 )
+from tspin.locks import owned
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
 from tspin.policies import sample_policy
-from tspin.run_store import atomic_path, claim_folder, fingerprint, folder_fingerprint, run_stage
+from tspin.run_store import (
+    DamagedStage,
+    atomic_path,
+    check_stage,
+    claim_folder,
+    fingerprint,
+    folder_fingerprint,
+    note_damage,
+    run_stage,
+)
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import Triplet, make_triplets
 
@@ -91,12 +102,34 @@ class SelfPlayTrainer:
 
     def train(self) -> list[IterationResult]:
         """Run what is missing of all iterations; `self.model` is the final policy afterwards."""
-        results = list(self.iterate())
-        self.model = load_model(str(results[-1].model_path), self.model_arguments)
-        return results
+        damaged: set[Path] = set()
+        while True:
+            results = list(self.iterate())
+            try:
+                self.model = self._load(str(results[-1].model_path))
+                return results
+            except DamagedStage as found:
+                note_damage(found, damaged)
 
     def iterate(self) -> Iterator[IterationResult]:
-        """The iterations one by one: a result is yielded when its checkpoint is on disk."""
+        """The iterations one by one: a result is yielded when its checkpoint is on disk.
+
+        Raises UserError when another process is at work in the run's folder, Stopped at SIGTERM or Ctrl-C in training.
+        """
+        damaged: set[Path] = set()
+        yielded = 0
+        with owned(self.folder):
+            while True:
+                try:
+                    for number, result in enumerate(self._iterate()):
+                        if number == yielded:
+                            yielded += 1
+                            yield result
+                    return
+                except DamagedStage as found:  # an earlier iteration's: from the start, past all that is whole
+                    note_damage(found, damaged)
+
+    def _iterate(self) -> Iterator[IterationResult]:
         policy, policy_fingerprint = initial = self._claim()
         self._write_prompts()
         proto = self._responses("proto", None, policy, policy_fingerprint) if self.method.self_play else None
@@ -166,9 +199,11 @@ class SelfPlayTrainer:
                 checkpoint=target,
                 log_folder=folder,
                 callbacks=self.callbacks,
+                unfinished=Unfinished(folder / "unfinished", inputs),
             )
 
-        record = run_stage(folder / "model", inputs, train)
+        record = run_stage(folder / "model", inputs, train, beside=["steps.parquet"], check=False)
+        rmtree(folder / "unfinished", ignore_errors=True)
         # What the iteration cost besides its training: sampling y′, and SPIN's reference pass.
         seconds = {"sampling_seconds": synthetic[1]["seconds"]} if self.method.self_play else {}
         if self.method.uses_reference:
@@ -207,6 +242,7 @@ class SelfPlayTrainer:
         result.diagnostics.update(record["facts"])
 
     def _load(self, path: str) -> PreTrainedModel:
+        check_stage(Path(path))
         return load_model(path, self.model_arguments)
 
     def _responses(
@@ -227,8 +263,9 @@ class SelfPlayTrainer:
             **self._backend(),
         }
         of = "the initial policy" if shared else f"iteration {iteration}'s policy"
-        record = self._sample(path, inputs, policy, self.examples, f"{kind} responses of {of}")
-        return data.read_responses(path), record
+        with owned(path.parent, wait=True):  # runs of other methods may be at the same responses
+            record = self._sample(path, inputs, policy, self.examples, f"{kind} responses of {of}")
+            return data.read_responses(path), record
 
     def _backend(self) -> dict[str, Any]:
         """What sampled responses depend on besides the decoding, where it is not the default."""
@@ -239,6 +276,7 @@ class SelfPlayTrainer:
         self, path: Path, inputs: dict[str, Any], policy: str, examples: Sequence[Example], description: str
     ) -> dict[str, Any]:
         def produce(target: Path) -> dict[str, Any]:
+            check_stage(Path(policy))
             responses = sample_policy(
                 policy,
                 self.model_arguments,
@@ -289,6 +327,8 @@ class SelfPlayTrainer:
         policy = folder_fingerprint(candidate)
         try:
             claim_folder(self.folder, {**config, "policy": policy})
+            if initial.exists() and folder_fingerprint(initial) != policy:
+                rmtree(initial)  # damaged: the model in memory is the whole one
             if not initial.exists():
                 candidate.rename(initial)
         finally:

@@ -23,6 +23,7 @@ OPERATIONAL = {
     *(
         "iterations",
         "micro_batch_tokens",
+        "checkpoint_steps",
         "engine",
         "diagnostics",
         "output_dir",
@@ -57,6 +58,8 @@ class SelfPlayConfig(TrainingArguments):
     micro_batch_tokens: tokens that pass through the model at once on one device; memory grows with
     it, results do not depend on it. layout: "shared" computes a prompt once for all its responses,
     "padded" once for each; "auto" is shared where the model supports it.
+    checkpoint_steps: keep a training's state every so many optimizer steps, to go on
+    from after a crash; None: only when SIGTERM or Ctrl-C asks to stop. Results do not depend on it.
     lora: {"rank", "alpha", "target_modules"}: train low-rank adapters by PEFT and merge them into each
     checkpoint; None trains all weights.
     monitor_proto: log y0 where it carries no gradient too (a third more work there).
@@ -90,6 +93,7 @@ class SelfPlayConfig(TrainingArguments):
     long_prompts: str = "error"
     learning_rates: list[float] | None = None
     micro_batch_tokens: int = 4096
+    checkpoint_steps: int | None = None
     layout: str = "auto"
     lora: dict[str, Any] | None = None
     monitor_proto: bool = False
@@ -127,6 +131,8 @@ class SelfPlayConfig(TrainingArguments):
             "micro_batch_tokens",
         ]
         positive.append("learning_rate")
+        if self.checkpoint_steps is not None:
+            positive.append("checkpoint_steps")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}: must be positive (got {getattr(self, name)!r})")

@@ -1,21 +1,26 @@
 """One iteration's training: a transformers.Trainer over triplets of responses."""
 
+import copy
+import json
 import math
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from tspin.data import Example, Response
 from tspin.errors import UserError
 from tspin.logprobs import Layout, choose_layout, sequence_logps, shared_prefix_logps, uses_flex_attention
+from tspin.memory import out_of_memory
 from tspin.objectives import LABELLED, PROTO, SYNTHETIC, Coefficients, Method, SequenceLogps
 from tspin.packing import (
     FLEX_BLOCK,
@@ -29,6 +34,7 @@ from tspin.packing import (
 )
 
 REFERENCE_WINDOW = 256  # triplets planned into micro-batches together
+UNLOGGED = "unlogged.json"  # in a training's state: what was summed since the last log
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,9 @@ def make_triplets(examples: Sequence[Example], responses: Mapping[str, Mapping[i
 
 
 class TripletCollator:
-    """Turns triplets into micro-batches of at most `max_tokens` tokens: {"micro_batches": […]}.
+    """Turns triplets into micro-batches of at most `max_tokens` tokens: {"triplets", "micro_batches": […]}.
 
-    Each is {"sequences": tensors for `logps_of`, "indices": which triplets, "lengths", "reference",
+    A micro-batch is {"sequences": tensors for `logps_of`, "indices": which triplets, "lengths", "reference",
     "share": its part of the triplets, "tokens"}. All roles of a triplet stand together, so that a
     micro-batch is one forward and one backward pass whatever the method. What is computed does not
     depend on `max_tokens`: an optimizer step sums the micro-batches of the triplets it is given.
@@ -69,7 +75,16 @@ class TripletCollator:
         self.max_tokens = max_tokens
         self.flex = flex  # block masks skip what is masked: one long row; dense masks: short rows
 
-    def __call__(self, triplets: Sequence[Triplet]) -> dict[str, list[dict[str, Any]]]:
+    def finer(self, triplets: Sequence[Triplet]) -> "TripletCollator | None":
+        """A collator that cuts these triplets into more micro-batches; None where each holds one triplet already."""
+        count, finer = len(self(triplets)["micro_batches"]), copy.copy(self)
+        while finer.max_tokens > (FLEX_BLOCK if self.flex else 1):
+            finer.max_tokens = max(finer.max_tokens // 2, FLEX_BLOCK if self.flex else 1)
+            if len(finer(triplets)["micro_batches"]) > count:
+                return finer
+        return None
+
+    def __call__(self, triplets: Sequence[Triplet]) -> dict[str, list[Any]]:
         prompts = [t.prompt_ids for t in triplets]
         responses = [[t.responses[role].ids for t in triplets] for role in self.roles]
         rows_of: list[list[list[int]] | None]
@@ -82,6 +97,7 @@ class TripletCollator:
             micro_batches = plan_padded([size * len(self.roles) for size in longest], self.max_tokens)
             rows_of = [None] * len(micro_batches)
         return {
+            "triplets": list(triplets),
             "micro_batches": [
                 {**self._micro_batch([triplets[i] for i in indices], rows), "indices": indices,
                  "share": len(indices) / len(triplets)}
@@ -106,6 +122,7 @@ class TripletCollator:
         known = [role for role in self.roles if role in triplets[0].reference_logps]
         return {
             "sequences": sequences,
+            "prompt_ids": [t.prompt_id for t in triplets],
             "lengths": {role: torch.tensor([len(t.responses[role].ids) for t in triplets]) for role in self.roles},
             "reference": {role: torch.tensor([t.reference_logps[role] for t in triplets]) for role in known},
             "tokens": sum(map(len, prompts)) * len(self.roles) + sum(len(ids) for role in responses for ids in role),
@@ -178,18 +195,112 @@ class TripletTrainer(Trainer):
         )
         # Our loss is a mean over the step's triplets: let Trainer divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
+        self.collator = collator
+        self.keep_state: Callable[[int, Callable[[Path], None]], None] | None = None
         self._sums: dict[str, float] = defaultdict(float)
         self._weight = 0.0
         self._last_log = time.perf_counter()
+        self._step: tuple[int, list[Sequence[Triplet]], dict[str, float], float] = (-1, [], {}, 0.0)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):  # noqa: D102
-        *first, last = inputs["micro_batches"]
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The gradients of a batch, micro-batch by micro-batch; smaller ones from here on where memory runs out."""
+        if self._step[0] != self.state.global_step:
+            self._step = (self.state.global_step, [], dict(self._sums), self._weight)
+        _, earlier, sums, weight = self._step  # what this optimizer step has done and where its means began
+        triplets, micro_batches = inputs["triplets"], inputs["micro_batches"]
+        if self.collator is not self.data_collator:  # collated before memory ran out
+            micro_batches = self.collator(triplets)["micro_batches"]
+        while True:
+            try:
+                loss = self._accumulate(model, micro_batches)
+                earlier.append(triplets)
+                return loss
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or self.args.world_size > 1:
+                    raise
+            # Here the error is gone, and with it the activations that its frames held. A backward pass may have added
+            # half of its gradients, so the optimizer step starts anew.
+            self._use_less_memory(triplets)
+            self._sums, self._weight = defaultdict(float, sums), weight
+            model.zero_grad()
+            for batch in earlier:
+                with self.accelerator.no_sync(model):
+                    self._accumulate(model, self.collator(batch)["micro_batches"])
+            micro_batches = self.collator(triplets)["micro_batches"]
+
+    def _accumulate(self, model: torch.nn.Module, micro_batches: Sequence[dict[str, Any]]) -> Tensor:
+        *first, last = micro_batches
         losses = []
         for micro_batch in first:
             with self.accelerator.no_sync(model):  # gradients are exchanged once, after the last
                 losses.append(super().training_step(model, micro_batch))
         losses.append(super().training_step(model, last))
         return torch.stack(losses).sum()
+
+    def _use_less_memory(self, triplets: Sequence[Triplet]) -> None:
+        finer, step = self.collator.finer(triplets), self.state.global_step + 1
+        if finer is None:
+            raise UserError(
+                f"step {step}: out of memory with a single prompt and its responses in a micro-batch (prompts "
+                f"{_ids(triplets)}); set training.gradient_checkpointing, training.lora or a lower data.max_*_tokens"
+            )
+        tqdm.write(
+            f"tspin: step {step}: out of memory; micro-batches of {finer.max_tokens} tokens from here on "
+            f"({self.collator.max_tokens} before), the same prompts a step",
+            file=sys.stderr,
+        )
+        self.collator = finer
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradients' norm, before the optimizer uses them. Raises UserError where it is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            raise self._diverged(f"the gradients' norm is {float(norm)}", sum(map(list, self._step[1]), []))
+        return norm
+
+    def _diverged(self, what: str, triplets: Sequence[Triplet] | Sequence[int]) -> UserError:
+        return UserError(
+            f"step {self.state.global_step + 1}: {what} (prompts {_ids(triplets)}), so nothing of this step was kept; "
+            "earlier checkpoints stay as they are; lower training.learning_rate or alpha, or use the logistic loss"
+        )
+
+    def _save_checkpoint(self, model, trial):
+        """Trainer's checkpoint, given to `keep_state`, which writes it whole; without its pickled settings."""
+        if self.keep_state is None:
+            super()._save_checkpoint(model, trial)
+            return
+
+        def write(target: Path) -> None:
+            place = self.args.output_dir
+            self.args.output_dir = str(target)
+            try:
+                super(TripletTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = place
+            (checkpoint,) = target.iterdir()
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)
+            unlogged = {"sums": dict(self._sums), "weight": self._weight, "loss": self._tr_loss.item()}
+            (checkpoint / UNLOGGED).write_text(json.dumps({**unlogged, "logged": self._globalstep_last_logged}))
+
+        self.keep_state(self.state.global_step, write)
+
+    def restore_unlogged(self, checkpoint: Path) -> None:
+        """Go on with the means of a logging interval that a kept state was in the middle of; after training began."""
+        unlogged = json.loads((checkpoint / UNLOGGED).read_text())
+        self._sums, self._weight = defaultdict(float, unlogged["sums"]), unlogged["weight"]
+        self._tr_loss += unlogged["loss"]
+        self._globalstep_last_logged = unlogged["logged"]
+        self._last_log = time.perf_counter()
+
+    def _issue_warnings_after_load(self, load_result):
+        """Trainer only warns when a kept state lacks weights; going on from it would give other numbers."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = set(load_result.missing_keys) - set(tied)
+        if missing or load_result.unexpected_keys:
+            name = sorted(missing or load_result.unexpected_keys)[0]
+            raise UserError(f"the training's saved state does not fit this model ({name}): delete its folder")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A micro-batch's part of the mean loss over the step's triplets."""
@@ -201,18 +312,16 @@ class TripletTrainer(Trainer):
             loss.detach(),
             inputs["tokens"],
             inputs["share"],
+            inputs["prompt_ids"],
         )
         loss = loss * inputs["share"]
         return (loss, detached) if return_outputs else loss
 
-    def _record(self, logps: SequenceLogps, loss: Tensor, tokens: int, share: float) -> None:
+    def _record(self, logps: SequenceLogps, loss: Tensor, tokens: int, share: float, prompt_ids: Sequence[int]) -> None:
         step = step_metrics(self.method, self.coefficients, logps)
         values = torch.stack([loss, *step.values()]).tolist()  # one transfer from the device
         if not math.isfinite(values[0]):
-            raise UserError(
-                f"step {self.state.global_step + 1}: the {self.coefficients.loss} loss is {values[0]}, so nothing was "
-                "saved; lower training.learning_rate or alpha, or use the logistic loss"
-            )
+            raise self._diverged(f"the {self.coefficients.loss} loss is {values[0]}", prompt_ids)
         for name, value in zip(step, values[1:], strict=True):
             self._sums[name] += value * share
         self._sums["tokens"] += tokens
@@ -233,6 +342,22 @@ class TripletTrainer(Trainer):
             self._weight = 0.0
             self._last_log = now
         super().log(logs, start_time)
+
+
+def _ids(triplets: Sequence[Triplet] | Sequence[int]) -> str:
+    """prompt_ids for a message, the first ten of them."""
+    ids = [t.prompt_id if isinstance(t, Triplet) else t for t in triplets]
+    return ", ".join(map(str, ids[:10])) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+
+
+class AtTrainBegin(TrainerCallback):
+    """Calls a function when training begins."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
+        self.function()
 
 
 def step_metrics(method: Method, coefficients: Coefficients, logps: SequenceLogps) -> dict[str, Tensor]:
@@ -276,13 +401,32 @@ def compute_logps(
     with tqdm(total=len(order), desc=description, unit="prompt") as bar:
         for start in range(0, len(order), REFERENCE_WINDOW):
             window = order[start : start + REFERENCE_WINDOW]
-            for micro_batch in collator([triplets[i] for i in window])["micro_batches"]:
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-                    values = logps_of(model, _to(micro_batch, model.device), collator.roles)
+            chosen = [triplets[i] for i in window]
+            pending = collator(chosen)["micro_batches"]
+            while pending:
+                micro_batch = pending[0]
+                try:
+                    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+                        values = logps_of(model, _to(micro_batch, model.device), collator.roles)
+                    finer = None
+                except (RuntimeError, MemoryError) as error:
+                    finer = collator.finer(chosen) if out_of_memory(error) else None
+                    if finer is None:
+                        raise
+                if finer is not None:  # the error is gone here, and the memory that its frames held
+                    tqdm.write(
+                        f"tspin: {description}: out of memory; micro-batches of {finer.max_tokens} tokens from here on "
+                        f"({collator.max_tokens} before)",
+                        file=sys.stderr,
+                    )
+                    collator = finer
+                    pending = collator(chosen)["micro_batches"]
+                    continue
                 for role in collator.roles:
                     for i, value in zip(micro_batch["indices"], values[role].tolist(), strict=True):
                         logps[role][window[i]] = value
-                bar.update(len(micro_batch["indices"]))
+                pending.pop(0)
+            bar.update(len(window))
     return logps
 
 
