@@ -17,7 +17,7 @@ figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
 .PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims \
-	study studies notebooks sweep benchmark plan-check test test-vllm lint clean
+	study studies notebooks sweep benchmark plan-check test fault-test test-vllm lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
@@ -68,6 +68,10 @@ plan-check: $(READY)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
+
+# Kills, signals, full disks, damaged files, bad hubs, NaN, no memory: a tiny run must survive them all.
+fault-test: $(READY)
+	$(VENV)/bin/python experiments/faults.py
 
 # vLLM's CPU build, in an environment of its own: it brings a PyTorch by its exact build and packages of its own.
 test-vllm: $(VLLM)/.ready

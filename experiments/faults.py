@@ -148,7 +148,7 @@ def contents(place: Path) -> dict[str, str]:
         elif path.suffix in (".parquet", ".csv"):
             table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str)
             for number, row in enumerate(table.drop(columns=TIMES, errors="ignore").to_dict("records")):
-                found[f"{name}:{number}"] = hashlib.sha256(repr(row).encode()).hexdigest()
+                found[f"{name}:{number}"] = hashlib.sha256(repr(sorted(row.items())).encode()).hexdigest()
     return found
 
 
@@ -471,7 +471,7 @@ class Campaign:
             shutil.copytree(self.whole, place)
             target = place / "runs" / file
             hurt(target, how)
-            stage = next((p for p in target.parents if p.with_name(p.name + ".stage.json").is_file()), None)
+            stage = next((p for p in target.parents if p.parent.joinpath(p.name + ".stage.json").is_file()), None)
             if stage is not None and stage.name == "model":
                 # A checkpoint is compared when it is loaded: let its evaluation be missing.
                 for path in (stage.parent / "evaluation.stage.json", stage.parent / "evaluation"):

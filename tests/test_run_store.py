@@ -1,12 +1,23 @@
 """Stages: whole or not there, made again only when their inputs changed."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from tspin.errors import UserError
-from tspin.run_store import atomic_path, claim_folder, fingerprint, read_json, run_stage, stage_record
+from tspin.locks import owned
+from tspin.run_store import (
+    DamagedStage,
+    atomic_path,
+    check_stage,
+    claim_folder,
+    fingerprint,
+    read_json,
+    run_stage,
+    stage_record,
+)
 
 
 def produce(text):
@@ -75,3 +86,65 @@ def test_a_folder_belongs_to_one_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         read_json(tmp_path / "config.json")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("victim", ["out.txt", "out.txt.stage.json"])
+def test_damage_is_found_kept_aside_and_made_again(tmp_path, capsys, victim):
+    run_stage(tmp_path / "out.txt", {}, produce("something"))
+    flip(tmp_path / victim)
+    damaged = (tmp_path / victim).read_bytes()
+    run_stage(tmp_path / "out.txt", {}, produce("something"))
+    assert (tmp_path / "out.txt").read_text() == "something"
+    assert (tmp_path / f"{victim}.damaged").read_bytes() == damaged
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and str(tmp_path / victim) in lines[0] and f"{victim}.damaged" in lines[0]
+
+
+def test_files_beside_an_output_are_part_of_it(tmp_path, capsys):
+    def both(path):
+        (tmp_path / "log.txt").write_text("log")
+        path.mkdir()
+        (path / "large").write_text("large")
+
+    run_stage(tmp_path / "out", {}, both, beside=["log.txt"], check=False)
+    flip(tmp_path / "out" / "large")
+    run_stage(tmp_path / "out", {}, both, beside=["log.txt"], check=False)  # compared by those who read it
+    with pytest.raises(DamagedStage):
+        check_stage(tmp_path / "out")
+    run_stage(tmp_path / "out", {}, both, beside=["log.txt"], check=False)
+    (tmp_path / "log.txt").unlink()
+    run_stage(tmp_path / "out", {}, both, beside=["log.txt"], check=False)
+    assert (tmp_path / "log.txt").read_text() == "log"
+    check_stage(tmp_path / "out")
+
+
+def test_records_without_checksums_stay_valid(tmp_path):
+    run_stage(tmp_path / "out.txt", {}, produce("one"))
+    record = tmp_path / "out.txt.stage.json"
+    content = json.loads(record.read_text())
+    del content["files"], content["checksum"]
+    record.write_text(json.dumps(content))
+    assert run_stage(tmp_path / "out.txt", {}, produce("two")) == content
+    check_stage(tmp_path / "out.txt")
+    assert (tmp_path / "out.txt").read_text() == "one"
+
+
+def test_a_folder_has_one_owner_until_it_dies(tmp_path):
+    hold = "with owned(Path(sys.argv[1])): print('held', flush=True); input()"
+    hold = f"import sys; from pathlib import Path; from tspin.locks import owned\n{hold}"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"in use by process {other.pid} "), owned(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    with owned(tmp_path), owned(tmp_path):  # its own folder, again
+        assert (tmp_path / ".lock").read_text().startswith("process ")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin.config import REPOSITORY
 from tspin.data import read_responses
 from tspin.errors import UserError
+from tspin.interruption import Stopped
 from tspin.objectives import METHODS
 
 SETTINGS = {
@@ -205,6 +207,59 @@ def test_a_run_stopped_in_training_continues(tmp_path, model_folder, rows):
     assert not (tmp_path / "stopped" / "iteration-0" / "model").exists()
     play(tmp_path / "stopped", model_folder, rows)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", iterations=2)
+
+
+class SignalAt(TrainerCallback):
+    def __init__(self, step, number):
+        self.step = step
+        self.number = number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+
+LORA = {"rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "down_proj"]}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("settings", [{}, {"lora": LORA}, {"logging_steps": 3}, {"optim": "adamw_torch"}])
+def test_a_signal_in_training_keeps_its_steps(tmp_path, model_folder, rows, number, settings):
+    """Weights, optimizer, schedule, order of the data and half a logging interval go on where they were."""
+    settings = {"num_train_epochs": 3, "method": "spin", "iterations": 1, **settings}  # 6 steps
+    play(tmp_path / "whole", model_folder, rows, **settings)
+    for step in (3, 6):
+        args = SelfPlayConfig(output_dir=str(tmp_path / "stopped"), **{**SETTINGS, **settings})
+        callbacks = [SignalAt(step, number)]
+        with pytest.raises(Stopped, match=signal.Signals(number).name) as stopped:
+            SelfPlayTrainer(model_folder, args=args, train_dataset=rows, callbacks=callbacks).train()
+        assert stopped.value.number == number and f"step {step} of 6" in stopped.value.saved
+        (state,) = (tmp_path / "stopped" / "iteration-0" / "unfinished").glob("step-*[0-9]")
+        assert state.name == f"step-{step}" and not list(state.rglob("training_args.bin"))
+    play(tmp_path / "stopped", model_folder, rows, **settings)
+    assert not (tmp_path / "stopped" / "iteration-0" / "unfinished").exists()
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", iterations=1)
+
+
+def test_how_often_states_are_kept_is_no_part_of_a_run(tmp_path, model_folder, rows):
+    play(tmp_path / "run", model_folder, rows, iterations=1)
+    play(tmp_path / "run", model_folder, rows, iterations=1, checkpoint_steps=1)
+    assert "checkpoint_steps" not in SelfPlayConfig().computed()
+
+
+def test_a_damaged_checkpoint_is_made_again(tmp_path, model_folder, rows, capsys):
+    """When it is about to be read, and not before: here by the next iteration."""
+    play(tmp_path / "whole", model_folder, rows)
+    play(tmp_path / "run", model_folder, rows, iterations=1)
+    weights = tmp_path / "run" / "iteration-0" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    play(tmp_path / "run", model_folder, rows)
+    assert capsys.readouterr().err.count("is damaged") == 1
+    assert (tmp_path / "run" / "iteration-0" / "model.damaged" / "model.safetensors").read_bytes() == content
+    rmtree(tmp_path / "run" / "iteration-0" / "model.damaged")
+    assert_same_run(tmp_path / "whole", tmp_path / "run", iterations=2)
 
 
 def test_another_config_or_other_data_do_not_continue_it(tmp_path, model_folder, rows):

@@ -66,11 +66,10 @@ def run_experiment(
     }
     policy = policy_fingerprint(model_source(config.model)[0])
     target = results / preset
+    claim_folder(target, results_config(config, suite, policy), what="result", upgrade=upgraded)
     with ExitStack() as locks:
         for trainer in trainers.values():
             locks.enter_context(owned(trainer.folder))
-        with owned(target, wait=True):
-            claim_folder(target, results_config(config, suite, policy), what="result", upgrade=upgraded)
         damaged: set[Path] = set()
         while True:
             try:

@@ -282,7 +282,8 @@ class TripletTrainer(Trainer):
             (checkpoint,) = target.iterdir()
             (checkpoint / "training_args.bin").unlink(missing_ok=True)
             unlogged = {"sums": dict(self._sums), "weight": self._weight, "loss": self._tr_loss.item()}
-            (checkpoint / UNLOGGED).write_text(json.dumps({**unlogged, "logged": self._globalstep_last_logged}))
+            unlogged |= {"logged": self._globalstep_last_logged, "columns": [list(e) for e in self.state.log_history]}
+            (checkpoint / UNLOGGED).write_text(json.dumps(unlogged))
 
         self.keep_state(self.state.global_step, write)
 
@@ -292,6 +293,8 @@ class TripletTrainer(Trainer):
         self._sums, self._weight = defaultdict(float, unlogged["sums"]), unlogged["weight"]
         self._tr_loss += unlogged["loss"]
         self._globalstep_last_logged = unlogged["logged"]
+        history = zip(self.state.log_history, unlogged["columns"], strict=True)
+        self.state.log_history = [{name: entry[name] for name in names} for entry, names in history]  # read sorted
         self._last_log = time.perf_counter()
 
     def _issue_warnings_after_load(self, load_result):
