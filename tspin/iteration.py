@@ -16,7 +16,14 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 
 from tspin import data
@@ -162,6 +169,7 @@ def train_iteration(
             rmtree(events, ignore_errors=True)  # what a killed try at the same iteration left
         writer = SummaryWriter(str(events), purge_step=first_step + 1 if state else None)
         all_callbacks.append(TensorBoardCallback(writer))
+    set_seed(arguments.seed)  # adapters start from random numbers, the same after a restart
     adapters = add_adapters(model, args.lora) if args.lora else None
     trainer = TripletTrainer(
         model,
