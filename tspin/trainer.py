@@ -1,8 +1,11 @@
 """One iteration's training: a transformers.Trainer over triplets of responses."""
 
 import copy
+import errno
 import json
 import math
+import os
+import re
 import sys
 import time
 from collections import defaultdict
@@ -277,6 +280,10 @@ class TripletTrainer(Trainer):
             self.args.output_dir = str(target)
             try:
                 super(TripletTrainer, self)._save_checkpoint(model, trial)
+            except RuntimeError as error:  # torch.save's own words for a disk that takes no more
+                if not re.search("inline_container|PytorchStreamWriter|iostream error", str(error)):
+                    raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
             finally:
                 self.args.output_dir = place
             (checkpoint,) = target.iterdir()
