@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -97,15 +97,17 @@ class Workshop:
         self.count += 1
         return self.folder / f"case-{self.count}"
 
-    def arguments(self, place: Path, methods: str = "base,spin,tspin") -> list[str]:
+    def arguments(self, place: Path, methods: str = "base,spin,tspin", more: tuple[str, ...] = ()) -> list[str]:
         preset = ["--preset", str(self.folder / "tiny.yaml"), "--methods", methods]
-        return ["run", *preset, "--runs", str(place / "runs"), "--results", str(place / "results")]
+        return ["run", *preset, "--runs", str(place / "runs"), "--results", str(place / "results"), *more]
 
-    def start(self, place: Path, before: Before | None = None, methods: str = "base,spin,tspin") -> tuple[int, Path]:
+    def start(
+        self, place: Path, before: Before | None = None, methods: str = "base,spin,tspin", more: tuple[str, ...] = ()
+    ) -> tuple[int, Path]:
         """Fork a process that runs the command; (its id, its log). before: called there first, to plant the fault."""
         self.count += 1
         log = self.folder / f"log-{self.count}"
-        arguments = self.arguments(place, methods)
+        arguments = self.arguments(place, methods, more)
         process = os.fork()
         if process:
             return process, log
@@ -131,8 +133,8 @@ class Workshop:
         _, status = os.waitpid(process, 0)
         return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace"))
 
-    def run(self, place: Path, before: Before | None = None, methods: str = "base,spin,tspin") -> Ended:
-        return self.wait(*self.start(place, before, methods))
+    def run(self, place: Path, before: Before | None = None, more: tuple[str, ...] = ()) -> Ended:
+        return self.wait(*self.start(place, before, more=more))
 
 
 def contents(place: Path) -> dict[str, str]:
@@ -152,20 +154,31 @@ def contents(place: Path) -> dict[str, str]:
     return found
 
 
-def in_child(function: Callable, *arguments):
-    """A function's value, computed in a forked process: reading Parquet here would start threads, and forks break."""
+def forked(function: Callable, *arguments) -> Callable:
+    """Start a function in a forked process; what is returned waits for its value."""
     receive, send = multiprocessing.Pipe(duplex=False)
     process = os.fork()
     if not process:
         try:
             send.send(function(*arguments))
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     send.close()
-    try:
-        return receive.recv()
-    finally:
-        os.waitpid(process, 0)
+
+    def value():
+        try:
+            return receive.recv()
+        finally:
+            os.waitpid(process, 0)
+
+    return value
+
+
+def in_child(function: Callable, *arguments):
+    """A function's value, computed in a forked process: reading Parquet here would start threads, and forks break."""
+    return forked(function, *arguments)()
 
 
 def lost(expected: dict[str, str], place: Path) -> int:
@@ -365,7 +378,7 @@ class Campaign:
 
     def kill_at_random(self) -> None:
         chance = random.Random(0)
-        for number in range(2 if self.short else 50):
+        for number in range(1 if self.short else 50):
             place, moment = self.shop.place(), chance.uniform(0, self.seconds)
             process, log = self.shop.start(place)
             time.sleep(moment)
@@ -377,7 +390,8 @@ class Campaign:
     def signals(self) -> None:
         cases = [(sig, step) for sig in (signal.SIGTERM, signal.SIGINT) for step in (1, 4, STEPS, STEPS + 2, 3 * STEPS)]
         for sig, step in self.chosen(cases, 2):
-            place, counter = self.shop.place(), self.shop.folder / "steps"
+            place = self.shop.place()
+            counter = place.with_suffix(".steps")
             stopped = self.shop.run(place, at_call(trainer.TripletTrainer, "training_step", step, send(sig)))
             resumed = self.shop.run(place, counting_steps(counter))
             said = len(stopped.lines) == 1 and "the same command goes on" in stopped.lines[0]
@@ -398,13 +412,11 @@ class Campaign:
     def killed_with_states(self) -> None:
         """SIGKILL in a training that keeps its state every two steps."""
         for step in self.chosen([3, 4, STEPS, STEPS + 3], 1):
-            place, counter = self.shop.place(), self.shop.folder / "steps"
-            preset = self.shop.folder / "tiny.yaml"
-            text = preset.read_text()
-            preset.write_text(text.replace("epochs: 2", "epochs: 2, checkpoint_steps: 2"))
-            killed = self.shop.run(place, at_call(trainer.TripletTrainer, "training_step", step, send(signal.SIGKILL)))
-            resumed = self.shop.run(place, counting_steps(counter))
-            preset.write_text(text)
+            place = self.shop.place()
+            counter, keeping = place.with_suffix(".steps"), ("--set", "training.checkpoint_steps=2")
+            kill = at_call(trainer.TripletTrainer, "training_step", step, send(signal.SIGKILL))
+            killed = self.shop.run(place, kill, keeping)
+            resumed = self.shop.run(place, counting_steps(counter), keeping)
             within = (step - 1) % STEPS
             done = step - 1 - within + within // 2 * 2
             again = int(counter.read_text() or 0) == self.trainings * STEPS - done
@@ -468,7 +480,8 @@ class Campaign:
         files = [path.relative_to(runs) for path in sorted(runs.rglob("*")) if path.is_file()]
         skipped = ("tensorboard", ".lock", "tokenizer", "chat_template", "generation_config", "prompts.parquet")
         files = [file for file in files if not any(part in file.as_posix() for part in skipped)]
-        cases = [(file, how) for file in files for how in ("cut", "bit flipped")]
+        chance = random.Random(0)
+        cases = [(file, chance.choice(("cut", "bit flipped"))) for file in files]
         if self.short:
             kinds = ("spin/iteration-0/model/model.safetensors", "proto.parquet", "synthetic.parquet.stage.json")
             cases = [
@@ -568,7 +581,7 @@ class Campaign:
             self.row(f"out of {kind} memory", f"in the {where} pass", place, good, note, missing)
 
     def hub(self) -> None:
-        for mode in ("refuses", "hangs", "sends half") if not self.short else ("sends half",):
+        for mode in ("refuses", "hangs", "sends half"):
             place = self.shop.place()
             place.mkdir()
             server = Hub(self.shop.folder / "model", mode)
@@ -580,9 +593,7 @@ class Campaign:
                 taken = (out / "manifest.json").exists()
                 server.mode.value = b"works"
                 retried = server.tspin(place, "fetch", str(preset), "--out", str(out))
-                checked = retried
-                if not self.short:
-                    checked = server.tspin(place, "fetch", str(preset), "--out", str(out), "--check")
+                checked = server.tspin(place, "fetch", str(preset), "--out", str(out), "--check")
             finally:
                 server.stop()
             same = {p.name: sha(p) for p in (self.shop.folder / "model").iterdir()}
@@ -729,28 +740,30 @@ PARTS: list[Callable[[Campaign], None]] = [
 ]
 
 
-def parts(names: list[str]) -> Iterator[Callable[[Campaign], None]]:
-    for part in PARTS:
-        if not names or part.__name__ in names:
-            yield part
-
-
-def run(folder: Path, short: bool = False, only: list[str] | None = None) -> pd.DataFrame:
-    """Run the campaign in an empty folder: a row a case, (fault, case, survived, numbers_lost, note)."""
+def run(folder: Path, short: bool = False, only: list[str] | None = None, jobs: int = 2) -> pd.DataFrame:
+    """Run the campaign in an empty folder, its parts side by side; a row a case (fault, case, survived, numbers_lost, note)."""
     torch.set_num_threads(1)
     experiment.quiet_libraries()
     provenance()
     campaign = Campaign(folder, short)
     print(f"the undisturbed run: {campaign.seconds:.1f} s, {campaign.renames} renames", flush=True)
-    for part in parts(only or []):
-        if short and part is Campaign.fresh_interpreter:
-            continue
+    chosen = [part for part in PARTS if not only or part.__name__ in only]
+    if short:  # what needs fresh interpreters takes most of a minute
+        chosen = [part for part in chosen if part not in (Campaign.fresh_interpreter, Campaign.hub)]
+    shares = [forked(work, campaign, job, chosen[job::jobs]) for job in range(jobs)]
+    return pd.DataFrame(sum((share() for share in shares), []))
+
+
+def work(campaign: Campaign, job: int, chosen: list[Callable[[Campaign], None]]) -> list[dict]:
+    """One process's share of the campaign."""
+    campaign.shop.count = 10_000 * (job + 1)  # folders and logs of its own
+    for part in chosen:
         start, before = time.monotonic(), len(campaign.rows)
         part(campaign)
         done = campaign.rows[before:]
         good = sum(row["survived"] for row in done)
         print(f"{part.__name__}: {good} of {len(done)} survived, {time.monotonic() - start:.0f} s", flush=True)
-    return pd.DataFrame(campaign.rows)
+    return campaign.rows
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
