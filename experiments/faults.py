@@ -741,7 +741,7 @@ PARTS: list[Callable[[Campaign], None]] = [
 
 
 def run(folder: Path, short: bool = False, only: list[str] | None = None, jobs: int = 2) -> pd.DataFrame:
-    """Run the campaign in an empty folder, its parts side by side; a row a case (fault, case, survived, numbers_lost, note)."""
+    """Run the campaign in an empty folder, its parts side by side: fault, case, survived, numbers_lost, note."""
     torch.set_num_threads(1)
     experiment.quiet_libraries()
     provenance()

@@ -3,9 +3,6 @@
 import itertools
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from shutil import rmtree
 
@@ -17,7 +14,6 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tspin import SelfPlayConfig, SelfPlayTrainer
-from tspin.config import REPOSITORY
 from tspin.data import read_responses
 from tspin.errors import UserError
 from tspin.interruption import Stopped
@@ -291,56 +287,3 @@ def test_bf16_and_gradient_checkpointing_are_switches(tmp_path, model_folder, ro
     for name, tolerance in (("gradient_checkpointing", 1e-5), ("bf16", 2e-2)):
         play(tmp_path / name, model_folder, rows, iterations=1, method="spin", **{name: True})
         np.testing.assert_allclose(steps_of(tmp_path / name, 0)["loss"], plain, atol=tolerance)
-
-
-TINY = """
-model: {{path: {model}}}
-data: {{path: {data}}}
-sampling: {{max_new_tokens: 6}}
-training: {{batch_size: 8, micro_batch_tokens: 128, learning_rate: 1e-3, epochs: 2}}
-iterations: 2
-evaluation: {{suite: {suite}, limit: 2}}
-"""
-SUITE = """
-include_path: {repository}/tspin/pocket/lm_eval
-apply_chat_template: true
-columns:
-  - {{benchmark: pocket_gcd, label: GCD, group: math, metric: "exact_match,flexible-extract"}}
-  - {{benchmark: pocket_syllogism, label: Syllogism, group: reasoning, metric: "exact_match,flexible-extract"}}
-"""
-
-
-def test_sigkill_at_any_moment_loses_nothing(tmp_path, model_folder, data_file):
-    """A preset's whole run, evaluations and results included."""
-    suite, preset = tmp_path / "suite.yaml", tmp_path / "tiny.yaml"
-    suite.write_text(SUITE.format(repository=REPOSITORY))
-    preset.write_text(TINY.format(model=model_folder, data=data_file, suite=suite))
-
-    def command(name):
-        places = ["--runs", str(tmp_path / name / "runs"), "--results", str(tmp_path / name / "results")]
-        run = [sys.executable, "-c", "from tspin.cli import main; main()", "run", "--preset", str(preset)]
-        return [*run, "--methods", "base,spin,tspin", *places]
-
-    quiet = {
-        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-    }
-    start = time.time()
-    subprocess.run(command("whole"), check=True, **quiet)
-    whole = time.time() - start
-    killed = 0
-    for share in (0.5, 0.7, 0.9):
-        process = subprocess.Popen(command("killed"), **quiet)
-        try:
-            process.wait(timeout=share * whole)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            killed += process.wait() == -signal.SIGKILL
-    assert killed
-    subprocess.run(command("killed"), check=True, **quiet)
-    numbers = [(tmp_path / name / "results" / "tiny" / "evaluations.csv").read_bytes() for name in ("whole", "killed")]
-    assert numbers[0] == numbers[1]
-    for method in ("spin", "tspin"):
-        runs = [tmp_path / name / "runs" / "tiny" / "seed-0" / method for name in ("whole", "killed")]
-        assert_same_run(*runs, iterations=2)
