@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tspin import SelfPlayConfig, SelfPlayTrainer
+from tspin import trainer as trainer_module
 from tspin.data import read_responses
 from tspin.errors import UserError
 from tspin.interruption import Stopped
@@ -287,3 +288,33 @@ def test_bf16_and_gradient_checkpointing_are_switches(tmp_path, model_folder, ro
     for name, tolerance in (("gradient_checkpointing", 1e-5), ("bf16", 2e-2)):
         play(tmp_path / name, model_folder, rows, iterations=1, method="spin", **{name: True})
         np.testing.assert_allclose(steps_of(tmp_path / name, 0)["loss"], plain, atol=tolerance)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_less_memory_gives_the_same_run_up_to_rounding(tmp_path, model_folder, rows, monkeypatch, capsys, error):
+    """In passes without gradients, forwards and backwards alike; one line a pass that ran out."""
+    settings = {"method": "spin", "iterations": 1, "disable_tqdm": False}
+    play(tmp_path / "whole", model_folder, rows, **settings)
+    original = trainer_module.logps_of
+
+    def limited(model, batch, roles):
+        if batch["sequences"]["input_ids"].numel() > 64:
+            raise error
+        return original(model, batch, roles)
+
+    monkeypatch.setattr(trainer_module, "logps_of", limited)
+    play(tmp_path / "short", model_folder, rows, **settings)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert len(lines) == len(set(lines)) and sum("step 1" in line for line in lines) >= 1
+    runs = (tmp_path / "whole", tmp_path / "short")
+    reference = [pd.read_parquet(run / "iteration-0" / "reference.parquet") for run in runs]
+    pd.testing.assert_frame_equal(*reference, atol=1e-4)
+    left, right = (load_file(run / "iteration-0" / "model" / "model.safetensors") for run in runs)
+    assert all(np.abs(left[name] - right[name]).max() < 1e-4 for name in left)
+    monkeypatch.setattr(trainer_module, "logps_of", lambda *arguments: limited_always(error))
+    with pytest.raises(UserError, match=r"out of memory with a single prompt.*\(prompts "):
+        play(tmp_path / "none", model_folder, rows, method="tspin", iterations=1)
+
+
+def limited_always(error):
+    raise error
