@@ -17,7 +17,7 @@ from tspin.config import Config
 from tspin.data import read_rows
 from tspin.errors import UserError
 from tspin.evaluation import Suite, load_suite, task_manager_for
-from tspin.hub import DEFAULT, EMPTY, read_manifest
+from tspin.hub import DEFAULT, EMPTY, limit_waiting, read_manifest
 from tspin.locks import owned
 from tspin.models import HUB_FILES
 from tspin.run_store import atomic_path, sha256, write_json
@@ -75,6 +75,7 @@ def fetch(config: Config, out: Path, take: Sequence[str] = (), report: Callable[
     """
     items = needed(config)
     taken = local_sources(take, items)
+    limit_waiting()
     with owned(out):
         return _fetch_missing(items, taken, out, report)
 

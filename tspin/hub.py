@@ -13,6 +13,7 @@ With one in use (`use_offline`, or the variable TSPIN_OFFLINE), nothing else is 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "TSPIN_OFFLINE"
 DEFAULT = "default"  # a data set's configuration when none is named
+WAITS = ("connect", "read", "write", "pool")  # what an HTTP request may wait for
 EMPTY: dict[str, Any] = {"models": {}, "datasets": {}, "files": {}}
 
 
@@ -36,6 +38,30 @@ def use_offline(folder: Path) -> None:
     os.environ[VARIABLE] = str(folder.resolve())
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["NLTK_DATA"] = str(folder.resolve() / "nltk_data")
+
+
+@cache
+def limit_waiting() -> None:
+    """Let the hub's client give up on a silent server: some of its requests would wait for ever.
+
+    HF_HUB_DOWNLOAD_TIMEOUT, in seconds, says after how long without a byte; 10 is the client's default.
+    """
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limit(request: Any) -> None:
+        given = request.extensions.get("timeout", {})
+        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        limited = {kind: seconds if given.get(kind) is None else given[kind] for kind in WAITS}
+        request.extensions = {**request.extensions, "timeout": limited}
+
+    def limited_client() -> Any:
+        client = default_client_factory()
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "request": [*hooks["request"], limit]}
+        return client
+
+    set_client_factory(limited_client)
 
 
 def offline_folder() -> Path | None:
@@ -100,6 +126,7 @@ def load_dataset(name: str, config: str | None, split: str, revision: str | None
         return found[split]
     import datasets
 
+    limit_waiting()
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub client raises many kinds for "not there"

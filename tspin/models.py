@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tspin.errors import UserError
-from tspin.hub import offline_folder, offline_model
+from tspin.hub import limit_waiting, offline_folder, offline_model
 from tspin.run_store import folder_fingerprint
 
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
@@ -30,6 +30,7 @@ def resolve(path: str, revision: str | None = None) -> str:
         return str(offline_model(folder, path, revision))
     from huggingface_hub import snapshot_download
 
+    limit_waiting()
     try:
         return snapshot_download(path, revision=revision, allow_patterns=HUB_FILES)
     except Exception as error:  # the hub client raises many kinds for "not there"
