@@ -120,6 +120,10 @@ def run(
     out: Annotated[Path, typer.Option(help="the run's folder, with --model")] = Path("runs/mine"),
     runs: Annotated[Path, typer.Option(help="checkpoints, responses, logs of presets")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="tidy numbers of presets")] = Path("results"),
+    launcher: Annotated[str | None, typer.Option(help="accelerate: train in the processes of --config")] = None,
+    launcher_config: Annotated[
+        Path | None, typer.Option("--config", help="with --launcher: a file of experiments/accelerate/, or your own")
+    ] = None,
     settings: Set = None,
     offline: Offline = None,
 ) -> None:
@@ -130,14 +134,22 @@ def run(
     Example: tspin run --preset pocket --seeds 0,1
 
     Example: tspin run --model my-model --data my-data.jsonl --method tspin --iterations 3 --out runs/mine
+
+    Example: tspin run --preset zephyr-7b --launcher accelerate --config experiments/accelerate/fsdp2.yaml
     """
+    if launcher not in (None, "accelerate"):
+        raise UserError(f"--launcher {launcher}: there is one, accelerate")
+    if (launcher is None) != (launcher_config is None):
+        raise UserError("--launcher accelerate and --config FILE go together; experiments/accelerate/ has such files")
     go_offline(offline)
     from tspin import config, experiment
 
     if preset:
         name = Path(preset).stem
         loaded = config.load_config(preset, settings or [])
-        experiment.run_experiment(name, loaded, split(methods), integers(seeds), runs, results)
+        experiment.run_experiment(
+            name, loaded, split(methods), integers(seeds), runs, results, launcher=launcher_config
+        )
         return
     if not (model and dataset):
         raise UserError("run needs --preset, or --model and --data")
@@ -147,7 +159,7 @@ def run(
     if others:
         raise UserError(f"--seeds {seeds}: one seed a run with --model; give each its own --out")
     experiment.quiet_libraries()
-    trainer = experiment.build_trainer(loaded.for_method(method), out, seed)
+    trainer = experiment.build_trainer(loaded.for_method(method), out, seed, launcher_config)
     for result in trainer.iterate():
         typer.echo(f"iteration {result.iteration}: {experiment.describe(result)} → {result.model_path}", err=True)
 

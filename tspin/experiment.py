@@ -21,6 +21,7 @@ from tspin import data
 from tspin.config import Config, DataSettings, ModelSettings, RunSettings, unknown
 from tspin.errors import UserError
 from tspin.evaluation import Suite, evaluate, load_suite
+from tspin.launch import check_launcher
 from tspin.locks import owned
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS
@@ -39,10 +40,12 @@ def run_experiment(
     runs: Path,
     results: Path,
     console: Console | None = None,
+    launcher: Path | None = None,
 ) -> Path:
     """Run what is missing of `methods` × `seeds`, evaluate every checkpoint, write results/<preset>/.
 
-    methods: keys of METHODS, and "base" for the initial policy as it is. Returns the results folder.
+    methods: keys of METHODS, and "base" for the initial policy as it is. launcher: a file for `accelerate launch`, to
+    train in several processes. Returns the results folder.
     Raises UserError before any work for unknown methods, and for folders of another config.
     """
     for method in methods:
@@ -59,7 +62,7 @@ def run_experiment(
     quiet_libraries()
     # Everything that can be wrong with settings, model and data is found before anything is written.
     trainers = {
-        (method, seed): build_trainer(config.for_method(method), runs / preset / f"seed-{seed}", seed)
+        (method, seed): build_trainer(config.for_method(method), runs / preset / f"seed-{seed}", seed, launcher)
         for seed in seeds
         for method in methods
         if method != BASE
@@ -162,12 +165,12 @@ def collect_texts(
     collected.add("responses", responses(last_path), method, seed, last.iteration)
 
 
-def build_trainer(settings: RunSettings, folder: Path, seed: int) -> SelfPlayTrainer:
+def build_trainer(settings: RunSettings, folder: Path, seed: int, launcher: Path | None = None) -> SelfPlayTrainer:
     """A SelfPlayTrainer for one method's settings, in `folder`/<method>, sharing `folder`/shared."""
     model, model_arguments = model_source(settings.model)
     return SelfPlayTrainer(
         model,
-        args=training_arguments(settings, folder / settings.method, seed, shared=folder / "shared"),
+        args=training_arguments(settings, folder / settings.method, seed, folder / "shared", launcher),
         train_dataset=load_dataset(settings.data),
         model_arguments=model_arguments,
     )
@@ -187,15 +190,14 @@ def load_dataset(settings: DataSettings) -> list[dict[str, Any]]:
     ]
 
 
-def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: Path | None = None) -> SelfPlayConfig:
-    """A run's settings as SelfPlayConfig. Raises UserError for sizes that do not divide or unknown arguments."""
+def training_arguments(
+    settings: RunSettings, folder: Path, seed: int, shared: Path | None = None, launcher: Path | None = None
+) -> SelfPlayConfig:
+    """A run's settings as SelfPlayConfig. Raises UserError for unknown arguments, and for what launcher cannot do."""
     training, own = settings.training, settings.coefficients
     engine = settings.engine.model_dump()
     if settings.sampling.backend == "vllm":
         require_vllm("sampling.backend", Engine(**engine))
-    devices = max(torch.cuda.device_count(), 1)
-    if training.batch_size % devices:
-        raise UserError(f"training.batch_size: {training.batch_size} is no multiple of the devices, {devices}")
     rates = training.learning_rate if isinstance(training.learning_rate, list) else [training.learning_rate]
     arguments: dict[str, Any] = dict(
         output_dir=str(folder),
@@ -216,6 +218,7 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
         sampling_backend=settings.sampling.backend,
         sampling_dtype=settings.sampling.dtype,
         engine=engine,
+        launcher=str(launcher) if launcher else None,
         template=settings.data.template,
         max_prompt_tokens=settings.data.max_prompt_tokens,
         max_response_tokens=settings.data.max_response_tokens,
@@ -225,7 +228,7 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
         learning_rate=rates[0],
         learning_rates=rates,
         num_train_epochs=training.epochs,
-        per_device_train_batch_size=training.batch_size // devices,
+        per_device_train_batch_size=training.batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
         checkpoint_steps=training.checkpoint_steps,
         layout=training.layout,
@@ -245,9 +248,12 @@ def training_arguments(settings: RunSettings, folder: Path, seed: int, shared: P
         if name in arguments:
             raise UserError(f"training.trainer.{name}: the config has a key of its own for this; set it there")
     try:
-        return SelfPlayConfig(**arguments, **training.trainer)
+        args = SelfPlayConfig(**arguments, **training.trainer)
     except (TypeError, ValueError) as error:
         raise UserError(f"training: {error}") from error
+    if launcher:
+        check_launcher(launcher, args)
+    return args
 
 
 def model_source(settings: ModelSettings) -> tuple[str, dict[str, Any]]:

@@ -147,11 +147,11 @@ def train_iteration(
     Raises Stopped at a signal, after the step in hand; without `unfinished` nothing of it is kept.
 
     TensorBoard's events go to log_folder/tensorboard. Returns steps, training_seconds, tokens and
-    peak_memory_bytes (see tspin.memory: on a CPU, that of the whole process). Raises UserError when
+    peak_memory_bytes (see tspin.memory: on a CPU, that of the whole process; of several processes, the first one's),
+    and of several processes their number (tspin.launch starts them). Raises UserError when
     the loss is no longer finite.
     """
-    if args.world_size > 1:
-        raise UserError("training in several processes is not supported yet: start one process")
+    first = args.process_index == 0  # of several that train together, which all run this function
     method = METHODS[args.method]
     arguments = copy.copy(args)
     arguments.output_dir = str(log_folder)
@@ -206,19 +206,21 @@ def train_iteration(
                 raise Stopped(asked.number, f"training is kept at step {step} of {trainer.state.max_steps}")
     trained_seconds = seconds()
     steps = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
-    with atomic_path(log_folder / "steps.parquet") as temporary:
-        steps.to_parquet(temporary, index=False)
+    if first:
+        with atomic_path(log_folder / "steps.parquet") as temporary:
+            steps.to_parquet(temporary, index=False)
     if adapters is not None:
         trainer.model = adapters.merge_and_unload()
     trainer.save_model(str(checkpoint))
     # A pickle of the settings, which the run's config.json holds as text: nothing here is unpickled.
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
-    return {
+    facts = {
         "steps": trainer.state.global_step,
         "training_seconds": trained_seconds,
         "tokens": int(steps["tokens"].sum()),
         "peak_memory_bytes": peak_bytes(),
     }
+    return facts | ({"processes": args.world_size} if args.world_size > 1 else {})
 
 
 def add_adapters(model: PreTrainedModel, settings: dict[str, Any]) -> LoraModel:

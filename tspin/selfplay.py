@@ -31,6 +31,7 @@ from tspin.iteration import (
     train_iteration,
     with_reference,
 )
+from tspin.launch import launch_training
 from tspin.locks import owned
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
@@ -89,6 +90,8 @@ class SelfPlayTrainer:
         self.folder = Path(str(args.output_dir))
         self.shared = Path(args.shared_dir) if args.shared_dir else self.folder
         self.model_arguments = model_arguments or {}
+        if self.callbacks and args.launcher:
+            raise UserError("callbacks: those of this process do not reach the processes that args.launcher starts")
         if isinstance(model, PreTrainedModel) and processing_class is None:
             raise UserError("processing_class: give the tokenizer along with a loaded model")
         # What a loaded model depends on besides its files.
@@ -190,6 +193,18 @@ class SelfPlayTrainer:
             triplets, all_roles = with_reference(triplets, table), with_reference(all_roles, table)
 
         def train(target: Path) -> dict[str, Any]:
+            if self.args.launcher:
+                loaded.clear()  # its memory is for the processes that train
+                return launch_training(
+                    policy,
+                    self.model_arguments,
+                    triplets,
+                    self.tokenizer,
+                    self.args,
+                    iteration,
+                    checkpoint=target,
+                    log_folder=folder,
+                )
             return train_iteration(
                 model(),
                 triplets,

@@ -25,6 +25,7 @@ OPERATIONAL = {
         "micro_batch_tokens",
         "checkpoint_steps",
         "engine",
+        "launcher",
         "diagnostics",
         "output_dir",
         "shared_dir",
@@ -68,6 +69,7 @@ class SelfPlayConfig(TrainingArguments):
     iteration 0); the run's folder when empty.
     sampling_backend: "transformers" or "vllm". sampling_dtype: of the weights while sampling, "float32" or "bfloat16";
     as the model is loaded when None. engine: the fields of tspin.vllm_backend.Engine.
+    launcher: a file for `accelerate launch`; each training then runs in the processes that it names (tspin.launch).
     bf16: None is "where the hardware multiplies bfloat16".
 
     Defaults are the paper's where it states one: RMSProp without weight decay, 10 % warm-up.
@@ -102,6 +104,7 @@ class SelfPlayConfig(TrainingArguments):
     sampling_backend: str = "transformers"
     sampling_dtype: str | None = None
     engine: dict[str, Any] | None = None
+    launcher: str | None = None
 
     learning_rate: float = 5e-7
     num_train_epochs: float = 1.0
@@ -147,6 +150,11 @@ class SelfPlayConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = multiplies_bfloat16()
         super().__post_init__()
+
+    @property
+    def n_gpu(self) -> int:
+        """At most one: several GPUs are for several processes (`launcher`), not for Trainer's DataParallel."""
+        return min(super().n_gpu, 1)
 
     @property
     def coefficients(self) -> Coefficients:

@@ -9,14 +9,18 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
@@ -37,6 +41,7 @@ from tspin.packing import (
 )
 
 REFERENCE_WINDOW = 256  # triplets planned into micro-batches together
+IDLE = {"share": 0.0, "tokens": 0}  # a micro-batch that counts for nothing
 UNLOGGED = "unlogged.json"  # in a training's state: what was summed since the last log
 
 
@@ -69,7 +74,13 @@ class TripletCollator:
     "share": its part of the triplets, "tokens"}. All roles of a triplet stand together, so that a
     micro-batch is one forward and one backward pass whatever the method. What is computed does not
     depend on `max_tokens`: an optimizer step sums the micro-batches of the triplets it is given.
+
+    Where several processes train together, each is given all triplets of a step and makes micro-batches of its own
+    part: every `processes`th, from the `process`th. One without a part gets one triplet with share 0, so that all
+    call the model.
     """
+
+    process, processes = 0, 1
 
     def __init__(self, roles: Sequence[str], pad_token_id: int, layout: Layout, max_tokens: int, flex: bool = False):
         self.roles = tuple(roles)
@@ -88,6 +99,8 @@ class TripletCollator:
         return None
 
     def __call__(self, triplets: Sequence[Triplet]) -> dict[str, list[Any]]:
+        of_all, part = triplets, triplets[self.process :: self.processes]
+        triplets = part or triplets[:1]
         prompts = [t.prompt_ids for t in triplets]
         responses = [[t.responses[role].ids for t in triplets] for role in self.roles]
         rows_of: list[list[list[int]] | None]
@@ -100,10 +113,10 @@ class TripletCollator:
             micro_batches = plan_padded([size * len(self.roles) for size in longest], self.max_tokens)
             rows_of = [None] * len(micro_batches)
         return {
-            "triplets": list(triplets),
+            "triplets": list(of_all),
             "micro_batches": [
                 {**self._micro_batch([triplets[i] for i in indices], rows), "indices": indices,
-                 "share": len(indices) / len(triplets)}
+                 "share": len(indices) / len(of_all), **({} if part else IDLE)}
                 for indices, rows in zip(micro_batches, rows_of, strict=True)
             ]
         }  # fmt: skip
@@ -196,9 +209,16 @@ class TripletTrainer(Trainer):
             processing_class=tokenizer,
             **trainer_arguments,
         )
+        if self.is_fsdp_enabled and args.bf16:
+            # Accelerate's policy returns what a model returns as bfloat16, and exchanges gradients so. A
+            # log-probability summed over a response needs more digits.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
         # Our loss is a mean over the step's triplets: let Trainer divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.collator = collator
+        collator.process, collator.processes = args.process_index, args.world_size
         self.keep_state: Callable[[int, Callable[[Path], None]], None] | None = None
         self._sums: dict[str, float] = defaultdict(float)
         self._weight = 0.0
@@ -213,6 +233,8 @@ class TripletTrainer(Trainer):
         triplets, micro_batches = inputs["triplets"], inputs["micro_batches"]
         if self.collator is not self.data_collator:  # collated before memory ran out
             micro_batches = self.collator(triplets)["micro_batches"]
+        if self.args.world_size > 1:
+            micro_batches = self._as_many_everywhere(micro_batches)
         while True:
             try:
                 loss = self._accumulate(model, micro_batches)
@@ -227,7 +249,7 @@ class TripletTrainer(Trainer):
             self._sums, self._weight = defaultdict(float, sums), weight
             model.zero_grad()
             for batch in earlier:
-                with self.accelerator.no_sync(model):
+                with self._keeping_gradients(model):
                     self._accumulate(model, self.collator(batch)["micro_batches"])
             micro_batches = self.collator(triplets)["micro_batches"]
 
@@ -235,10 +257,39 @@ class TripletTrainer(Trainer):
         *first, last = micro_batches
         losses = []
         for micro_batch in first:
-            with self.accelerator.no_sync(model):  # gradients are exchanged once, after the last
+            with self._keeping_gradients(model):
                 losses.append(super().training_step(model, micro_batch))
         losses.append(super().training_step(model, last))
         return torch.stack(losses).sum()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in one order whatever the number of processes: each gets all of a step, and the collator its part."""
+        loader = super().get_train_dataloader()
+        if isinstance(loader.batch_sampler, BatchSamplerShard):
+            sampler = loader.batch_sampler
+            # Neither other batches for each process, nor the last one filled up with triplets of the first.
+            sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
+        return loader
+
+    def _as_many_everywhere(self, micro_batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """As many micro-batches as the process with the most has: a sharded model must be called by all at once."""
+        most = torch.tensor(len(micro_batches), device=self.args.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        idle = {**micro_batches[-1], **IDLE}
+        return [*micro_batches, *[idle] * (int(most) - len(micro_batches))]
+
+    @contextmanager
+    def _keeping_gradients(self, model: torch.nn.Module) -> Iterator[None]:
+        """Gradients of the next backward pass are added up here; processes exchange them after a later one."""
+        if self.is_fsdp_enabled:
+            yield  # exchanged each time: adding up would hold every gradient whole on every GPU
+        elif self.is_deepspeed_enabled:
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            yield
+            self.accelerator.gradient_state._set_sync_gradients(True)
+        else:
+            with self.accelerator.no_sync(model):
+                yield
 
     def _use_less_memory(self, triplets: Sequence[Triplet]) -> None:
         finer, step = self.collator.finer(triplets), self.state.global_step + 1
@@ -324,7 +375,7 @@ class TripletTrainer(Trainer):
             inputs["share"],
             inputs["prompt_ids"],
         )
-        loss = loss * inputs["share"]
+        loss = loss * inputs["share"] * self.args.world_size  # processes' gradients are averaged, shares are of all
         return (loss, detached) if return_outputs else loss
 
     def _record(self, logps: SequenceLogps, loss: Tensor, tokens: int, share: float, prompt_ids: Sequence[int]) -> None:
@@ -339,6 +390,8 @@ class TripletTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to what Trainer logs."""
+        if self._weight or self.args.world_size > 1:
+            self._sum_over_processes()
         if self._weight:
             tokens = self._sums.pop("tokens")
             now = time.perf_counter()
@@ -352,6 +405,16 @@ class TripletTrainer(Trainer):
             self._weight = 0.0
             self._last_log = now
         super().log(logs, start_time)
+
+    def _sum_over_processes(self) -> None:
+        if self.args.world_size > 1:
+            names = list(self._sums)  # in one order everywhere: all run the same code
+            sums = torch.tensor([self._weight, *(self._sums[name] for name in names)], dtype=torch.float64)
+            if self.args.device.type != "cpu":
+                sums = sums.to(self.args.device)
+            torch.distributed.all_reduce(sums)
+            self._weight, *values = sums.tolist()
+            self._sums = defaultdict(float, zip(names, values, strict=True))
 
 
 def _ids(triplets: Sequence[Triplet] | Sequence[int]) -> str:

@@ -7,7 +7,6 @@ weights are that checkpoint's, and the memory is free before training starts.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tspin.errors import UserError
-
-LOG = "log.txt"
+from tspin.workers import Worker, run_workers
 
 
 @dataclass(frozen=True)
@@ -127,29 +125,12 @@ def evaluate_folder(
 
 def _run(folders: Sequence[Path], jobs: Sequence[dict[str, Any]], gpus: int) -> None:
     """A worker for each job, all at once. gpus: how many each has to itself; 0: all for the one job."""
-    workers: list[subprocess.Popen[bytes]] = []
-    try:
-        for number, (folder, job) in enumerate(zip(folders, jobs, strict=True)):
-            folder.mkdir()
-            (folder / "job.json").write_text(json.dumps(job))
-            with (folder / LOG).open("wb") as log:
-                workers.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tspin.vllm_worker", str(folder)],
-                        stdout=log,
-                        stderr=log,
-                        stdin=subprocess.DEVNULL,
-                        env=_environment(number, gpus),
-                    )
-                )
-        for worker, folder in zip(workers, folders, strict=True):
-            if worker.wait() != 0:
-                raise UserError(f"vllm: {_reason(folder / LOG)}")
-    finally:
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.wait()
+    command = [sys.executable, "-m", "tspin.vllm_worker"]
+    run_workers(
+        "vllm",
+        [Worker(folder, command, _environment(number, gpus)) for number, folder in enumerate(folders)],
+        jobs,
+    )
 
 
 def _environment(number: int, gpus: int) -> dict[str, str]:
@@ -167,14 +148,3 @@ def _environment(number: int, gpus: int) -> dict[str, str]:
             )
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     return environment
-
-
-def _reason(log: Path) -> str:
-    """The line that says why a worker failed; its whole log is kept where the message says."""
-    text = log.read_text(errors="replace")
-    with tempfile.NamedTemporaryFile("w", prefix="tspin-vllm-", suffix=".log", delete=False) as kept:
-        kept.write(text)
-    lines = [line.strip() for line in text.splitlines() if "Error" in line and "Traceback" not in line]
-    # An engine's failure is reported once by itself, with the cause, and then by all that waited for it.
-    first = next((line for line in lines if "Engine core initialization failed" not in line), "it ended without a word")
-    return f"{first[:300]} (log: {kept.name})"

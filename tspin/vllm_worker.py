@@ -4,32 +4,22 @@ FOLDER/job.json says what to do; what comes out goes to FOLDER/responses.json or
 """
 
 import json
-import os
 import sys
-import threading
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tspin.run_store import write_text
+from tspin.workers import read_job
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    job = json.loads((folder / "job.json").read_text())
+    job = read_job(folder)
     if job["task"] == "generate":
         write_text(folder / "responses.json", json.dumps(_generate(job)))
     else:
         _evaluate(job)
-
-
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone: a killed run leaves no GPU taken."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 def _generate(job: dict[str, Any]) -> list[dict[str, Any]]:
