@@ -164,6 +164,42 @@ def run(
         typer.echo(f"iteration {result.iteration}: {experiment.describe(result)} → {result.model_path}", err=True)
 
 
+@app.command()
+@command
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML: preset, methods, seeds, grid; see experiments/slurm/")],
+    executor: Annotated[str, typer.Option(help="local or slurm")] = "local",
+    profile: Annotated[
+        Path | None, typer.Option(help="YAML: what to ask the queue for, the launcher, the offline folder")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="cells at once on this machine")] = 1,
+    retry: Annotated[bool, typer.Option(help="run what failed again")] = False,
+    wait: Annotated[bool, typer.Option(help="with slurm: until all have ended, or leave them in the queue")] = True,
+    runs: Annotated[Path, typer.Option(help="checkpoints, responses, logs")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="tidy numbers, of a sweep without a grid")] = Path("results"),
+) -> None:
+    """Run methods × seeds × settings, each a run in a job of its own; what is finished is not run again.
+
+    Exit code 1 when some failed: why, and the last lines of their logs, are printed.
+
+    Example: tspin sweep experiments/slurm/zephyr-7b.yaml --executor slurm --profile experiments/slurm/h100.yaml
+    """
+    if executor not in ("local", "slurm"):
+        raise UserError(f"--executor {executor}: local or slurm")
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: at least 1")
+    from rich.console import Console
+
+    from tspin.sweep import load_sweep, run_sweep
+
+    loaded = load_sweep(file, profile, runs, results)
+    cells = run_sweep(loaded, executor, jobs, retry, wait, Console(stderr=True).print)
+    if cells["failed"]:
+        failed, of = len(cells["failed"]), len(loaded.cells)
+        sys.stderr.write(f"tspin: {failed} of {of} cells failed; --retry runs them again\n")
+        raise typer.Exit(1)
+
+
 @app.command("sample")
 @command
 def sample_command(

@@ -193,13 +193,18 @@ def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
     Raises UserError for an unknown preset, unreadable YAML, unknown keys and bad values.
     """
     path = find_yaml(name_or_path, "experiments", "preset")
+    return build_config(read_yaml(path), overrides, source=f"{path.name}: ")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping, empty for an empty file. Raises UserError for what is none."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of sections, this is a {type(tree).__name__}")
-    return build_config(tree, overrides, source=f"{path.name}: ")
+    return tree
 
 
 def build_config(tree: dict[str, Any], overrides: Iterable[str] = (), source: str = "") -> Config:
