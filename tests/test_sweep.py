@@ -43,7 +43,7 @@ def test_cells_are_methods_by_seeds_by_settings(tmp_path):
     assert len({cell.folder for cell in sweep.cells}) == 6
     # Another setting of the preset makes other cells; the same one, the same.
     again, changed = (
-        load(tmp_path, overrides=[*TINY, *more]).cells[0].folder for more in ([], ["methods.sft.training.epochs=2"])
+        load(tmp_path, overrides=[*TINY, *more]).cells[0].folder for more in ([], ["methods.sft.training.epochs=7"])
     )
     assert again == load(tmp_path).cells[0].folder != changed
 
