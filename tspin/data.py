@@ -180,13 +180,16 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: str
 
     template: "chat" for the tokenizer's own chat template, "auto" for that where there is one and
     the paper's template where there is none, "paper", "none" for the text as it is, or any text with
-    {prompt} in it. Conversations (lists of messages) always take the chat template.
+    {prompt} in it. A prompt given as one user's message is that message's text; longer conversations, which only a
+    chat template can tell apart, always take it.
     """
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "paper"
+    if template != "chat" and not isinstance(prompt, str) and [message["role"] for message in prompt] == ["user"]:
+        prompt = prompt[0]["content"]
     if not isinstance(prompt, str) or template == "chat":
         if not tokenizer.chat_template:
-            raise UserError("data.template: the tokenizer has no chat template; use plain prompts and 'paper'")
+            raise UserError("data.template: the tokenizer has no chat template; give one user's message and 'paper'")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
