@@ -17,7 +17,7 @@ figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
 .PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims \
-	study studies notebooks sweep benchmark plan-check test fault-test test-vllm lint clean
+	study studies notebooks sweep benchmark plan-check test fault-test test-vllm engines lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
@@ -76,6 +76,10 @@ fault-test: $(READY)
 # vLLM's CPU build, in an environment of its own: it brings a PyTorch by its exact build and packages of its own.
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/test_vllm.py
+
+# The two engines' log-probabilities and texts. OFFLINE: a folder of `tspin fetch smollm2`, for SmolLM2 too.
+engines: $(VLLM)/.ready
+	$(VLLM)/bin/python experiments/engines.py $(if $(OFFLINE),--offline $(OFFLINE))
 
 $(VLLM)/.ready: pyproject.toml experiments/vllm_requirements.py
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
