@@ -43,10 +43,18 @@ def facts(run: Run) -> dict[str, str]:
         "variance of the change, points²": _text(changes.var() if len(changes) > 1 else None, ".2f"),
         "misaligned after iteration 1": _text(misaligned.get(1), ".1%"),
         "log-likelihood gap at the end, nats": _text(gap.iloc[-1] if len(gap) else None, "+.2f"),
+        "warnings (after iteration)": _warned(run),
         "time, s": _text(costs["seconds"].sum(), ".0f"),
         "training tokens": _text(costs["tokens"].sum(), ",.0f"),
         "peak memory, GiB": _text(peak / GIB if pd.notna(peak) else None, ".2f"),
     }
+
+
+def _warned(run: Run) -> str:
+    if run.warnings is None:
+        return MISSING
+    by_name = run.warnings.sort_values("iteration").groupby("name", sort=False)["iteration"]
+    return "; ".join(f"{name} ({', '.join(map(str, numbers))})" for name, numbers in by_name) or "none"
 
 
 def by_iteration(first: Run, second: Run) -> pd.DataFrame:

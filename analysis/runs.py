@@ -1,7 +1,7 @@
 """One run as comparisons read it: from its folder in runs/, or from the committed results of a preset."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,8 @@ class Run:
 
     scores: label, value (percent). steps: as logged. samples: prompt_id, and the gaps of y over y′ after training,
     reward and log_likelihood. costs: seconds, tokens, peak_bytes. responses: prompt_id, text, of the policy that the
-    iteration ended with. prompts: prompt_id, prompt, labelled.
+    iteration ended with. prompts: prompt_id, prompt, labelled. warnings: name, of tspin.guards; None where an earlier
+    version, which had none, made the run.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Run:
     costs: pd.DataFrame
     responses: pd.DataFrame
     prompts: pd.DataFrame
+    warnings: pd.DataFrame | None = None
 
     def average(self) -> pd.Series:
         """Avg by iteration: the mean over benchmarks, in percent."""
@@ -85,6 +87,7 @@ def _from_results(folder: Path, method: str, seed: int) -> Run:
         method,
         scores.sort_values(["iteration", "label"])[["iteration", "label", "value"]],
         kept["steps"], _gaps(kept["diagnostics"]), _costs(costs), kept["responses"], tables["prompts"],
+        _warnings({cost["iteration"]: cost["warnings"] for cost in costs if "warnings" in cost}),
     )  # fmt: skip
 
 
@@ -127,7 +130,14 @@ def _from_folder(folder: Path) -> Run:
         _gaps(each(parquet("diagnostics.parquet"))), _costs(costs),
         pd.concat([responses, last], ignore_index=True),
         pd.read_parquet(prompts) if prompts.is_file() else pd.DataFrame(),
+        _warnings({t: json.loads(path.read_text(encoding="utf-8"))["warnings"]
+                   for t in iterations if (path := folder / f"iteration-{t}" / "guards.json").is_file()}),
     )  # fmt: skip
+
+
+def _warnings(found: Mapping[int, Iterable[str]]) -> pd.DataFrame | None:
+    rows = [{"iteration": t, "name": name} for t, names in found.items() for name in names]
+    return pd.DataFrame(rows, columns=["iteration", "name"]) if found else None
 
 
 def _gaps(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,8 +2,8 @@
 
     make engines OFFLINE=offline      # a folder of `tspin fetch smollm2` → results/benchmarks/vllm/engines.csv
 
-In float32 the engines differ by the order of their additions alone; in bfloat16 also by where they round. Both are shown,
-since a sample that tips once goes another way from there.
+In float32 the engines differ by the order of their additions alone; in bfloat16 also by where they round. Both are
+shown, since a sample that tips once goes another way from there.
 """
 
 import argparse

@@ -162,6 +162,8 @@ def run(
     trainer = experiment.build_trainer(loaded.for_method(method), out, seed, launcher_config)
     for result in trainer.iterate():
         typer.echo(f"iteration {result.iteration}: {experiment.describe(result)} → {result.model_path}", err=True)
+        for text in result.warnings.values():
+            typer.echo(f"warning: iteration {result.iteration}: {text}", err=True)
 
 
 @app.command()
@@ -197,6 +199,48 @@ def sweep(
     if cells["failed"]:
         failed, of = len(cells["failed"]), len(loaded.cells)
         sys.stderr.write(f"tspin: {failed} of {of} cells failed; --retry runs them again\n")
+        raise typer.Exit(1)
+
+
+@app.command()
+@command
+def rerun(
+    record: Annotated[Path, typer.Argument(help="provenance.json of a folder in results/")],
+    methods: Annotated[str | None, typer.Option(help="comma-separated; all that were run when not given")] = None,
+    seeds: Annotated[str | None, typer.Option(help="comma-separated; all that were run when not given")] = None,
+    iterations: Annotated[int | None, typer.Option(help="of them, the first; all when not given")] = None,
+    out: Annotated[Path, typer.Option(help="a folder for the runs and results of the rerun")] = Path("reruns"),
+    strict: Annotated[bool, typer.Option(help="refuse where versions, hardware or the commit differ")] = False,
+    offline: Offline = None,
+) -> None:
+    """Run again what results hold, from their provenance, and compare every number.
+
+    On the machine and versions of the record all must be equal; elsewhere each Avg must lie within 3 standard errors.
+    Exit code 1 when they do not.
+
+    Example: tspin rerun results/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1
+    """
+    go_offline(offline)
+    from rich.console import Console
+
+    from tspin import experiment
+    from tspin import rerun as again
+
+    console = Console(stderr=True)
+    recorded = again.load_recorded(
+        record, split(methods) if methods else None, integers(seeds) if seeds else None, iterations
+    )
+    found = again.differences(recorded.provenance)
+    again.report(found, lambda line: console.print(line, markup=False))
+    if strict and found:
+        raise UserError(f"{record}: --strict, and {len(found)} things differ here ({', '.join(found)})")
+    experiment.quiet_libraries()
+    table = again.compare(recorded.folder, again.rerun(recorded, out))
+    console.print(again.shown(table))
+    wrong = again.verdict(table, exact=again.same_machine(found))
+    for line in wrong:
+        console.print(line, markup=False)
+    if wrong:
         raise typer.Exit(1)
 
 

@@ -117,6 +117,8 @@ def collect(
         for result in trainer.iterate():
             step = f"{title}, iteration {result.iteration}" if self_play else title
             report(f"[bold]{step}[/bold]: {describe(result)}")
+            for text in result.warnings.values():
+                report(f"[yellow]warning[/yellow]: {step}: {text}")
             folder = result.model_path.parent / "evaluation"
             scores, problems = evaluated(str(result.model_path), result.fingerprint, folder, step)
             iteration = result.iteration if self_play else None
@@ -127,7 +129,11 @@ def collect(
                 if path.exists():
                     collected.add(name, pd.read_parquet(path), method, seed, iteration)
             run = {"method": method, "seed": seed, "iteration": result.iteration}
-            facts = {"synthetic": result.synthetic, "diagnostics": result.diagnostics}
+            facts = {
+                "synthetic": result.synthetic,
+                "diagnostics": result.diagnostics,
+                "warnings": list(result.warnings),
+            }
             collected.costs.append({**run, **result.training, **facts})
         if seed == min(seeds):
             collect_texts(collected, trainer, result, method, seed)

@@ -22,6 +22,7 @@ from tspin import data
 from tspin.data import Example, Response
 from tspin.diagnostics import diagnose, summary
 from tspin.errors import UserError
+from tspin.guards import measure, warnings
 from tspin.iteration import (
     Unfinished,
     encode_dataset,
@@ -45,6 +46,7 @@ from tspin.run_store import (
     folder_fingerprint,
     note_damage,
     run_stage,
+    write_json,
 )
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import Triplet, make_triplets
@@ -60,6 +62,7 @@ class IterationResult:
     synthetic: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)  # what tspin.guards finds gone too far
 
 
 class SelfPlayTrainer:
@@ -227,7 +230,19 @@ class SelfPlayTrainer:
         result = IterationResult(iteration, folder / "model", record["fingerprint"], synthetic_facts, facts)
         if self.args.diagnostics:
             self._diagnose(result, all_roles, policy, inputs)
+        self._guard(result, every)
         return result
+
+    def _guard(self, result: IterationResult, responses: dict[str, dict[int, Response]]) -> None:
+        """Measure degeneration, and leave what was found in guards.json."""
+        folder = result.model_path.parent
+        of = {role: [given[e.prompt_id] for e in self.examples] for role, given in responses.items()}
+        table = pd.read_parquet(folder / "diagnostics.parquet") if self.args.diagnostics else None
+        labelled = [e.labelled for e in self.examples]
+        found = measure(of.get(SYNTHETIC, []), labelled, of.get(PROTO, []), table)
+        result.diagnostics.update(found)
+        result.warnings.update(warnings(found))
+        write_json(folder / "guards.json", {"measures": found, "warnings": result.warnings})
 
     def _diagnose(self, result: IterationResult, triplets: list[Triplet], policy: str, inputs: dict[str, Any]) -> None:
         """Write the iteration's diagnostics.parquet: log π and rewards before and after, sample by sample."""

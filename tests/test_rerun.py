@@ -1,0 +1,91 @@
+"""`tspin rerun`: the record is enough to run it again, and differences are told."""
+
+import json
+from shutil import copytree
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from tspin import rerun
+from tspin.cli import app
+from tspin.config import REPOSITORY, load_config
+from tspin.errors import UserError
+from tspin.experiment import run_experiment
+
+OVERRIDES = [
+    "data.labels=8",
+    "training.batch_size=4",
+    "evaluation.limit=3",
+    "iterations=2",
+    "sampling.max_new_tokens=8",
+]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    place = tmp_path_factory.mktemp("record")
+    config = load_config("pocket", OVERRIDES)
+    return run_experiment("pocket", config, ["base", "tspin"], [0], place / "runs", place / "results")
+
+
+def test_a_record_is_run_again_to_the_same_numbers(record, tmp_path):
+    result = CliRunner().invoke(app, ["rerun", str(record / "provenance.json"), "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    table = rerun.compare(record, tmp_path / "results" / "pocket")
+    assert len(table) == 3 and (table["largest"] == 0).all() and (table["problems"] == 1).all()
+    assert table["loss"].dropna().tolist() == [0.0, 0.0]
+    one = rerun.load_recorded(record / "provenance.json", ["tspin"], [0], 1)
+    assert (one.methods, one.seeds, one.config.iterations) == (["tspin"], [0], 1)
+
+
+def test_numbers_that_moved_are_told(record, tmp_path):
+    copytree(record, tmp_path / "pocket")
+    path = tmp_path / "pocket" / "evaluations.csv"
+    table = pd.read_csv(path)
+    table.loc[table["method"] == "tspin", "value"] += 60
+    table.to_csv(path, index=False)
+    moved = rerun.compare(record, tmp_path / "pocket")
+    assert len(rerun.verdict(moved, exact=True)) == 2 and len(rerun.verdict(moved, exact=False)) == 2
+    assert rerun.verdict(rerun.compare(record, record), exact=True) == []
+
+
+def test_what_differs_here_is_listed_and_strict_refuses(record, tmp_path):
+    copytree(record, tmp_path / "pocket")
+    path = tmp_path / "pocket" / "provenance.json"
+    found = json.loads(path.read_text())
+    found["versions"]["torch"], found["hardware"]["threads"] = "1.0", 64
+    path.write_text(json.dumps(found))
+    differing = rerun.differences(found)
+    assert {"versions.torch", "hardware.threads"} <= differing.keys() and not rerun.same_machine(differing)
+    result = CliRunner().invoke(app, ["rerun", str(path), "--strict", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "versions.torch" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": ["sft"]}, "no run of sft"),
+        ({"seeds": [7]}, "no run of seed 7"),
+    ],
+)
+def test_what_was_not_run_cannot_be_run_again(arguments, message, record):
+    with pytest.raises(UserError, match=message):
+        rerun.load_recorded(
+            record / "provenance.json", **{"methods": None, "seeds": None, "iterations": None, **arguments}
+        )
+
+
+def test_other_files_are_refused_in_one_line(tmp_path):
+    (tmp_path / "provenance.json").write_text("{}")
+    for path in (tmp_path / "provenance.json", tmp_path / "nothing.json"):
+        with pytest.raises(UserError) as error:
+            rerun.load_recorded(path, None, None, None)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_committed_evidence_can_be_run_again():
+    found = rerun.load_recorded(REPOSITORY / "results" / "pocket" / "provenance.json", None, None, None)
+    assert found.seeds == [0, 1, 2, 3, 4] and found.config.iterations == 5
+    assert {"base", "sft", "spin", "tspin"} <= set(found.methods)
