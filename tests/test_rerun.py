@@ -13,13 +13,7 @@ from tspin.config import REPOSITORY, load_config
 from tspin.errors import UserError
 from tspin.experiment import run_experiment
 
-OVERRIDES = [
-    "data.labels=8",
-    "training.batch_size=4",
-    "evaluation.limit=3",
-    "iterations=2",
-    "sampling.max_new_tokens=8",
-]
+OVERRIDES = ["data.labels=8", "training.batch_size=4", "evaluation.limit=3", "iterations=2"]
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +65,9 @@ def test_what_differs_here_is_listed_and_strict_refuses(record, tmp_path):
     ],
 )
 def test_what_was_not_run_cannot_be_run_again(arguments, message, record):
+    given = {"methods": None, "seeds": None, "iterations": None, **arguments}
     with pytest.raises(UserError, match=message):
-        rerun.load_recorded(
-            record / "provenance.json", **{"methods": None, "seeds": None, "iterations": None, **arguments}
-        )
+        rerun.load_recorded(record / "provenance.json", **given)
 
 
 def test_other_files_are_refused_in_one_line(tmp_path):

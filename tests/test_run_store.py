@@ -14,6 +14,7 @@ from tspin.run_store import (
     check_stage,
     claim_folder,
     fingerprint,
+    provenance,
     read_json,
     run_stage,
     stage_record,
@@ -148,3 +149,9 @@ def test_a_folder_has_one_owner_until_it_dies(tmp_path):
     other.communicate()
     with owned(tmp_path), owned(tmp_path):  # its own folder, again
         assert (tmp_path / ".lock").read_text().startswith("process ")
+
+
+def test_provenance_names_no_place_of_this_machine(monkeypatch):
+    given = ["/home/me/bin/tspin", "run", "--offline", "/data/me/offline", "--out=/x/y", "runs/a"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert provenance()["command"] == "tspin run --offline offline --out=y runs/a"

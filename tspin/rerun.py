@@ -120,17 +120,16 @@ def compare(old: Path, new: Path) -> pd.DataFrame:
 
 
 def verdict(table: pd.DataFrame, exact: bool) -> list[str]:
-    """What is not as it should be, a line each. exact: on the machine of the record, where every number must be equal."""
+    """What is not as it should be, a line each. exact: on the record's machine, where every number must be equal."""
     wrong = []
     for row in table.to_dict("records"):
         name = f"{row['method']}, seed {row['seed']}, iteration {row['iteration']}"
         gap = abs(row["average_old"] - row["average_new"])
-        if exact and (row["largest"] > 0 or row["problems"] < 1 or row["loss"] > 0):
+        if exact and (row["largest"] > 0 or row["problems"] < 1 or (row["loss"] or 0) > 0):
             wrong.append(f"{name}: other numbers on the same machine with the same versions")
         elif not exact and gap > ERRORS * row["error"]:
-            wrong.append(
-                f"{name}: Avg {row['average_new']:.2f}, {row['average_old']:.2f} on record (± {row['error']:.2f})"
-            )
+            averages = f"{row['average_new']:.2f}, {row['average_old']:.2f} on record"
+            wrong.append(f"{name}: Avg {averages} (± {row['error']:.2f} of the difference)")
     return wrong
 
 
@@ -142,17 +141,14 @@ def shown(table: pd.DataFrame) -> Table:
         drawn.add_column(name)
     for row in table.to_dict("records"):
         iteration = "–" if pd.isna(row["iteration"]) else str(row["iteration"])
-        loss = (
-            "–"
-            if row["loss"] is None or pd.isna(row["loss"])
-            else "exact"
-            if row["loss"] == 0
-            else f"{row['loss']:.2g}"
-        )
-        largest = "exact" if row["largest"] == 0 else f"{row['largest']:.2f}"
+        loss, largest = _gap(row["loss"], ".2g"), _gap(row["largest"], ".2f")
         averages = (f"{row['average_old']:.2f}", f"{row['average_new']:.2f}")
         drawn.add_row(row["method"], str(row["seed"]), iteration, *averages, largest, f"{row['problems']:.1%}", loss)
     return drawn
+
+
+def _gap(value: float | None, form: str) -> str:
+    return "–" if value is None or pd.isna(value) else "exact" if value == 0 else format(value, form)
 
 
 def report(found: dict[str, tuple[Any, Any]], show: Callable[[str], Any]) -> None:

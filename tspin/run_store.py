@@ -307,8 +307,14 @@ def provenance() -> dict[str, Any]:
         ),
         "versions": versions,
         "hardware": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "accelerators": devices},
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_without_place, sys.argv[1:])]),
     }
+
+
+def _without_place(argument: str) -> str:
+    """A command's argument as anyone may read it: of an absolute path, its name."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def _git(*arguments: str) -> str | None:
