@@ -39,7 +39,7 @@ MethodName = Annotated[
 Offline = Annotated[
     Path | None, typer.Option(help="a folder made by `tspin fetch`: nothing else is read, no network is asked")
 ]
-Seed = Annotated[int, typer.Option(help="every random choice follows from it")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="every random choice follows from it")]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -446,13 +446,13 @@ def split(text: str) -> list[str]:
 
 
 def integers(text: str) -> list[int]:
-    """Comma- or space-separated integers. Raises UserError."""
+    """Comma- or space-separated seeds, which results/ keeps in 16 bits. Raises UserError."""
     try:
         values = [int(part) for part in text.replace(" ", ",").split(",") if part]
     except ValueError:
         values = []
-    if not values:
-        raise UserError(f"--seeds {text!r}: write whole numbers, separated by commas")
+    if not values or not all(0 <= value < 2**15 for value in values):
+        raise UserError(f"--seeds {text!r}: write whole numbers from 0 to {2**15 - 1}, separated by commas")
     return values
 
 

@@ -5,6 +5,7 @@ is allowed there. `for_method` gives the settings of one run.
 """
 
 import difflib
+import reprlib
 import types
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,8 +19,10 @@ from tspin.objectives import METHODS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-Positive = Annotated[float, Field(gt=0)]
-PositiveInt = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+MAX_NODES = 100_000  # values in a YAML file, its aliases written out
 
 
 class Section(BaseModel):
@@ -48,7 +51,7 @@ class DataSettings(Section):
     columns: dict[Literal["prompt", "completion"], str] = {}
     template: str = "auto"  # auto, chat, paper, none, or a text with {prompt} in it
     labels: PositiveInt | None = None  # rows used, a nested seeded subset; all when empty
-    subset_seed: int = 0
+    subset_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     max_prompt_tokens: PositiveInt = 512
     max_response_tokens: PositiveInt = 256
     long_prompts: Literal["error", "truncate", "drop"] = "error"
@@ -66,7 +69,7 @@ class EngineSettings(Section):
 class SamplingSettings(Section):
     """Decoding of y′ and y0. temperature 0 is greedy."""
 
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: NonNegative = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 64  # of the transformers backend; vllm plans its own
@@ -91,7 +94,7 @@ class TrainingSettings(Section):
     micro_batch_tokens: PositiveInt = 4096  # tokens a forward pass on one device; lower saves memory
     layout: Literal["auto", "shared", "padded"] = "auto"  # shared: each prompt once for all its responses
     optimizer: str = "rmsprop"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegative = 0.0
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps
     schedule: str = "linear"
     max_grad_norm: Positive = 1.0
@@ -107,11 +110,11 @@ class MethodSettings(Section):
     """A method's own coefficients, and where its data or training differ from the common ones."""
 
     alpha: Positive = 1.0
-    beta: Annotated[float, Field(ge=0)] = 0.1
+    beta: NonNegative = 0.1
     lam: Positive = 0.1
     loss: Literal["logistic", "exponential"] = "logistic"
     length_scale: Positive = 2.0
-    margin: Annotated[float, Field(ge=0)] = 1.0
+    margin: NonNegative = 1.0
     noise_ratio: Positive = 1.0
     data: dict[str, Any] = {}
     training: dict[str, Any] = {}
@@ -131,7 +134,7 @@ class RunSettings(Section):
     """One run: one method. What `tspin run` and SelfPlayTrainer need."""
 
     method: str
-    iterations: PositiveInt
+    iterations: Annotated[int, Field(gt=0, lt=128)]
     coefficients: MethodSettings
     model: ModelSettings
     data: DataSettings
@@ -149,7 +152,7 @@ class Config(Section):
     training: TrainingSettings = TrainingSettings()
     engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings | None = None
-    iterations: PositiveInt = 5
+    iterations: Annotated[int, Field(gt=0, lt=128)] = 5  # results/ keeps them in 8 bits
     methods: dict[str, MethodSettings] = {}
 
     @model_validator(mode="after")
@@ -193,18 +196,11 @@ def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
     Raises UserError for an unknown preset, unreadable YAML, unknown keys and bad values.
     """
     path = find_yaml(name_or_path, "experiments", "preset")
-    return build_config(read_yaml(path), overrides, source=f"{path.name}: ")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping, empty for an empty file. Raises UserError for what is none."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    tree = read_yaml(path)
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of sections, this is a {type(tree).__name__}")
-    return tree
+    return build_config(tree, overrides, source=f"{path.name}: ")
 
 
 def build_config(tree: dict[str, Any], overrides: Iterable[str] = (), source: str = "") -> Config:
@@ -220,13 +216,39 @@ def build_config(tree: dict[str, Any], overrides: Iterable[str] = (), source: st
             if not isinstance(node, dict):
                 raise UserError(f"--set {override}: {parent} is a value, not a section")
         try:
-            node[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            node[last] = _parsed(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"--set {override}: {value!r} is not a YAML value") from error
     try:
         return Config.model_validate(read_numbers(tree))
     except ValidationError as error:
         raise UserError(source + explain(error, Config)) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises UserError for what is no file, no UTF-8 text, no YAML, or endless."""
+    try:
+        return _parsed(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is no date
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+
+
+def _parsed(text: str) -> Any:
+    tree = yaml.safe_load(text)
+    open_nodes, count = [tree], 0
+    while open_nodes:  # a few lines of aliases can stand for a tree without end
+        node, count = open_nodes.pop(), count + 1
+        if count > MAX_NODES:
+            raise ValueError(f"more than {MAX_NODES:,} values")
+        if isinstance(node, dict):
+            if wrong := [key for key in node if not isinstance(key, str)]:
+                raise ValueError(f"the key {wrong[0]!r} is no text: put it in quotes")
+            open_nodes += node.values()
+        elif isinstance(node, list):
+            open_nodes += node
+    return tree
 
 
 def read_numbers(node: Any) -> Any:
@@ -271,12 +293,12 @@ def explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> 
     """One line for the first thing that is wrong in a config."""
     first = error.errors()[0]
     location = [part for part in first["loc"] if isinstance(part, str | int)]
-    path = prefix + ".".join(map(str, location))
+    path = prefix + ".".join(map(str, location)) or "the config"
     if first["type"] == "extra_forbidden":
         parent = _section_at(root, location[:-1])
         allowed = list(parent.model_fields) if parent else []
         return f"{path}: " + unknown("key", str(location[-1]), allowed)
-    return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]} (got {first.get('input')!r})"
+    return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]} (got {reprlib.repr(first.get('input'))})"
 
 
 def _section_at(root: type[BaseModel], location: Iterable[Any]) -> type[BaseModel] | None:

@@ -2,15 +2,23 @@
 
 Data sets are in TRL's prompt–completion format: rows {"prompt": …, "completion": …}, each a string
 or a list of {"role", "content"} messages, from a JSONL or Parquet file or the hub.
+
+Data is text, templates are control: where a prompt or a response spells one of the tokenizer's special tokens
+(<|im_start|>, </s>), it is encoded as the characters that it is. A prompt cannot open a turn of its own, and a response
+ends where its row ends, once, and nowhere inside. Such rows are counted and listed on stderr. One exception:
+with data.template "none", prompts are taken as written for the tokenizer, special tokens included; they are listed too.
 """
 
 import json
 import random
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,6 +97,9 @@ def validate_rows(rows: Iterable[Row], source: str, columns: Mapping[str, str] |
             raise UserError(f"{source}, row {number}: no prompt (column {prompt_column!r} is missing or empty)")
         if not _has_text(completion):
             raise UserError(f"{source}, row {number}: empty response (column {completion_column!r})")
+        for what, value in (("prompt", prompt), ("response", completion)):
+            if not all(map(_is_unicode, _texts(value))):
+                raise UserError(f"{source}, row {number}: the {what} has half of a surrogate pair: no Unicode text")
         checked.append({"prompt": prompt, "completion": completion})
     if not checked:
         raise UserError(f"{source} has no rows: give a data set with at least one prompt and response")
@@ -103,6 +114,19 @@ def _has_text(value: Any) -> bool:
     return all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in value) and bool(
         value[-1]["content"].strip()
     )
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a prompt or completion."""
+    return [value] if isinstance(value, str) else [message["content"] for message in value]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _first_round(messages: Any, source: str, number: int) -> tuple[list[Any], list[Any]]:
@@ -127,7 +151,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".json":
         try:
             whole = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             whole = None  # many a .json file has one object a line
         found = whole.get("examples") if isinstance(whole, dict) else whole
         if isinstance(found, list):
@@ -149,7 +173,7 @@ def _parse_lines(text: str, path: Path) -> Iterable[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # besides bad syntax: numbers too long, nesting too deep
                 raise UserError(f"{path}, line {number}: not JSON ({error}); JSONL has one object a line") from error
 
 
@@ -158,8 +182,8 @@ def _read_parquet(path: Path) -> Iterable[Row]:
         return pq.read_table(path).to_pylist()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({error})") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a Parquet file that can be read ({error})") from error
 
 
 def nested_subset(rows: Sequence[dict[str, Any]], size: int | None, seed: int) -> list[tuple[int, dict[str, Any]]]:
@@ -175,6 +199,17 @@ def nested_subset(rows: Sequence[dict[str, Any]], size: int | None, seed: int) -
     return [(i, rows[i]) for i in sorted(order[:size])]
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts that the tokenizer reads as control tokens, the longest first. Words that were merely added are not."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added, key=lambda text: (-len(text), text))
+
+
+def _spelt(value: Any, special: Sequence[str]) -> list[str]:
+    """The special tokens that the texts of a prompt or completion spell."""
+    return [token for token in special if any(token in text for text in _texts(value))]
+
+
 def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, list[int]]:
     """(text, token ids) of a prompt as the policy sees it, up to where its response begins.
 
@@ -182,24 +217,84 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: str
     the paper's template where there is none, "paper", "none" for the text as it is, or any text with
     {prompt} in it. A prompt given as one user's message is that message's text; longer conversations, which only a
     chat template can tell apart, always take it.
+    Special tokens come from the template alone; those that the prompt spells are text (but with "none").
+    Raises UserError for an unknown template, and for messages that the chat template refuses.
     """
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "paper"
     if template != "chat" and not isinstance(prompt, str) and [message["role"] for message in prompt] == ["user"]:
         prompt = prompt[0]["content"]
+    special = special_tokens(tokenizer)
+    given, hidden = prompt, []
+    if template != "none" or not isinstance(prompt, str):
+        given, hidden = _hide(prompt, _spelt(prompt, special))
     if not isinstance(prompt, str) or template == "chat":
         if not tokenizer.chat_template:
             raise UserError("data.template: the tokenizer has no chat template; give one user's message and 'paper'")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "user", "content": given}] if isinstance(prompt, str) else list(given)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise UserError(f"the tokenizer's chat template refuses a prompt's messages ({error})") from error
         assert isinstance(text, str)
+        if hidden:
+            return _show(text, hidden), _encode_with_plain(text, hidden, tokenizer, special)
         # The template has written the begin token itself, if the model wants one.
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
     form = {"paper": PAPER_TEMPLATE, "none": "{prompt}"}.get(template, template)
     if "{prompt}" not in form:
         raise UserError(f"data.template {template!r}: auto, chat, paper, none, or a text with {{prompt}} in it")
-    text = form.replace("{prompt}", prompt)
+    text = form.replace("{prompt}", given)
+    if hidden:
+        empty = _without_end(tokenizer("")["input_ids"], tokenizer)  # the begin token, if there is one
+        return _show(text, hidden), empty + _encode_with_plain(text, hidden, tokenizer, special)
     return text, _without_end(tokenizer(text)["input_ids"], tokenizer)
+
+
+Hidden = list[tuple[str, str]]  # (placeholder, the special token's text that it stands for)
+
+
+def _hide(prompt: Any, spelt: Sequence[str]) -> tuple[Any, Hidden]:
+    """A prompt with a placeholder, a character of Unicode's private use area, for each special token that it spells."""
+    if not spelt:
+        return prompt, []
+    used = set("".join(_texts(prompt)))
+    free = [mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in used]
+    if len(free) < len(spelt):
+        raise UserError("a prompt spells special tokens and uses all of Unicode's private characters")
+    hidden = list(zip(free, spelt, strict=False))
+
+    def replaced(text: str) -> str:
+        for mark, token in hidden:
+            text = text.replace(token, mark)
+        return text
+
+    if isinstance(prompt, str):
+        return replaced(prompt), hidden
+    return [{**message, "content": replaced(message["content"])} for message in prompt], hidden
+
+
+def _show(text: str, hidden: Hidden) -> str:
+    for mark, token in hidden:
+        text = text.replace(mark, token)
+    return text
+
+
+def _encode_with_plain(
+    text: str, hidden: Hidden, tokenizer: PreTrainedTokenizerBase, special: Sequence[str]
+) -> list[int]:
+    """Token ids of a filled-in template: its own special tokens are control tokens, what is hidden is text."""
+    ids: list[int] = []
+    for number, part in enumerate(re.split("(" + "|".join(map(re.escape, special)) + ")", text)):
+        if number % 2:
+            ids.append(tokenizer.convert_tokens_to_ids(part))
+        elif part:
+            ids += _encode_plain(_show(part, hidden), tokenizer)
+    return ids
+
+
+def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -208,9 +303,12 @@ def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
 
 
 def encode_response(completion: Any, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Response:
-    """A labelled response with its end token, or cut to max_tokens and without one."""
+    """A labelled response with its end token, or cut to max_tokens and without one.
+
+    Special tokens that the text spells are text: the one end token is the last token.
+    """
     text = completion if isinstance(completion, str) else completion[-1]["content"]
-    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = [*_encode_plain(text, tokenizer), tokenizer.eos_token_id]
     return Response(ids[:max_tokens], text, finished=len(ids) <= max_tokens)
 
 
@@ -222,30 +320,53 @@ def encode_examples(
     max_prompt_tokens: int,
     max_response_tokens: int,
     long_prompts: str,
+    noted: dict[str, list[int]] | None = None,
 ) -> list[Example]:
     """Encode numbered rows. A prompt over max_prompt_tokens is dealt with as `long_prompts` says.
 
     "error" raises UserError, "drop" leaves the row out, "truncate" keeps the prompt's last tokens.
+    Rows that were dropped or truncated, and those whose text spells special tokens, are counted and listed on stderr;
+    noted: gets their numbers, "dropped", "truncated", "special_tokens" → row numbers, only what there is.
     Also raises UserError for a tokenizer without an end token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token): set one, or responses could never end")
+    noted = {} if noted is None else noted
+    special = special_tokens(tokenizer)
+    found: set[str] = set()
     examples = []
     for number, row in rows:
         text, ids = encode_prompt(row["prompt"], tokenizer, template)
+        if not ids:
+            raise UserError(f"data row {number + 1}: the tokenizer makes no token of this prompt")
         if len(ids) > max_prompt_tokens:
             if long_prompts == "error":
                 raise UserError(
                     f"data row {number + 1}: prompt of {len(ids)} tokens, data.max_prompt_tokens is "
                     f"{max_prompt_tokens}; raise it, or set data.long_prompts to truncate or drop"
                 )
+            noted.setdefault("dropped" if long_prompts == "drop" else "truncated", []).append(number)
             if long_prompts == "drop":
                 continue
             ids = ids[-max_prompt_tokens:]
+        if spelt := _spelt(row["prompt"], special) + _spelt(row["completion"], special):
+            found.update(spelt)
+            noted.setdefault("special_tokens", []).append(number)
         response = encode_response(row["completion"], tokenizer, max_response_tokens)
         examples.append(Example(number, text, ids, response))
     if not examples:
         raise UserError("no data left: every prompt is longer than data.max_prompt_tokens")
+    as_text = (
+        "as text" if template != "none" else "as control tokens in prompts (data.template none), as text elsewhere"
+    )
+    says = {
+        "dropped": f"dropped: prompts of more than data.max_prompt_tokens, {max_prompt_tokens}",
+        "truncated": f"cut to the last {max_prompt_tokens} tokens of their prompts (data.max_prompt_tokens)",
+        "special_tokens": f"spell special tokens ({' '.join(sorted(found))}), taken {as_text}",
+    }
+    for kind, numbers in noted.items():
+        listed = ", ".join(str(n + 1) for n in numbers[:10]) + (", …" if len(numbers) > 10 else "")
+        sys.stderr.write(f"tspin: {len(numbers)} of {len(rows)} data rows {says[kind]}: rows {listed}\n")
     return examples
 
 
@@ -267,13 +388,25 @@ def write_responses(path: Path, prompt_ids: Sequence[int], responses: Sequence[R
 
 
 def read_responses(path: Path) -> dict[int, Response]:
-    """Responses by prompt id. Raises UserError when the file is no such table."""
+    """Responses by prompt id. Raises UserError when the file is no such table, or a row of it no such response."""
     try:
         rows = pq.read_table(path, schema=RESPONSE_SCHEMA).to_pylist()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a table of responses made by `tspin sample` ({error})") from error
+    seen = set()
+    for number, row in enumerate(rows, start=1):
+        problem = None
+        if any(row[name] is None for name in RESPONSE_SCHEMA.names):
+            problem = "an empty cell"
+        elif not row["ids"] or any(token is None or token < 0 for token in row["ids"]):
+            problem = "no tokens" if not row["ids"] else "a token that is none"
+        elif row["prompt_id"] in seen:
+            problem = f"prompt_id {row['prompt_id']} is there twice"
+        if problem:
+            raise UserError(f"{path}, row {number}: {problem}; make the file again by `tspin sample`")
+        seen.add(row["prompt_id"])
     return {row["prompt_id"]: Response(row["ids"], row["text"], row["finished"]) for row in rows}
 
 

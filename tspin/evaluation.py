@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tspin.config import REPOSITORY, find_yaml, unknown
+from tspin.config import REPOSITORY, find_yaml, read_yaml, unknown
 from tspin.errors import UserError
 from tspin.hub import offline_benchmarks
 from tspin.run_store import fingerprint
@@ -170,15 +169,16 @@ def _in_repository(path: Path) -> Path:
     return path if path.is_dir() else REPOSITORY / path
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+def _settings(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise UserError(f"{path}: a suite is a mapping with the key `columns`")
     base = settings.pop("extends", None)
-    return {**_settings(find_yaml(base, SUITES, "suite")), **settings} if base else settings
+    if base is None:
+        return settings
+    if path.resolve() in extended or not isinstance(base, str):
+        raise UserError(f"{path}: `extends` is the name of another suite, in no circle (got {base!r})")
+    return {**_settings(find_yaml(base, SUITES, "suite"), (*extended, path.resolve())), **settings}
 
 
 def _benchmarks(suite: Suite) -> list[Column]:

@@ -38,9 +38,15 @@ from tspin.trainer import AtTrainBegin, Triplet, TripletCollator, TripletTrainer
 
 
 def encode_dataset(
-    dataset: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
+    dataset: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    args: SelfPlayConfig,
+    noted: dict[str, list[int]] | None = None,
 ) -> list[Example]:
-    """Rows {"prompt", "completion"} as examples; an integer "prompt_id" replaces the row's number. Raises UserError."""
+    """Rows {"prompt", "completion"} as examples; an integer "prompt_id" replaces the row's number. Raises UserError.
+
+    noted: see data.encode_examples.
+    """
     rows = [dict(row) for row in dataset]
     given = [row.get("prompt_id") for row in rows]
     numbers = [value if isinstance(value, int) else i for i, value in enumerate(given)]
@@ -53,6 +59,7 @@ def encode_dataset(
         max_prompt_tokens=args.max_prompt_tokens,
         max_response_tokens=args.max_response_tokens,
         long_prompts=args.long_prompts,
+        noted=noted,
     )
 
 

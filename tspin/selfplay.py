@@ -101,7 +101,8 @@ class SelfPlayTrainer:
         self.loading = {name: str(value) for name, value in self.model_arguments.items()}
         source = model if isinstance(model, PreTrainedModel) else resolve(str(model))
         self.tokenizer = processing_class or load_tokenizer(str(source), self.model_arguments)
-        self.examples = encode_dataset(train_dataset, self.tokenizer, args)
+        self.noted_rows: dict[str, list[int]] = {}  # rows dropped, truncated, with special tokens in their text
+        self.examples = encode_dataset(train_dataset, self.tokenizer, args, self.noted_rows)
         self.data_fingerprint = fingerprint([[e.prompt_id, e.prompt_ids, e.labelled.ids] for e in self.examples])
         self.source = source
         self.model: PreTrainedModel | None = None  # the final policy, after train()
@@ -145,7 +146,9 @@ class SelfPlayTrainer:
             yield result
 
     def _write_prompts(self) -> None:
-        """Leave the prompts and labels in the run's folder, for those who read its responses."""
+        """Leave the prompts and labels in the run's folder, for those who read its responses, and rows of note."""
+        if self.noted_rows and not (self.folder / "rows.json").exists():
+            write_json(self.folder / "rows.json", self.noted_rows)
         path = self.folder / "prompts.parquet"
         if not path.exists():
             rows = [{"prompt_id": e.prompt_id, "prompt": e.prompt, "labelled": e.labelled.text} for e in self.examples]

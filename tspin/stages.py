@@ -64,7 +64,7 @@ def train_from_files(
     responses = {}
     for role, path in ((SYNTHETIC, synthetic), (PROTO, proto)):
         if path is not None:
-            responses[role] = _responses_for(examples, path)
+            responses[role] = _responses_for(examples, path, tokenizer)
         elif role in METHODS[method].gradient_roles(METHODS[method].coefficients_at(iteration, args.coefficients)):
             raise UserError(
                 f"--{role}: {method} at iteration {iteration} needs these responses; make them by `tspin sample`"
@@ -103,7 +103,9 @@ def diagnose_to_file(
         raise UserError(f"{out} is a folder: --out is the Parquet file to write")
     args, tokenizer, examples, load, _ = _prepare(model, dataset, method, seed, overrides)
     given = {SYNTHETIC: synthetic, PROTO: proto}
-    triplets = make_triplets(examples, {role: _responses_for(examples, path) for role, path in given.items() if path})
+    triplets = make_triplets(
+        examples, {role: _responses_for(examples, path, tokenizer) for role, path in given.items() if path}
+    )
 
     def logps(path: str | None) -> dict[str, list[float]]:
         return response_logps(load(path), triplets, tokenizer, args, path or model)
@@ -162,8 +164,14 @@ def _prepare(
     )
 
 
-def _responses_for(examples: Sequence[Example], path: Path) -> dict[int, Response]:
+def _responses_for(examples: Sequence[Example], path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[int, Response]:
     responses = data.read_responses(path)
+    for prompt_id, response in responses.items():
+        if max(response.ids) >= len(tokenizer):
+            raise UserError(
+                f"{path}: token {max(response.ids)} in the response to data row {prompt_id + 1} is not in this model's "
+                f"vocabulary of {len(tokenizer)}: sample the responses with a model of the same tokenizer"
+            )
     missing = [example.prompt_id for example in examples if example.prompt_id not in responses]
     if missing:
         raise UserError(f"{path}: no response to data row {missing[0] + 1}; sample it with the same --data")

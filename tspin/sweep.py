@@ -131,6 +131,8 @@ def load_sweep(path: Path, profile: Path | None, runs: Path, results: Path) -> S
 
 def _mapping(path: Path, keys: set[str], required: set[str]) -> dict[str, Any]:
     found = read_yaml(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a mapping is expected here, this is a {type(found).__name__}")
     for key in found:
         if key not in keys:
             raise UserError(f"{path}: {unknown('key', key, sorted(keys))}")
