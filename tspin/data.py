@@ -225,7 +225,8 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: str
     if template != "chat" and not isinstance(prompt, str) and [message["role"] for message in prompt] == ["user"]:
         prompt = prompt[0]["content"]
     special = special_tokens(tokenizer)
-    given, hidden = prompt, []
+    given: Any = prompt
+    hidden: Hidden = []
     if template != "none" or not isinstance(prompt, str):
         given, hidden = _hide(prompt, _spelt(prompt, special))
     if not isinstance(prompt, str) or template == "chat":
@@ -287,7 +288,7 @@ def _encode_with_plain(
     ids: list[int] = []
     for number, part in enumerate(re.split("(" + "|".join(map(re.escape, special)) + ")", text)):
         if number % 2:
-            ids.append(tokenizer.convert_tokens_to_ids(part))
+            ids.append(int(tokenizer.convert_tokens_to_ids(part)))  # type: ignore[arg-type]
         elif part:
             ids += _encode_plain(_show(part, hidden), tokenizer)
     return ids
