@@ -17,7 +17,7 @@ figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
 .PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims \
-	study studies notebooks sweep benchmark plan-check test fault-test test-vllm engines lint clean
+	study studies notebooks sweep benchmark plan-check regenerate test fault-test test-vllm engines lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
@@ -66,11 +66,19 @@ benchmark: $(VENV)/.benchmark
 plan-check: $(READY)
 	$(VENV)/bin/python experiments/plan_check.py
 
+# The committed evidence again, for one seed and iteration; exact on the same machine, within 3 standard errors elsewhere.
+regenerate: $(READY)
+	$(TSPIN) rerun results/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1 --out runs/regenerated
+
 test: $(READY)
 	$(VENV)/bin/python -m pytest
 
 # Kills, signals, full disks, damaged files, bad hubs, NaN, no memory: a tiny run must survive them all.
-fault-test: $(READY)
+fault-# The committed evidence again, for one seed and iteration; exact on the same machine, within 3 standard errors elsewhere.
+regenerate: $(READY)
+	$(TSPIN) rerun results/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1 --out runs/regenerated
+
+test: $(READY)
 	$(VENV)/bin/python experiments/faults.py
 
 # vLLM's CPU build, in an environment of its own: it brings a PyTorch by its exact build and packages of its own.
