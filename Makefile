@@ -66,7 +66,7 @@ benchmark: $(VENV)/.benchmark
 plan-check: $(READY)
 	$(VENV)/bin/python experiments/plan_check.py
 
-# The committed evidence again, for one seed and iteration; exact on the same machine, within 3 standard errors elsewhere.
+# The committed evidence again, for one seed and iteration; each average within 3 standard errors.
 regenerate: $(READY)
 	$(TSPIN) rerun results/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1 --out runs/regenerated
 
@@ -74,7 +74,7 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest
 
 # Kills, signals, full disks, damaged files, bad hubs, NaN, no memory: a tiny run must survive them all.
-fault-# The committed evidence again, for one seed and iteration; exact on the same machine, within 3 standard errors elsewhere.
+fault-# The committed evidence again, for one seed and iteration; each average within 3 standard errors.
 regenerate: $(READY)
 	$(TSPIN) rerun results/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1 --out runs/regenerated
 

@@ -75,11 +75,6 @@ def differences(recorded: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def same_machine(found: dict[str, tuple[Any, Any]]) -> bool:
-    """Whether numbers must be the same bit by bit: hardware and versions are, whatever the commit."""
-    return not any(name.startswith(("versions.", "hardware.")) for name in found)
-
-
 def rerun(recorded: Recorded, out: Path) -> Path:
     """Run it into `out`; returns the results folder."""
     from tspin.experiment import run_experiment
@@ -120,13 +115,13 @@ def compare(old: Path, new: Path) -> pd.DataFrame:
 
 
 def verdict(table: pd.DataFrame, exact: bool) -> list[str]:
-    """What is not as it should be, a line each. exact: on the record's machine, where every number must be equal."""
+    """What is not as it should be, a line each. exact: every number must be equal, as on the record's own machine."""
     wrong = []
     for row in table.to_dict("records"):
         name = f"{row['method']}, seed {row['seed']}, iteration {row['iteration']}"
         gap = abs(row["average_old"] - row["average_new"])
         if exact and (row["largest"] > 0 or row["problems"] < 1 or (row["loss"] or 0) > 0):
-            wrong.append(f"{name}: other numbers on the same machine with the same versions")
+            wrong.append(f"{name}: other numbers than on record")
         elif not exact and gap > ERRORS * row["error"]:
             averages = f"{row['average_new']:.2f}, {row['average_old']:.2f} on record"
             wrong.append(f"{name}: Avg {averages} (± {row['error']:.2f} of the difference)")
