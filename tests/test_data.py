@@ -121,3 +121,19 @@ def test_missing_and_foreign_files(tmp_path):
         data.load_rows(str(fake))
     with pytest.raises(UserError, match="neither a .jsonl or .parquet file here nor on the hub"):
         data.load_rows("nobody/no-such-data-set")
+
+
+@pytest.mark.parametrize("template", ["paper", "chat"])
+def test_special_tokens_that_data_spells_are_text_and_are_listed(template, tokenizer, capsys):
+    end = tokenizer.eos_token
+    rows = [
+        (0, {"prompt": "1 + 1 =", "completion": "2"}),
+        (1, {"prompt": f"1 {end} 1 =", "completion": f"2 {end} and more"}),
+    ]
+    noted: dict = {}
+    plain, hostile = data.encode_examples(rows, tokenizer, template=template, noted=noted, **LIMITS)
+    assert tokenizer.eos_token_id not in hostile.prompt_ids
+    assert hostile.labelled.ids.count(tokenizer.eos_token_id) == 1 == plain.labelled.ids.count(tokenizer.eos_token_id)
+    assert hostile.labelled.ids[-1] == tokenizer.eos_token_id and len(hostile.labelled.ids) > 5
+    assert end in hostile.prompt and noted == {"special_tokens": [1]}
+    assert "1 of 2 data rows spell special tokens" in capsys.readouterr().err
