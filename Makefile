@@ -74,11 +74,7 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest
 
 # Kills, signals, full disks, damaged files, bad hubs, NaN, no memory: a tiny run must survive them all.
-fault-# The committed evidence again, for one seed and iteration; each average within 3 standard errors.
-regenerate: $(READY)
-	$(TSPIN) rerun results/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1 --out runs/regenerated
-
-test: $(READY)
+fault-test: $(READY)
 	$(VENV)/bin/python experiments/faults.py
 
 # vLLM's CPU build, in an environment of its own: it brings a PyTorch by its exact build and packages of its own.
