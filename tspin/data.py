@@ -222,7 +222,8 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: str
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "paper"
     special = special_tokens(tokenizer)
-    given, hidden = prompt, []
+    given: Any = prompt
+    hidden: Hidden = []
     if template != "none" or not isinstance(prompt, str):
         given, hidden = _hide(prompt, _spelt(prompt, special))
     if not isinstance(prompt, str) or template == "chat":
@@ -284,7 +285,7 @@ def _encode_with_plain(
     ids: list[int] = []
     for number, part in enumerate(re.split("(" + "|".join(map(re.escape, special)) + ")", text)):
         if number % 2:
-            ids.append(tokenizer.convert_tokens_to_ids(part))
+            ids.append(tokenizer.vocab[part])
         elif part:
             ids += _encode_plain(_show(part, hidden), tokenizer)
     return ids
