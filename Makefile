@@ -5,6 +5,7 @@ SEEDS   ?= 0
 VENV    := .venv
 READY   := $(VENV)/.ready
 VLLM    := .venv-vllm
+AUDIT   := .venv-audit
 
 ALL     := base,sft,spin,tspin,tspin_no_history,tspin_reference
 TSPIN   := $(VENV)/bin/tspin
@@ -17,7 +18,7 @@ figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
 .PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims \
-	study studies notebooks sweep benchmark plan-check regenerate test fault-test test-vllm engines lint clean
+	study studies notebooks sweep benchmark plan-check regenerate test fault-test test-vllm engines fuzz lock audit sbom lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
@@ -77,6 +78,34 @@ test: $(READY)
 fault-test: $(READY)
 	$(VENV)/bin/python experiments/faults.py
 
+# Bad input, FUZZ new examples of each kind; `make test` draws a few.
+FUZZ ?= 300
+fuzz: $(READY)
+	TSPIN_FUZZ=$(FUZZ) $(VENV)/bin/python -m pytest tests/test_fuzz.py -s
+
+# What `.[test]` comes down to on Linux with Python 3.11, every file by its hash. To install by it:
+# python3.11 -m venv .venv && .venv/bin/pip install --require-hashes -r requirements.lock && .venv/bin/pip install --no-deps -e .
+lock: $(AUDIT)/.ready
+	$(AUDIT)/bin/uv pip compile --quiet --generate-hashes --python-version 3.11 --python-platform linux --no-emit-index-url \
+		--no-header --extra test pyproject.toml --output-file requirements.lock
+
+# Known vulnerabilities of what is locked. Without a vulnerability service it says so and fails: nothing was checked.
+audit: $(AUDIT)/.ready
+	@$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock >$(AUDIT)/audit.txt 2>$(AUDIT)/audit.err; \
+		code=$$?; cat $(AUDIT)/audit.txt; \
+		if [ $$code -ne 0 ] && ! grep -q '^Found [0-9]' $(AUDIT)/audit.err; then \
+			echo "make audit: nothing was checked: $$(tail -n 1 $(AUDIT)/audit.err | cut -c 1-300)" >&2; \
+		else tail -n 1 $(AUDIT)/audit.err; fi; exit $$code
+
+# The bill of materials, CycloneDX.
+sbom: $(AUDIT)/.ready
+	$(AUDIT)/bin/cyclonedx-py requirements --output-reproducible --of JSON -o sbom.cdx.json requirements.lock
+
+$(AUDIT)/.ready: Makefile
+	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	touch $@
+
 # vLLM's CPU build, in an environment of its own: it brings a PyTorch by its exact build and packages of its own.
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/test_vllm.py
@@ -120,4 +149,4 @@ $(VENV)/.benchmark: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) runs
+	rm -rf $(VENV) $(VLLM) $(AUDIT) runs

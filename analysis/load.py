@@ -69,7 +69,7 @@ def evaluations(preset: str, results: Path = Path("results")) -> pd.DataFrame:
     path = _existing(results / preset / "evaluations.csv", preset)
     try:
         scores = pd.read_csv(path, dtype=DTYPES)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise _unusable(path, preset, f"cannot be read ({reason})") from error
     if absent := [name for name in DTYPES if name not in scores]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from tspin.errors import UserError
 from tspin.interruption import stopping_at_once
+from tspin.secrets import redacted
 
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -103,7 +104,7 @@ def error_number(error: Exception) -> int:
 
 def fail(line: str) -> None:
     """Print one line and exit with 2."""
-    sys.stderr.write(f"tspin: {' '.join(line.split())}\n")
+    sys.stderr.write(f"tspin: {redacted(' '.join(line.split()))}\n".encode(errors="replace").decode())
     raise typer.Exit(2)
 
 

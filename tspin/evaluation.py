@@ -5,6 +5,7 @@ a column of the table. Every number comes from lm-eval; here they are only put i
 """
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,9 +141,18 @@ def evaluate_lm(lm: "LM", suite: Suite, *, limit: int | None = None, seed: int =
     set_seed(seed)
     with _lm_eval_log(logging.WARNING):
         # Not simple_evaluate: it reloads the tasks and starts a dozen programs to describe the machine, every time.
-        results = lm_eval.evaluate(
-            lm, loaded, samples=_chosen(suite, tasks, limit), apply_chat_template=suite.apply_chat_template
-        )
+        try:
+            results = lm_eval.evaluate(
+                lm, loaded, samples=_chosen(suite, tasks, limit), apply_chat_template=suite.apply_chat_template
+            )
+        except AssertionError as error:
+            if "maximum sequence length" not in str(error):
+                raise
+            sys.stderr.write("\n")  # lm-eval leaves its progress bar open
+            raise UserError(
+                f"the model's context is too short for a problem and its answer ({' '.join(str(error).split())}): "
+                "evaluate with fewer shots (num_fewshot in the suite), or a model of a longer context"
+            ) from error
     scores, samples = [], []
     for column, task in zip(_benchmarks(suite), tasks, strict=True):
         scores.append(_scores(column.benchmark, results["results"][column.benchmark]))

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tspin.errors import UserError
 from tspin.hub import limit_waiting, offline_folder, offline_model
+from tspin.memory import out_of_memory
 from tspin.run_store import folder_fingerprint
 
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
@@ -25,6 +25,7 @@ def resolve(path: str, revision: str | None = None) -> str:
     if Path(path).exists():
         if not (Path(path) / "config.json").is_file():
             raise UserError(f"{path} is no model: a model folder has a config.json, weights and a tokenizer")
+        refuse_pickles(Path(path))
         return path
     if folder := offline_folder():
         return str(offline_model(folder, path, revision))
@@ -35,6 +36,16 @@ def resolve(path: str, revision: str | None = None) -> str:
         return snapshot_download(path, revision=revision, allow_patterns=HUB_FILES)
     except Exception as error:  # the hub client raises many kinds for "not there"
         raise UserError(f"{path}: no model is in this folder or under this hub name ({_reason(error)})") from error
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise UserError for weights that are pickles and nothing else: reading a pickle can run any program."""
+    pickles = sorted(path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(pattern))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{pickles[0]}: pickled weights are not read, they can run any program; convert them where you trust them: "
+            "from_pretrained(…, use_safetensors=False), then save_pretrained(…), which writes safetensors"
+        )
 
 
 def policy_fingerprint(folder: str) -> str:
@@ -50,7 +61,8 @@ def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> Pr
     Raises UserError for files that cannot be read, and for weights that are missing: Transformers
     would fill them with random numbers.
     """
-    arguments = {"dtype": torch.float32, **(model_arguments or {})}
+    refuse_pickles(Path(folder))
+    arguments = {"dtype": torch.float32, "use_safetensors": True, **(model_arguments or {})}
     model, info = _load(AutoModelForCausalLM.from_pretrained, folder, {**arguments, "output_loading_info": True})
     if info["missing_keys"]:
         raise UserError(f"{folder}: the weights of {sorted(info['missing_keys'])[0]} are missing from this model")
@@ -91,7 +103,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
 def _load(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:
     try:
         return loader(folder, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # broken files surface as whatever the library's parsers stumble over
+        if isinstance(error, MemoryError) or out_of_memory(error):
+            raise
         raise UserError(f"{folder}: could not be loaded as a model with its tokenizer ({_reason(error)})") from error
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tspin.errors import UserError
+from tspin.secrets import redacted
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "lm_eval", "reasoning_gym", "vllm")
 
@@ -307,7 +308,7 @@ def provenance() -> dict[str, Any]:
         ),
         "versions": versions,
         "hardware": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "accelerators": devices},
-        "command": " ".join([Path(sys.argv[0]).name, *map(_without_place, sys.argv[1:])]),
+        "command": redacted(" ".join([Path(sys.argv[0]).name, *map(_without_place, sys.argv[1:])])),
     }
 
 
