@@ -1,5 +1,6 @@
 """Figures 3 and 7: rewards and log-likelihoods of y and y′ during training, and where the two disagree."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,22 @@ def sign_shares(preset: str, results: Path = Path("results"), iteration: int = 1
 
 
 def figure3(preset: str, results: Path = Path("results"), iteration: int = 1) -> Figure:
-    """Figure 3 at an iteration: a row a method; rewards, log-likelihoods, joint signs."""
+    """Figure 3 at an iteration: a row a method; rewards, log-likelihoods, joint signs.
+
+    A method without that iteration has a row that says so. Raises UserError where neither has it.
+    """
     table, shares = steps(preset, results), sign_shares(preset, results, iteration)
     table = table[table["iteration"] == iteration]
+    if table.empty:
+        raise UserError(f"no steps of iteration {iteration} in {results / preset}; figure 3 is drawn there")
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(2 * COLUMN_WIDTH, 3.9), layout="constrained")
         panels = figure.subplots(2, 3, width_ratios=[1.2, 1.2, 1])
         for row, method in zip(panels, PAIR, strict=True):
             own = table[table["method"] == method]
+            if own.empty:
+                _absent(row, method, iteration)
+                continue
             _roles(row[0], own, "reward", method)
             row[0].set_ylabel("Reward")
             _roles(row[1], own, "log_likelihood", method)
@@ -73,14 +82,18 @@ def figure3(preset: str, results: Path = Path("results"), iteration: int = 1) ->
             row[0].set_title(f"{METHODS[method].label}: rewards", loc="left")
             row[1].set_title("log-likelihoods", loc="left")
             row[2].set_title("share of prompts", loc="left")
-        panels[0, 0].legend(frameon=False)
-        for axes in panels[1, :2]:
+        drawn = [row for row, method in zip(panels, PAIR, strict=True) if method in set(table["method"])]
+        drawn[0][0].legend(frameon=False)
+        for axes in drawn[-1][:2]:
             axes.set_xlabel(f"Step of iteration {iteration}")
         return figure
 
 
 def figure7(preset: str, results: Path = Path("results"), iterations: tuple[int, ...] = (0, 1, 2)) -> Figure:
-    """Figure 7: log-likelihoods of y and y′ by step, and their gap; a column an iteration."""
+    """Figure 7: log-likelihoods of y and y′ by step, and their gap; a column an iteration.
+
+    Where a method lacks an iteration, its panel says so.
+    """
     table = steps(preset, results)
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(2 * COLUMN_WIDTH, 4.8), layout="constrained")
@@ -88,20 +101,31 @@ def figure7(preset: str, results: Path = Path("results"), iterations: tuple[int,
         for column, iteration in zip(panels.T, iterations, strict=True):
             now = table[table["iteration"] == iteration]
             for axes, method in zip(column, PAIR, strict=False):
-                _roles(axes, now[now["method"] == method], "log_likelihood", method)
+                own = now[now["method"] == method]
+                if own.empty:
+                    _absent([axes], method, iteration)
+                    continue
+                _roles(axes, own, "log_likelihood", method)
                 axes.set_title(f"{METHODS[method].label}, iteration {iteration}", loc="left")
-            for method in PAIR:
-                _band(
-                    column[2], now[now["method"] == method], "gap", METHODS[method].colour, "-", METHODS[method].label
-                )
+            for name, own in now.groupby("method"):
+                style = METHODS[str(name)]
+                _band(column[2], own, "gap", style.colour, "-", style.label)
             column[2].axhline(0, color="black", linewidth=0.6)
             column[2].set_title(f"gap, iteration {iteration}", loc="left")
             column[2].set_xlabel("Step")
         for axes, label in zip(panels[:, 0], ("log π (nats)", "log π (nats)", "log π(y) − log π(y′)"), strict=True):
             axes.set_ylabel(label)
-        panels[0, 0].legend(frameon=False)
-        panels[2, 0].legend(frameon=False)
+        for axes in (panels[0, 0], panels[2, 0]):
+            if axes.lines:
+                axes.legend(frameon=False)
         return figure
+
+
+def _absent(row: Iterable[Axes], method: str, iteration: int) -> None:
+    for axes in row:
+        axes.set_axis_off()
+        text = f"{METHODS[method].label}:\niteration {iteration} was not run"
+        axes.text(0.5, 0.5, text, ha="center", va="center", color="#666666", transform=axes.transAxes)
 
 
 def _roles(axes: Axes, table: pd.DataFrame, kind: str, method: str) -> None:

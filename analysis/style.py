@@ -44,6 +44,7 @@ RC: Any = {  # Any: Matplotlib types the keys as a Literal of every parameter th
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.4,
     "lines.markersize": 4,
+    "text.parse_math": False,  # a label of the user's may hold a dollar sign
     # Matplotlib draws SVG ids from a random salt; a fixed one keeps an unchanged figure out of the diff.
     "svg.hashsalt": "tspin",
 }

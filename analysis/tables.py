@@ -1,5 +1,6 @@
 """The paper's tables, from `results/<preset>/`."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,8 +209,9 @@ def write_table1(preset: str, results: Path = Path("results"), layout: Layout = 
 
 
 def grid(cells: pd.DataFrame) -> str:
-    """A table of texts as Markdown, all columns but the first aligned to the right."""
-    lines = [list(map(str, cells.columns)), ["---"] + ["---:"] * (len(cells.columns) - 1), *cells.to_numpy().tolist()]
+    """A table of texts as Markdown, all columns but the first aligned to the right; labels may hold any character."""
+    rows = [[_markdown(str(cell)) for cell in row] for row in (cells.columns, *cells.to_numpy())]
+    lines = [rows[0], ["---"] + ["---:"] * (len(cells.columns) - 1), *rows[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -221,7 +223,10 @@ def latex(cells: pd.DataFrame, caption: str) -> str:
     return f"\\begin{{table}}\n\\centering\n{body}\\caption{{{_tex(caption)}}}\n\\end{{table}}\n"
 
 
+def _markdown(text: str) -> str:
+    return re.sub("<(?=[A-Za-z/!])", "&lt;", " ".join(text.replace("|", r"\|").split()))
+
+
 def _tex(text: str) -> str:
-    for sign in "&%$#_{}":
-        text = text.replace(sign, "\\" + sign)
-    return text.replace("±", r"$\pm$").replace(MISSING, "--").replace("−", "$-$")
+    special = {sign: "\\" + sign for sign in "&%$#_{}"} | {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$"}
+    return "".join({**special, MISSING: "--"}.get(sign, sign) for sign in text)

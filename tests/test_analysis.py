@@ -253,3 +253,11 @@ def test_analysis_imports_no_torch_and_the_command_nothing_heavy() -> None:
     code = "import sys, analysis.commands; assert not {'torch', 'pandas', 'matplotlib'} & set(sys.modules); "
     code += "import analysis.figures, analysis.tables; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_labels_of_any_characters_keep_the_tables_whole():
+    label = "A|B $x_1$ \\input{f} <script>\n5 < 6"
+    cells = pd.DataFrame({"Method": [label], "GSM8K": ["1.0 ± 0.2"]})
+    (row,) = tables.grid(cells).splitlines()[2:]
+    assert row == r"| A\|B $x_1$ \input{f} &lt;script> 5 < 6 | 1.0 ± 0.2 |"
+    assert r"A|B \$x\_1\$ \textbackslash{}input\{f\}" in tables.latex(cells, "")

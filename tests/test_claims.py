@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from analysis import claims, load, scores
+from analysis import claims, dynamics, load, scores
 from tspin.cli import app
+from tspin.errors import UserError
 
 PROBLEMS, BENCHMARKS = 40, 3
 LEVELS = {  # percent; the shapes that the paper prints
@@ -113,6 +114,20 @@ def test_paired_differences(results):
     (one,) = found.compare([(("tspin", 1), ("tspin", 0))])
     assert one.difference.mean == pytest.approx(5, abs=1) and one.p < 0.01
     assert len(scores.intervals(found)) == len(found.policies()) * 4
+
+
+def test_figures_say_which_iterations_were_not_run(results):
+    root = results(seeds=1)
+    for name in ("steps", "diagnostics"):
+        path = root / "pocket" / f"{name}.parquet"
+        table = pd.read_parquet(path)
+        table[(table["method"] == "spin") | (table["iteration"] == 0)].to_parquet(path)
+    for draw, missing in ((dynamics.figure3, [1]), (dynamics.figure7, [1, 2])):
+        said = [text.get_text() for axes in draw("pocket", root).axes for text in axes.texts]
+        wanted = [f"T-SPIN:\niteration {t} was not run" for t in missing]
+        assert set(wanted) == {text for text in said if "not run" in text}
+    with pytest.raises(UserError, match="no steps of iteration 3"):
+        dynamics.figure3("pocket", root, iteration=3)
 
 
 @pytest.mark.parametrize("seeds", [1, 5])

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -55,14 +56,18 @@ def test_page_in_a_browser(tmp_path):
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("no chromium here (apt-get install chromium)")
-    page = compare.write_page(run("spin", [40, 42, 41]), run("tspin", [41, 42, 43]), tmp_path / "page.html")
+    first = run(HOSTILE, [40, 42, 41])  # a folder's name, and all that comes from files
+    first.scores["label"] = HOSTILE + first.scores["label"]
+    warned = pd.DataFrame([(1, HOSTILE)], columns=["iteration", "name"])
+    page = compare.write_page(replace(first, warnings=warned), run("t$pin", [41, 42, 43]), tmp_path / "page.html")
     text = page.read_text()
     assert not re.search(r'(src|href)="(?!data:)', text.replace("&#34;", ""))  # nothing from elsewhere
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     shown = subprocess.run(
         [browser, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
     ).stdout
-    assert "<title>spin and tspin, side by side</title>" in shown  # no script of the data's has run
+    assert "t$pin, side by side</title>" in shown and "<title>broken" not in shown  # no script of the data's has run
+    assert "<script>document" not in shown and "<img src=x" not in shown.split("</title>")[1]
     assert shown.count("<details") == 10 and "document.title" in shown
     picture = tmp_path / "phone.png"
     subprocess.run([browser, *options, "--window-size=390,844", f"--screenshot={picture}", page.as_uri()],
