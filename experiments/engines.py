@@ -11,6 +11,7 @@ import io
 import os
 import time
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -90,9 +91,10 @@ def gaps_of(policy: torch.nn.Module, prompt: list[int], answer: dict) -> torch.T
 def prompts_for(name: str, tokenizer, count: int) -> list[list[int]]:
     """The pocket preset's first prompts, or chats about sums and things."""
     if name == "pocket":
-        from tspin.data import encode_prompt, load_rows
+        from tspin.data import encode_prompt
+        from tspin.rows import load_rows
 
-        return [encode_prompt(row["prompt"], tokenizer, "auto")[1] for row in load_rows("pocket")[:count]]
+        return [encode_prompt(row["prompt"], tokenizer, "auto")[1] for row in islice(load_rows("pocket"), count)]
     things = ["the sea", "bread", "Paris", "a triangle", "rain", "a library", "the number seven", "winter"]
     asks = ["What is {}?", "Write two sentences about {}.", "List three facts about {}.", "Why do people like {}?",
             "Explain {} to a child.", "Translate the words '{}' into Spanish."]  # fmt: skip

@@ -17,11 +17,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tspin.architectures import find_config, shape_of
-from tspin.data import Example, Response
 from tspin.iteration import train_iteration
 from tspin.memory import resident
 from tspin.memory_model import MicroBatch, Precision, training_parts
 from tspin.models import POCKET_MODEL, load_tokenizer
+from tspin.records import Example, Response
 from tspin.run_store import provenance, write_json, write_text
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import make_triplets

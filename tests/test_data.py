@@ -9,6 +9,8 @@ import pytest
 from tspin import data
 from tspin.errors import UserError
 from tspin.pocket.tasks import LABELS_PER_TASK, table_tasks
+from tspin.records import Response, read_responses, write_responses
+from tspin.rows import Rows, load_rows, nested_subset, validate_rows
 
 LIMITS = {"max_prompt_tokens": 64, "max_response_tokens": 16, "long_prompts": "error"}
 
@@ -16,7 +18,7 @@ LIMITS = {"max_prompt_tokens": 64, "max_response_tokens": 16, "long_prompts": "e
 def test_jsonl_and_parquet_agree(tmp_path, data_file, rows):
     parquet = tmp_path / "data.parquet"
     pq.write_table(pa.Table.from_pylist(rows), parquet)
-    assert data.load_rows(str(data_file)) == data.load_rows(str(parquet)) == rows
+    assert list(load_rows(str(data_file))) == list(load_rows(str(parquet))) == rows
 
 
 def test_conversations_columns_and_first_rounds(tmp_path, tokenizer):
@@ -27,18 +29,17 @@ def test_conversations_columns_and_first_rounds(tmp_path, tokenizer):
     rounds = {"messages": [*conversation["prompt"], *conversation["completion"], {"role": "user", "content": "Why?"}]}
     path = tmp_path / "chat.jsonl"
     path.write_text("\n".join(map(json.dumps, [conversation, rounds])))
-    first, second = data.load_rows(str(path))
+    first, second = load_rows(str(path))
     assert first == second == conversation
     ultrachat = {"prompt": "1 + 1 =", "prompt_id": "f0e3", **rounds}
-    assert data.validate_rows([ultrachat], "hub") == [conversation]
+    assert list(validate_rows([ultrachat], "hub")) == [conversation]
     renamed = tmp_path / "gsm8k.jsonl"
     renamed.write_text(json.dumps({"question": "1 + 1 =", "answer": "2"}))
-    assert data.load_rows(str(renamed), columns={"prompt": "question", "completion": "answer"}) == [
-        {"prompt": "1 + 1 =", "completion": "2"}
-    ]
+    columns = {"prompt": "question", "completion": "answer"}
+    assert list(load_rows(str(renamed), columns=columns)) == [{"prompt": "1 + 1 =", "completion": "2"}]
     plain = data.encode_examples([(0, {"prompt": "1 + 1 =", "completion": "2"})], tokenizer, template="chat", **LIMITS)
     chat = data.encode_examples([(0, first)], tokenizer, template="paper", **LIMITS)
-    assert plain == chat
+    assert list(plain) == list(chat)
     assert plain[0].prompt == "### Instruction: 1 + 1 =\n\n### Response: "
 
 
@@ -65,7 +66,7 @@ def test_long_prompts(tokenizer, what, kept):
 def test_lines_end_at_newlines_only(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert data.load_rows(str(path))[0]["prompt"] == "a\u2028b"
+    assert next(iter(load_rows(str(path))))["prompt"] == "a\u2028b"
 
 
 def test_a_template_shows_the_prompt(tokenizer):
@@ -75,21 +76,24 @@ def test_a_template_shows_the_prompt(tokenizer):
 
 
 def test_responses_survive_the_file(tmp_path):
-    responses = [data.Response([5, 6, 1], "ab", True), data.Response([7], "c", False)]
-    data.write_responses(tmp_path / "r.parquet", [3, 9], responses)
-    assert data.read_responses(tmp_path / "r.parquet") == dict(zip([3, 9], responses, strict=True))
+    responses = [Response([5, 6, 1], "ab", True), Response([7], "c", False)]
+    write_responses(tmp_path / "r.parquet", [9, 3], responses)
+    found = read_responses(tmp_path / "r.parquet")
+    assert list(found) == [9, 3] and list(found.of([3, 9])) == responses[::-1] and 4 not in found
+    assert found == dict(zip([9, 3], responses, strict=True))
 
 
 def test_subsets_are_nested():
-    rows = [{"prompt": str(i), "completion": "x"} for i in range(50)]
-    small, large = (data.nested_subset(rows, n, seed=1) for n in (10, 30))
-    assert len(small) == 10 and {i for i, _ in small} < {i for i, _ in large}
+    small, large = (nested_subset(50, n, seed=1) for n in (10, 30))
+    assert len(small) == 10 and set(small) < set(large)
+    rows = Rows("memory", lambda: [{"prompt": str(i), "completion": "x"} for i in range(50)])
+    assert [(n, row["prompt"]) for n, row in rows.subset(10, 1).numbered()] == [(n, str(n)) for n in small]
     with pytest.raises(UserError, match="51 labelled responses asked for, the data set has 50"):
-        data.nested_subset(rows, 51, seed=1)
+        nested_subset(50, 51, seed=1)
 
 
 def test_the_pocket_labels():
-    rows = data.load_rows("pocket")
+    rows = list(load_rows("pocket"))
     assert len(rows) == LABELS_PER_TASK * len(table_tasks()) == 4000
     assert len({row["prompt"] for row in rows}) == len(rows)
 
@@ -109,31 +113,31 @@ def test_bad_rows_are_named(tmp_path, text, line):
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=line):
-        data.load_rows(str(path))
+        list(load_rows(str(path)))
 
 
 def test_missing_and_foreign_files(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        data.load_rows(str(tmp_path / "none.jsonl"))
+        load_rows(str(tmp_path / "none.jsonl"))
     fake = tmp_path / "fake.parquet"
     fake.write_text("no table")
     with pytest.raises(UserError, match="not a Parquet file"):
-        data.load_rows(str(fake))
+        list(load_rows(str(fake)))
     with pytest.raises(UserError, match="neither a .jsonl or .parquet file here nor on the hub"):
-        data.load_rows("nobody/no-such-data-set")
+        load_rows("nobody/no-such-data-set")
 
 
 @pytest.mark.parametrize("template", ["paper", "chat"])
-def test_special_tokens_that_data_spells_are_text_and_are_listed(template, tokenizer, capsys):
+def test_special_tokens_that_data_spells_are_text_and_are_listed(template, tokenizer):
     end = tokenizer.eos_token
     rows = [
         (0, {"prompt": "1 + 1 =", "completion": "2"}),
         (1, {"prompt": f"1 {end} 1 =", "completion": f"2 {end} and more"}),
     ]
-    noted: dict = {}
-    plain, hostile = data.encode_examples(rows, tokenizer, template=template, noted=noted, **LIMITS)
+    examples = data.encode_examples(rows, tokenizer, template=template, **LIMITS)
+    plain, hostile = examples
     assert tokenizer.eos_token_id not in hostile.prompt_ids
     assert hostile.labelled.ids.count(tokenizer.eos_token_id) == 1 == plain.labelled.ids.count(tokenizer.eos_token_id)
     assert hostile.labelled.ids[-1] == tokenizer.eos_token_id and len(hostile.labelled.ids) > 5
-    assert end in hostile.prompt and noted == {"special_tokens": [1]}
-    assert "1 of 2 data rows spell special tokens" in capsys.readouterr().err
+    assert end in hostile.prompt and examples.noted == {"special_tokens": [1]}
+    assert "1 of 2 data rows spell special tokens" in examples.remarks[0]

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from tspin import cli, data
 from tspin.config import Config, load_config
 from tspin.errors import UserError
+from tspin.records import RESPONSE_SCHEMA
 
 EXAMPLES = int(os.environ.get("TSPIN_FUZZ", 0))
 QUICK = not EXAMPLES
@@ -216,7 +217,7 @@ def test_responses(model, place, content):
     elif isinstance(content, set):
         pq.write_table(pa.table({name: ["x"] for name in sorted(content)}), answers)
     else:
-        pq.write_table(pa.Table.from_pylist(content, schema=data.RESPONSE_SCHEMA), answers)
+        pq.write_table(pa.Table.from_pylist(content, schema=RESPONSE_SCHEMA), answers)
     own = ["--model", model, "--data", path, "--synthetic", answers, "--out", out]
     holds("responses", place, "diagnose", *own, made=out)
 
@@ -254,7 +255,7 @@ def test_results(tmp_path_factory, damage, value):
     shutil.rmtree(folder)
 
 
-def test_special_tokens_in_data_are_text(tokenizer, capsys):
+def test_special_tokens_in_data_are_text(tokenizer):
     """Neither opens a turn, nor ends a response before its end."""
     end, pad = tokenizer.eos_token, tokenizer.pad_token
     special = {tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -263,29 +264,28 @@ def test_special_tokens_in_data_are_text(tokenizer, capsys):
         (4, {"prompt": f"a {end} b", "completion": f"x {pad}{end} y"}),
     ]
     limits = {"max_prompt_tokens": 64, "max_response_tokens": 64, "long_prompts": "error"}
-    noted: dict[str, list[int]] = {}
     for template in ("chat", "paper", "Q {prompt} A", f"{pad}{{prompt}}"):
-        noted.clear()
-        plain, example = data.encode_examples(rows, tokenizer, template=template, noted=noted, **limits)
-        assert noted == {"special_tokens": [4]} and "1 of 2 data rows spell special tokens" in capsys.readouterr().err
+        plain, example = examples = data.encode_examples(rows, tokenizer, template=template, **limits)
+        assert examples.noted == {"special_tokens": [4]}
+        assert "1 of 2 data rows spell special tokens" in examples.remarks[0]
         own = [token for token in example.prompt_ids if token in special]
         assert own == [token for token in plain.prompt_ids if token in special]  # the template's and no others
         assert tokenizer.decode(example.prompt_ids, clean_up_tokenization_spaces=False) == example.prompt
         assert special.isdisjoint(example.labelled.ids[:-1]) and example.labelled.ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(example.labelled.ids[:-1]) == f"x {pad}{end} y"
-    raw = data.encode_examples(rows, tokenizer, template="none", **limits)[1]
+    examples = data.encode_examples(rows, tokenizer, template="none", **limits)
+    raw = examples[1]
     assert tokenizer.eos_token_id in raw.prompt_ids and special.isdisjoint(raw.labelled.ids[:-1])
-    assert "as control tokens in prompts" in capsys.readouterr().err
+    assert "as control tokens in prompts" in examples.remarks[0]
 
 
-def test_long_prompts_are_listed(tokenizer, capsys):
+def test_long_prompts_are_listed(tokenizer):
     rows = [(n, {"prompt": "1 + " * (1 + 40 * (n % 2)), "completion": "2"}) for n in range(4)]
     limits = {"template": "paper", "max_prompt_tokens": 32, "max_response_tokens": 8}
     for what, word in (("drop", "dropped"), ("truncate", "truncated")):
-        noted: dict[str, list[int]] = {}
-        data.encode_examples(rows, tokenizer, long_prompts=what, noted=noted, **limits)
-        assert noted == {word: [1, 3]} and "2 of 4 data rows" in (line := capsys.readouterr().err)
-        assert "rows 2, 4\n" in line
+        examples = data.encode_examples(rows, tokenizer, long_prompts=what, **limits)
+        (line,) = examples.remarks
+        assert examples.noted == {word: [1, 3]} and "2 of 4 data rows" in line and line.endswith("rows 2, 4")
 
 
 def test_a_context_too_short_for_a_problem_is_one_line(model, place):

@@ -193,7 +193,7 @@ def test_something_else_is_no_launcher_file(tmp_path):
 
 
 def test_triplets_travel_as_they_are(tmp_path, tokenizer, rows):
-    from tspin.data import Response
+    from tspin.records import Response
     from tspin.trainer import Triplet
 
     triplets = [

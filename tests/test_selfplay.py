@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin import trainer as trainer_module
-from tspin.data import read_responses
 from tspin.errors import UserError
 from tspin.interruption import Stopped
 from tspin.objectives import METHODS
+from tspin.records import read_responses
 
 SETTINGS = {
     "iterations": 2,

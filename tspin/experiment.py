@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from tspin import data
 from tspin.config import Config, DataSettings, ModelSettings, RunSettings, unknown
 from tspin.errors import UserError
 from tspin.evaluation import Suite, evaluate, load_suite
@@ -25,7 +24,9 @@ from tspin.launch import check_launcher
 from tspin.locks import owned
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS
-from tspin.results import BASE, EXAMPLES, Collected, problems_of, write_results
+from tspin.records import Example
+from tspin.results import BASE, EXAMPLES, TEXTS, Collected, problems_of, write_results
+from tspin.rows import Rows, load_rows
 from tspin.run_store import DamagedStage, check_stage, claim_folder, note_damage, run_stage
 from tspin.selfplay import IterationResult, SelfPlayTrainer
 from tspin.selfplay_config import SelfPlayConfig
@@ -127,7 +128,11 @@ def collect(
             for name in ("steps", "diagnostics"):
                 path = result.model_path.parent / f"{name}.parquet"
                 if path.exists():
-                    collected.add(name, pd.read_parquet(path), method, seed, iteration)
+                    table = pd.read_parquet(path)
+                    if name == "diagnostics" and len(trainer.examples) > TEXTS:
+                        shown = {example.prompt_id for example in spread(trainer.examples, TEXTS)}
+                        table = table[table["prompt_id"].isin(shown)]
+                    collected.add(name, table, method, seed, iteration)
             run = {"method": method, "seed": seed, "iteration": result.iteration}
             facts = {
                 "synthetic": result.synthetic,
@@ -145,11 +150,13 @@ def collect_texts(
 ) -> None:
     """Prompts and responses of a run, as results keep them; `last` is the run's last iteration."""
 
-    def responses(path: Path) -> pd.DataFrame:
-        return pd.read_parquet(path, columns=["prompt_id", "text"])
+    examples = trainer.examples
+    shown = {example.prompt_id: example for example in spread(examples, TEXTS)}
 
-    step = max(len(trainer.examples) // EXAMPLES, 1)
-    last_path = trainer.sample_last(last, trainer.examples[::step][:EXAMPLES])
+    def responses(path: Path) -> pd.DataFrame:
+        return pd.read_parquet(path, columns=["prompt_id", "text"], filters=[("prompt_id", "in", list(shown))])
+
+    last_path = trainer.sample_last(last, spread(examples, EXAMPLES))
     if not METHODS[method].self_play:
         collected.add("responses", responses(last_path), method, seed, None)
         return
@@ -158,7 +165,7 @@ def collect_texts(
     }
     prompts = [
         {"prompt_id": e.prompt_id, "prompt": e.prompt, "labelled": e.labelled.text, "proto": proto[e.prompt_id]}
-        for e in trainer.examples
+        for e in shown.values()
     ]
     # The same for every method: rows of a method and seed replace each other.
     if not any(seed in part["seed"].to_numpy() for part in collected.parts.get("prompts", [])):
@@ -169,6 +176,11 @@ def collect_texts(
             "responses", responses(trainer.response_path("synthetic", iteration + 1)), method, seed, iteration
         )
     collected.add("responses", responses(last_path), method, seed, last.iteration)
+
+
+def spread(items: Sequence[Example], count: int) -> list[Example]:
+    """At most `count` of them, evenly spread."""
+    return list(items[:: max(len(items) // count, 1)][:count])
 
 
 def build_trainer(settings: RunSettings, folder: Path, seed: int, launcher: Path | None = None) -> SelfPlayTrainer:
@@ -182,18 +194,16 @@ def build_trainer(settings: RunSettings, folder: Path, seed: int, launcher: Path
     )
 
 
-def load_dataset(settings: DataSettings) -> list[dict[str, Any]]:
-    """The rows that a config's data section chooses, with their number in the full data set as prompt_id."""
-    rows = data.load_rows(
+def load_dataset(settings: DataSettings) -> Rows:
+    """The rows that a config's data section chooses."""
+    rows = load_rows(
         settings.path,
         name=settings.name,
         split=settings.split,
         revision=settings.revision,
         columns={str(name): column for name, column in settings.columns.items()},
     )
-    return [
-        {**row, "prompt_id": number} for number, row in data.nested_subset(rows, settings.labels, settings.subset_seed)
-    ]
+    return rows.subset(settings.labels, settings.subset_seed)
 
 
 def training_arguments(

@@ -14,12 +14,12 @@ from shutil import copyfile, copytree
 from typing import TYPE_CHECKING, Any
 
 from tspin.config import Config
-from tspin.data import read_rows
 from tspin.errors import UserError
 from tspin.evaluation import Suite, load_suite, task_manager_for
 from tspin.hub import DEFAULT, EMPTY, limit_waiting, read_manifest
 from tspin.locks import owned
 from tspin.models import HUB_FILES
+from tspin.rows import read_rows
 from tspin.run_store import atomic_path, sha256, write_json
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _fetch_dataset(out: Path, item: Item, taken: dict[str, Path]) -> dict[str, A
     if taken:
         if item.split and item.split not in taken:
             raise UserError(f"split {item.split} was not given")
-        parts = {split: datasets.Dataset.from_list(read_rows(path)) for split, path in taken.items()}
+        parts = {split: datasets.Dataset.from_list(list(read_rows(path))) for split, path in taken.items()}
         facts: dict[str, Any] = {"revision": None, "taken": sorted(path.name for path in taken.values())}
     else:
         from huggingface_hub import HfApi

@@ -3,8 +3,9 @@
 import copy
 import dataclasses
 import hashlib
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -27,40 +28,80 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from tspin import data
-from tspin.data import Example
 from tspin.errors import UserError
 from tspin.interruption import Asked, Stopped, stopping_when_asked
+from tspin.locks import owned
 from tspin.memory import peak_bytes, reset_peak
+from tspin.models import tokenizer_fingerprint
 from tspin.objectives import METHODS
-from tspin.run_store import DamagedStage, atomic_path, check_stage, remove_stage, run_stage, stage_record
+from tspin.records import Examples, View, open_table
+from tspin.rows import Rows, validate_rows
+from tspin.run_store import (
+    DamagedStage,
+    atomic_path,
+    check_stage,
+    fingerprint,
+    remove_stage,
+    run_stage,
+    stage_record,
+)
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import AtTrainBegin, Triplet, TripletCollator, TripletTrainer, collator_for, compute_logps
 
 
 def encode_dataset(
-    dataset: Iterable[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    args: SelfPlayConfig,
-    noted: dict[str, list[int]] | None = None,
-) -> list[Example]:
+    dataset: Rows | Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
+) -> Examples:
     """Rows {"prompt", "completion"} as examples; an integer "prompt_id" replaces the row's number. Raises UserError.
 
-    noted: see data.encode_examples.
+    What is made of large data sets (Rows.key) is kept in args.shared_dir, or the run's folder, and read from there the
+    next time. Rows of note are told on stderr.
     """
-    rows = [dict(row) for row in dataset]
-    given = [row.get("prompt_id") for row in rows]
-    numbers = [value if isinstance(value, int) else i for i, value in enumerate(given)]
-    if len(set(numbers)) < len(numbers):
-        raise UserError("train_dataset: two rows have the same prompt_id; responses are matched by it")
-    return data.encode_examples(
-        list(zip(numbers, data.validate_rows(rows, "train_dataset"), strict=True)),
-        tokenizer,
+    settings: dict[str, Any] = dict(
         template=args.template,
         max_prompt_tokens=args.max_prompt_tokens,
         max_response_tokens=args.max_response_tokens,
         long_prompts=args.long_prompts,
-        noted=noted,
     )
+    key = dataset.key if isinstance(dataset, Rows) else None
+    if key is None:
+        rows = dataset.numbered() if isinstance(dataset, Rows) else _numbered(dataset)
+        examples = data.encode_examples(rows, tokenizer, **settings)
+    else:
+        assert isinstance(dataset, Rows)
+        examples = _encoded_once(dataset, tokenizer, settings, Path(args.shared_dir or str(args.output_dir)))
+    for remark in examples.remarks:
+        sys.stderr.write(f"tspin: {remark}\n")
+    return examples
+
+
+def _numbered(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    given: list[Any] = []  # the row that the check is at: it reads one at a time
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        for row in dataset:
+            given[:] = [row.get("prompt_id") if isinstance(row, Mapping) else None]
+            yield row
+
+    for number, row in enumerate(validate_rows(rows(), "train_dataset")):
+        yield given[0] if isinstance(given[0], int) else number, row
+
+
+def _encoded_once(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], folder: Path) -> Examples:
+    inputs = {"rows": rows.key, "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
+    path = folder / f"examples-{fingerprint(inputs)}.arrow"
+
+    def produce(target: Path) -> dict[str, Any]:
+        made = data.encode_examples(rows.numbered(), tokenizer, **settings, path=target)
+        prints = {"fingerprint": made.fingerprint, "prompts_fingerprint": made.prompts_fingerprint}
+        return {**prints, "noted": made.noted, "remarks": made.remarks}
+
+    with owned(folder, wait=True):
+        facts = run_stage(path, inputs, produce)["facts"]
+    examples = Examples(open_table(path), facts["noted"], facts["remarks"])
+    # As properties they would be computed, from every token.
+    examples.__dict__.update({name: facts[name] for name in ("fingerprint", "prompts_fingerprint")})
+    return examples
 
 
 def response_logps(
@@ -90,10 +131,18 @@ def _collator(
         raise UserError(str(error)) from error
 
 
-def with_reference(triplets: Sequence[Triplet], table: pd.DataFrame) -> list[Triplet]:
-    """Triplets with their reference log-probabilities from `reference_table`."""
-    rows: dict[Any, Any] = table.set_index("prompt_id").to_dict("index")
-    return [dataclasses.replace(t, reference_logps=rows[t.prompt_id]) for t in triplets]
+def with_reference(triplets: Sequence[Triplet], table: pd.DataFrame) -> Sequence[Triplet]:
+    """Triplets with their reference log-probabilities from `reference_table`, made of the same triplets."""
+    roles = {str(role): table[role].to_numpy() for role in table.columns.drop("prompt_id")}
+    numbers = table["prompt_id"].to_numpy()
+
+    def triplet(i: int) -> Triplet:
+        found = triplets[i]
+        if found.prompt_id != numbers[i]:
+            raise ValueError(f"row {i} is of prompt {numbers[i]}, the triplet of {found.prompt_id}")
+        return dataclasses.replace(found, reference_logps={role: float(of[i]) for role, of in roles.items()})
+
+    return View(len(triplets), triplet)
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow as pa
 import yaml
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tspin.data import Response
 from tspin.errors import UserError
 from tspin.models import dtype_name
+from tspin.records import Response, TableWriter, View, open_table
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import Triplet
 from tspin.workers import Worker, run_workers
 
-TRIPLETS, TOKENIZER, PROGRESS, FACTS = "triplets.parquet", "tokenizer", "progress.json", "facts.json"
+TRIPLETS, TOKENIZER, PROGRESS, FACTS = "triplets.arrow", "tokenizer", "progress.json", "facts.json"
 
 
 def check_launcher(path: Path, args: SelfPlayConfig) -> None:
@@ -106,32 +106,32 @@ def plain_arguments(args: SelfPlayConfig) -> dict[str, Any]:
 
 def write_triplets(path: Path, triplets: Sequence[Triplet]) -> None:
     """A row a triplet: prompt_id, prompt_ids, and by role its response's ids and reference log-probability."""
-    columns: dict[str, list[Any]] = {
-        "prompt_id": [t.prompt_id for t in triplets],
-        "prompt_ids": [t.prompt_ids for t in triplets],
-    }
-    for role in triplets[0].responses:
-        columns[f"ids/{role}"] = [t.responses[role].ids for t in triplets]
-    for role in triplets[0].reference_logps:
-        columns[f"reference/{role}"] = [t.reference_logps[role] for t in triplets]
-    pd.DataFrame(columns).to_parquet(path, index=False)
+    roles, scored = list(triplets[0].responses), list(triplets[0].reference_logps)
+    tokens = pa.list_(pa.int32())
+    fields = [("prompt_id", pa.int64()), ("prompt_ids", tokens)]
+    fields += [(f"ids/{role}", tokens) for role in roles] + [(f"reference/{role}", pa.float64()) for role in scored]
+    with TableWriter(pa.schema(fields), path) as writer:
+        for t in triplets:
+            of_roles = [t.responses[role].ids for role in roles]
+            writer.add(t.prompt_id, t.prompt_ids, *of_roles, *(t.reference_logps[role] for role in scored))
 
 
-def read_triplets(path: Path) -> list[Triplet]:
+def read_triplets(path: Path) -> Sequence[Triplet]:
     """What `write_triplets` wrote; the responses' texts, which training does not need, are empty."""
-    table = pd.read_parquet(path)
-    names = [str(name) for name in table.columns]
+    table = open_table(path)
+    names = table.table.column_names
     roles = [name.removeprefix("ids/") for name in names if name.startswith("ids/")]
     scored = [name.removeprefix("reference/") for name in names if name.startswith("reference/")]
-    return [
-        Triplet(
-            row["prompt_id"],
-            row["prompt_ids"].tolist(),
-            {role: Response(row[f"ids/{role}"].tolist(), "", True) for role in roles},
-            {role: row[f"reference/{role}"] for role in scored},
+
+    def triplet(row: int) -> Triplet:
+        return Triplet(
+            table.value("prompt_id", row),
+            table.ids("prompt_ids", row),
+            {role: Response(table.ids(f"ids/{role}", row), "", True) for role in roles},
+            {role: table.value(f"reference/{role}", row) for role in scored},
         )
-        for row in table.to_dict("records")
-    ]
+
+    return View(len(table), triplet)
 
 
 class Progress:

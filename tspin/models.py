@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from tspin.errors import UserError
 from tspin.hub import limit_waiting, offline_folder, offline_model
 from tspin.memory import out_of_memory
-from tspin.run_store import folder_fingerprint
+from tspin.run_store import fingerprint, folder_fingerprint
 
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -53,6 +53,13 @@ def policy_fingerprint(folder: str) -> str:
     if Path(folder).parent.name == "snapshots":
         return f"{Path(folder).parents[1].name}@{Path(folder).name}"
     return folder_fingerprint(Path(folder))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of all that decides what a text's tokens are."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return fingerprint([type(tokenizer).__name__, rules, tokenizer.chat_template, str(tokenizer.special_tokens_map)])
 
 
 def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> PreTrainedModel:

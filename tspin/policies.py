@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tspin.data import Response
 from tspin.errors import UserError
 from tspin.models import dtype_name, load_model
+from tspin.records import Response, View
 from tspin.sampling import end_tokens, response_of, sample
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.vllm_backend import Engine, generate_tokens, require_vllm
@@ -23,7 +23,7 @@ def sample_policy(
     *,
     seed: int,
     description: str = "sampling",
-) -> list[Response]:
+) -> Sequence[Response]:
     """One response a prompt, in the prompts' order; both backends stop at the same tokens (tspin.sampling.sample).
 
     prompts: token ids, special tokens included. Equal seeds give equal responses on one machine with one backend;
@@ -51,7 +51,7 @@ def sample_policy(
         seed=seed,
         trust_remote_code=bool(loading.get("trust_remote_code")),
     )
-    return [response_of(answer["ids"], ends, tokenizer) for answer in answers]
+    return View(len(prompts), lambda i: response_of(answers[i]["ids"], ends, tokenizer))
 
 
 def generation_settings(folder: str) -> GenerationConfig | None:

@@ -11,6 +11,7 @@ responses.parquet    method, seed, iteration, prompt_id, text: a response sample
 suite.json           which metric makes which column
 provenance.json      commit, versions, hardware, and what each run cost
 
+Of larger data sets, diagnostics.parquet, prompts.parquet and responses.parquet have TEXTS prompts, evenly spread.
 `iteration` is empty for base and sft. Numbers of diagnostics.parquet are rounded to 1/4096. Rows of a method and seed
 replace those that were there.
 """
@@ -29,6 +30,7 @@ from tspin.run_store import atomic_path, provenance, read_json, write_json, writ
 
 BASE = "base"
 EXAMPLES = 10
+TEXTS = 5_000
 DIAGNOSTIC_STEPS = 4096  # to a nat
 RUN = ["method", "seed", "iteration"]
 EVALUATION_COLUMNS = ["preset", *RUN, "benchmark", "metric", "value", "stderr", "n"]

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
@@ -40,8 +40,20 @@ class DamagedStage(Exception):
 
 def fingerprint(content: Any) -> str:
     """16 hex digits of the SHA-256 of `content`'s canonical JSON."""
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(_canonical(content)).hexdigest()[:16]
+
+
+def fingerprint_of(items: Iterable[Any]) -> str:
+    """`fingerprint` of the list of these items, which are taken one at a time."""
+    digest = hashlib.sha256(b"[")
+    for number, item in enumerate(items):
+        digest.update(b"," * bool(number) + _canonical(item))
+    digest.update(b"]")
+    return digest.hexdigest()[:16]
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str).encode()
 
 
 def folder_fingerprint(folder: Path) -> str:

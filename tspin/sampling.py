@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from tspin.data import Response
+from tspin.records import RESPONSE_SCHEMA, Response, Responses, TableWriter
 
 FIRST_SEGMENT = 8  # tokens after which ended rows leave for the first time; twice as many each time after
 
@@ -38,7 +38,7 @@ def sample(
     *,
     seed: int,
     description: str = "sampling",
-) -> list[Response]:
+) -> Sequence[Response]:
     """One response a prompt, in the prompts' order. prompts: token ids, special tokens included.
 
     Responses stop at the model's or the tokenizer's end token, which is kept as their last token.
@@ -59,7 +59,6 @@ def sample(
     # Prompts of similar length share a batch, the longest first: least padding, and memory runs
     # out at once or not at all.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    responses: list[Response | None] = [None] * len(prompts)
     was_training, configured = model.training, model.generation_config
     model.eval()
     # generate() fills what `settings` leaves open from the model's own settings (a repetition
@@ -67,17 +66,22 @@ def sample(
     model.generation_config = GenerationConfig()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices), tqdm(total=len(prompts), desc=description, unit="prompt") as bar:
+        with (
+            torch.random.fork_rng(devices=devices),
+            tqdm(total=len(prompts), desc=description, unit="prompt") as bar,
+            TableWriter(RESPONSE_SCHEMA) as writer,
+        ):
             torch.manual_seed(seed)
             for start in range(0, len(order), decoding.batch_size):
                 batch = order[start : start + decoding.batch_size]
                 for i, ids in zip(batch, _generate(model, [prompts[i] for i in batch], settings), strict=True):
-                    responses[i] = response_of(ids, ends, tokenizer)
+                    response = response_of(ids, ends, tokenizer)
+                    writer.add(i, response.text, response.ids, response.finished)
                 bar.update(len(batch))
     finally:
         model.generation_config = configured
         model.train(was_training)
-    return [response for response in responses if response is not None]
+    return Responses(writer.table()).of(range(len(prompts)))
 
 
 def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:

@@ -16,10 +16,9 @@ from shutil import rmtree
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from tspin import data
-from tspin.data import Example, Response
 from tspin.diagnostics import diagnose, summary
 from tspin.errors import UserError
 from tspin.guards import measure, warnings
@@ -37,12 +36,20 @@ from tspin.locks import owned
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
 from tspin.policies import sample_policy
+from tspin.records import (
+    Example,
+    Responses,
+    View,
+    read_responses,
+    response_statistics,
+    write_parquet,
+    write_responses,
+)
 from tspin.run_store import (
     DamagedStage,
     atomic_path,
     check_stage,
     claim_folder,
-    fingerprint,
     folder_fingerprint,
     note_damage,
     run_stage,
@@ -50,6 +57,8 @@ from tspin.run_store import (
 )
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import Triplet, make_triplets
+
+PROMPT_SCHEMA = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), ("labelled", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -101,9 +110,8 @@ class SelfPlayTrainer:
         self.loading = {name: str(value) for name, value in self.model_arguments.items()}
         source = model if isinstance(model, PreTrainedModel) else resolve(str(model))
         self.tokenizer = processing_class or load_tokenizer(str(source), self.model_arguments)
-        self.noted_rows: dict[str, list[int]] = {}  # rows dropped, truncated, with special tokens in their text
-        self.examples = encode_dataset(train_dataset, self.tokenizer, args, self.noted_rows)
-        self.data_fingerprint = fingerprint([[e.prompt_id, e.prompt_ids, e.labelled.ids] for e in self.examples])
+        self.examples = encode_dataset(train_dataset, self.tokenizer, args)
+        self.data_fingerprint = self.examples.fingerprint
         self.source = source
         self.model: PreTrainedModel | None = None  # the final policy, after train()
 
@@ -147,13 +155,13 @@ class SelfPlayTrainer:
 
     def _write_prompts(self) -> None:
         """Leave the prompts and labels in the run's folder, for those who read its responses, and rows of note."""
-        if self.noted_rows and not (self.folder / "rows.json").exists():
-            write_json(self.folder / "rows.json", self.noted_rows)
+        if self.examples.noted and not (self.folder / "rows.json").exists():
+            write_json(self.folder / "rows.json", self.examples.noted)
         path = self.folder / "prompts.parquet"
         if not path.exists():
-            rows = [{"prompt_id": e.prompt_id, "prompt": e.prompt, "labelled": e.labelled.text} for e in self.examples]
+            rows = ((e.prompt_id, e.prompt, e.labelled.text) for e in self.examples)
             with atomic_path(path) as temporary:
-                pd.DataFrame(rows).to_parquet(temporary, index=False)
+                write_parquet(temporary, PROMPT_SCHEMA, rows)
 
     def _iteration(
         self, iteration: int, policy: str, policy_fingerprint: str, proto: Any, initial_policy: tuple[str, str]
@@ -236,25 +244,27 @@ class SelfPlayTrainer:
         self._guard(result, every)
         return result
 
-    def _guard(self, result: IterationResult, responses: dict[str, dict[int, Response]]) -> None:
+    def _guard(self, result: IterationResult, responses: dict[str, Responses]) -> None:
         """Measure degeneration, and leave what was found in guards.json."""
         folder = result.model_path.parent
-        of = {role: [given[e.prompt_id] for e in self.examples] for role, given in responses.items()}
+        of = {role: given.of(self.examples.prompt_ids) for role, given in responses.items()}
         table = pd.read_parquet(folder / "diagnostics.parquet") if self.args.diagnostics else None
-        labelled = [e.labelled for e in self.examples]
-        found = measure(of.get(SYNTHETIC, []), labelled, of.get(PROTO, []), table)
+        found = measure(of.get(SYNTHETIC, []), self.examples.labelled, of.get(PROTO, []), table)
         result.diagnostics.update(found)
         result.warnings.update(warnings(found))
         write_json(folder / "guards.json", {"measures": found, "warnings": result.warnings})
 
-    def _diagnose(self, result: IterationResult, triplets: list[Triplet], policy: str, inputs: dict[str, Any]) -> None:
+    def _diagnose(
+        self, result: IterationResult, triplets: Sequence[Triplet], policy: str, inputs: dict[str, Any]
+    ) -> None:
         """Write the iteration's diagnostics.parquet: log π and rewards before and after, sample by sample."""
 
         def logps(path: str, of: str) -> dict[str, list[float]]:
             return response_logps(self._load(path), triplets, self.tokenizer, self.args, of)
 
         def referred() -> dict[str, list[float]]:
-            return {role: [t.reference_logps[role] for t in triplets] for role in triplets[0].responses}
+            kept = pd.read_parquet(result.model_path.parent / "reference.parquet")
+            return {role: kept[role].tolist() for role in triplets[0].responses}
 
         own = self.method.reference
 
@@ -280,7 +290,7 @@ class SelfPlayTrainer:
 
     def _responses(
         self, kind: str, iteration: int | None, policy: str, policy_fingerprint: str
-    ) -> tuple[dict[int, Response], dict[str, Any]]:
+    ) -> tuple[Responses, dict[str, Any]]:
         """Sampled responses by prompt id, and the record of the stage that made them."""
         decoding = dataclasses.asdict(self.args.decoding)
         # All methods start from the same policy: y0 and the first y′ are sampled once for all of them.
@@ -290,7 +300,7 @@ class SelfPlayTrainer:
         inputs = {
             "policy": policy_fingerprint,
             "loading": self.loading,
-            "data": fingerprint([[e.prompt_id, e.prompt_ids] for e in self.examples]),
+            "data": self.examples.prompts_fingerprint,
             "decoding": decoding,
             "seed": seed,
             **self._backend(),
@@ -298,7 +308,7 @@ class SelfPlayTrainer:
         of = "the initial policy" if shared else f"iteration {iteration}'s policy"
         with owned(path.parent, wait=True):  # runs of other methods may be at the same responses
             record = self._sample(path, inputs, policy, self.examples, f"{kind} responses of {of}")
-            return data.read_responses(path), record
+            return read_responses(path), record
 
     def _backend(self) -> dict[str, Any]:
         """What sampled responses depend on besides the decoding, where it is not the default."""
@@ -314,18 +324,18 @@ class SelfPlayTrainer:
                 policy,
                 self.model_arguments,
                 self.tokenizer,
-                [example.prompt_ids for example in examples],
+                View(len(examples), lambda i: examples[i].prompt_ids),
                 self.args,
                 seed=inputs["seed"],
                 description=description,
             )
-            data.write_responses(target, [example.prompt_id for example in examples], responses)
-            return data.response_statistics(responses, [example.labelled for example in examples])
+            write_responses(target, (example.prompt_id for example in examples), responses)
+            return response_statistics(responses, View(len(examples), lambda i: examples[i].labelled))
 
         return run_stage(path, inputs, produce)
 
     def response_path(self, kind: str, iteration: int | None) -> Path:
-        """Where y0 ("proto", None) or an iteration's y′ ("synthetic") is kept, as data.read_responses reads it."""
+        """Where y0 ("proto", None) or an iteration's y′ ("synthetic") is kept, as read_responses reads it."""
         if iteration:
             return self.folder / f"iteration-{iteration}" / f"{kind}.parquet"
         return self.shared / ("iteration-0-synthetic.parquet" if kind == "synthetic" else f"{kind}.parquet")

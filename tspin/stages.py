@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tspin import data
 from tspin.config import build_config, unknown
-from tspin.data import Example, Response
 from tspin.diagnostics import diagnose, summary
 from tspin.errors import UserError
 from tspin.evaluation import evaluate, load_suite, tabulated
@@ -19,6 +18,7 @@ from tspin.iteration import encode_dataset, reference_table, response_logps, tra
 from tspin.models import load_model, load_tokenizer, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
 from tspin.policies import sample_policy
+from tspin.records import Examples, Responses, read_responses, response_statistics, write_responses
 from tspin.run_store import atomic_path, write_text
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import make_triplets
@@ -29,11 +29,10 @@ def sample_to_file(model: str, dataset: str, out: Path, seed: int, overrides: Se
     if out.is_dir():
         raise UserError(f"{out} is a folder: --out is the Parquet file to write")
     args, tokenizer, examples, _, (folder, model_arguments) = _prepare(model, dataset, "tspin", seed, overrides)
-    prompts = [example.prompt_ids for example in examples]
-    responses = sample_policy(folder, model_arguments, tokenizer, prompts, args, seed=seed)
+    responses = sample_policy(folder, model_arguments, tokenizer, examples.prompts, args, seed=seed)
     with atomic_path(out) as temporary:
-        data.write_responses(temporary, [example.prompt_id for example in examples], responses)
-    return data.response_statistics(responses, [example.labelled for example in examples])
+        write_responses(temporary, examples.prompt_ids.tolist(), responses)
+    return response_statistics(responses, examples.labelled)
 
 
 def train_from_files(
@@ -144,7 +143,7 @@ def _prepare(
 ) -> tuple[
     SelfPlayConfig,
     PreTrainedTokenizerBase,
-    list[Example],
+    Examples,
     Callable[[str | None], PreTrainedModel],
     tuple[str, dict[str, Any]],
 ]:
@@ -164,15 +163,15 @@ def _prepare(
     )
 
 
-def _responses_for(examples: Sequence[Example], path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[int, Response]:
-    responses = data.read_responses(path)
+def _responses_for(examples: Examples, path: Path, tokenizer: PreTrainedTokenizerBase) -> Responses:
+    responses = read_responses(path)
     for prompt_id, response in responses.items():
         if max(response.ids) >= len(tokenizer):
             raise UserError(
                 f"{path}: token {max(response.ids)} in the response to data row {prompt_id + 1} is not in this model's "
                 f"vocabulary of {len(tokenizer)}: sample the responses with a model of the same tokenizer"
             )
-    missing = [example.prompt_id for example in examples if example.prompt_id not in responses]
-    if missing:
+    missing = np.setdiff1d(examples.prompt_ids, responses.prompt_ids)
+    if len(missing):
         raise UserError(f"{path}: no response to data row {missing[0] + 1}; sample it with the same --data")
     return responses

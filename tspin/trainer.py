@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from tspin.data import Example, Response
 from tspin.errors import UserError
 from tspin.logprobs import Layout, choose_layout, sequence_logps, shared_prefix_logps, uses_flex_attention
 from tspin.memory import out_of_memory
@@ -39,6 +38,7 @@ from tspin.packing import (
     plan_padded,
     plan_shared,
 )
+from tspin.records import Example, Response, View
 
 REFERENCE_WINDOW = 256  # triplets planned into micro-batches together
 IDLE = {"share": 0.0, "tokens": 0}  # a micro-batch that counts for nothing
@@ -55,16 +55,16 @@ class Triplet:
     reference_logps: Mapping[str, float] = field(default_factory=dict)
 
 
-def make_triplets(examples: Sequence[Example], responses: Mapping[str, Mapping[int, Response]]) -> list[Triplet]:
-    """Triplets from labelled examples and, by role, sampled responses by prompt id."""
-    return [
-        Triplet(
-            example.prompt_id,
-            example.prompt_ids,
-            {LABELLED: example.labelled, **{role: given[example.prompt_id] for role, given in responses.items()}},
-        )
-        for example in examples
-    ]
+def make_triplets(examples: Sequence[Example], responses: Mapping[str, Mapping[int, Response]]) -> Sequence[Triplet]:
+    """Triplets from labelled examples and, by role, sampled responses by prompt id; each is made when asked for."""
+
+    def triplet(i: int) -> Triplet:
+        example = examples[i]
+        number = example.prompt_id
+        given = {role: found[number] for role, found in responses.items()}
+        return Triplet(number, example.prompt_ids, {LABELLED: example.labelled, **given})
+
+    return View(len(examples), triplet)
 
 
 class TripletCollator:

@@ -5,7 +5,6 @@ sampling and every evaluation starts `python -m tspin.vllm_worker` on a checkpoi
 weights are that checkpoint's, and the memory is free before training starts.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -15,8 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from tspin.errors import UserError
+from tspin.records import TableWriter, View, open_table
 from tspin.workers import Worker, run_workers
+
+PROMPT_SCHEMA = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("seed", pa.int64())])
+DRAWN_SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("logprobs", pa.list_(pa.float64()))])
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def generate_tokens(
     seed: int,
     trust_remote_code: bool = False,
     logprobs: bool = False,
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """One response a prompt: {"ids": token ids, the end token included where it ended, "logprobs": nats a token}.
 
     model: a checkpoint's folder. prompts: token ids, special tokens included. dtype: "float32" or "bfloat16", of the
@@ -77,19 +82,22 @@ def generate_tokens(
         "logprobs": logprobs,
     }
     copies = min(engine.data_parallel, len(prompts))
-    numbers = [list(range(copy, len(prompts), copies)) for copy in range(copies)]
-    jobs = [
-        {**job, "prompts": [list(prompts[i]) for i in share], "seeds": [(seed + i) % 2**31 for i in share]}
-        for share in numbers
-    ]
-    responses: list[Any] = [None] * len(prompts)
-    with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as folder:
-        _run([Path(folder) / str(copy) for copy in range(copies)], jobs, engine.tensor_parallel)
-        for copy, share in enumerate(numbers):
-            answers = json.loads((Path(folder) / str(copy) / "responses.json").read_text())
-            for number, answer in zip(share, answers, strict=True):
-                responses[number] = answer
-    return responses
+    with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as temporary:
+        folders = [Path(temporary) / str(copy) for copy in range(copies)]
+        for copy, folder in enumerate(folders):
+            folder.mkdir()
+            with TableWriter(PROMPT_SCHEMA, folder / "prompts.arrow") as writer:
+                for i in range(copy, len(prompts), copies):
+                    writer.add(list(prompts[i]), (seed + i) % 2**31)
+        _run(folders, [job] * copies, engine.tensor_parallel)
+        drawn = [open_table(folder / "responses.arrow") for folder in folders]
+
+    def response(i: int) -> dict[str, Any]:
+        table, row = drawn[i % copies], i // copies
+        own = {"ids": table.ids("ids", row)}
+        return {**own, "logprobs": table.ids("logprobs", row)} if logprobs else own
+
+    return View(len(prompts), response)
 
 
 def evaluate_folder(

@@ -1,28 +1,31 @@
 """The process that holds a vLLM engine: `python -m tspin.vllm_worker FOLDER`, started by tspin.vllm_backend.
 
-FOLDER/job.json says what to do; what comes out goes to FOLDER/responses.json or to the job's target folder.
+FOLDER/job.json says what to do. Prompts are in FOLDER/prompts.arrow and what is drawn goes to FOLDER/responses.arrow;
+scores go to the job's target folder.
 """
 
-import json
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tspin.run_store import write_text
+from tspin.records import TableWriter, open_table
+from tspin.vllm_backend import DRAWN_SCHEMA
 from tspin.workers import read_job
+
+WINDOW = 50_000  # prompts that the engine holds at a time
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     job = read_job(folder)
     if job["task"] == "generate":
-        write_text(folder / "responses.json", json.dumps(_generate(job)))
+        _generate(job, folder)
     else:
         _evaluate(job)
 
 
-def _generate(job: dict[str, Any]) -> list[dict[str, Any]]:
+def _generate(job: dict[str, Any], folder: Path) -> None:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(
@@ -32,28 +35,28 @@ def _generate(job: dict[str, Any]) -> list[dict[str, Any]]:
         logprobs_mode="raw_logprobs",
         **_engine_arguments(job),
     )
-    settings = [
-        SamplingParams(
-            temperature=job["temperature"],
-            top_p=job["top_p"],
-            max_tokens=job["max_new_tokens"],
-            stop_token_ids=job["end_tokens"],
-            seed=seed,
-            logprobs=0 if job["logprobs"] else None,
-            detokenize=False,
-        )
-        for seed in job["seeds"]
-    ]
-    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
-    responses = []
-    for request in llm.generate(prompts, settings):
-        completion = request.outputs[0]
-        response: dict[str, Any] = {"ids": list(completion.token_ids)}
-        if completion.logprobs is not None:
-            pairs = zip(completion.token_ids, completion.logprobs, strict=True)
-            response["logprobs"] = [values[token].logprob for token, values in pairs]
-        responses.append(response)
-    return responses
+    table = open_table(folder / "prompts.arrow")
+    with TableWriter(DRAWN_SCHEMA, folder / "responses.arrow") as writer:
+        for start in range(0, len(table), WINDOW):
+            window = range(start, min(start + WINDOW, len(table)))
+            settings = [
+                SamplingParams(
+                    temperature=job["temperature"],
+                    top_p=job["top_p"],
+                    max_tokens=job["max_new_tokens"],
+                    stop_token_ids=job["end_tokens"],
+                    seed=table.value("seed", row),
+                    logprobs=0 if job["logprobs"] else None,
+                    detokenize=False,
+                )
+                for row in window
+            ]
+            prompts = [TokensPrompt(prompt_token_ids=table.ids("prompt_ids", row)) for row in window]
+            for request in llm.generate(prompts, settings):
+                completion = request.outputs[0]
+                drawn = completion.logprobs or []
+                pairs = zip(completion.token_ids, drawn, strict=bool(drawn))
+                writer.add(list(completion.token_ids), [values[token].logprob for token, values in pairs])
 
 
 def _evaluate(job: dict[str, Any]) -> None:

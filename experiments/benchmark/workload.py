@@ -5,8 +5,8 @@ import random
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
 
-from tspin.data import Response
 from tspin.objectives import ROLES
+from tspin.records import Response
 from tspin.trainer import Triplet
 
 MIXES = {"prompt-heavy 4:1": 0.8, "even 1:1": 0.5, "response-heavy 1:4": 0.2}  # the prompt's share of prompt + response
