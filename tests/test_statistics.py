@@ -30,6 +30,16 @@ def test_missing_problems_and_single_seeds():
     assert single.high - single.low == pytest.approx(2 * 1.96 * 10 / 10, rel=0.2)
 
 
+def test_many_seeds_have_the_interval_that_drawing_problems_gives(monkeypatch):
+    values = scores(40, 40, 3)
+    quick = estimate(values)
+    monkeypatch.setattr("analysis.statistics.MANY", 100)
+    slow = estimate(values)
+    assert quick.mean == slow.mean
+    assert (quick.low, quick.high) == pytest.approx((slow.low, slow.high), abs=0.1)
+    assert 1.5 < slow.high - slow.low < 2.5  # so that 0.1 is little
+
+
 def test_p_values():
     assert p_value(scores(5, 0, 1)) > 0.05
     assert p_value(scores(5, 5, 1)) < 0.01
