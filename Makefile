@@ -18,7 +18,7 @@ figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
 .PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims \
-	study studies notebooks sweep benchmark plan-check regenerate test fault-test test-vllm engines fuzz lock audit sbom lint clean
+	study studies notebooks sweep benchmark plan-check regenerate test fault-test load test-vllm engines fuzz lock audit sbom lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
@@ -77,6 +77,10 @@ test: $(READY)
 # Kills, signals, full disks, damaged files, bad hubs, NaN, no memory: a tiny run must survive them all.
 fault-test: $(READY)
 	$(VENV)/bin/python experiments/faults.py
+
+# A million rows, ten thousand runs: seconds and memory.
+load: $(READY)
+	$(VENV)/bin/python experiments/load.py
 
 # Bad input, FUZZ new examples of each kind; `make test` draws a few.
 FUZZ ?= 300

@@ -1,17 +1,21 @@
 """The commands on files, and what they say to bad input: one line, exit code 2, nothing written."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tspin import cli
+from tspin.trainer import TripletTrainer
 
 SMALL = [
     "--set",
@@ -53,6 +57,28 @@ def test_sample_and_train_on_files(tmp_path, model_folder, data_file):
     assert len(pd.read_parquet(tmp_path / "step" / "steps.parquet")) == 2
     assert (tmp_path / "step" / "model.safetensors").exists() and (tmp_path / "step" / "tokenizer.json").exists()
     assert_refused(call("train", *common, *files), "exists")
+
+
+def test_a_stopped_training_on_files_goes_on(tmp_path, model_folder, data_file, monkeypatch):
+    common = ["train", "--model", model_folder, "--data", data_file, "--method", "sft", *SMALL]
+    assert call(*common, "--out", tmp_path / "whole").exit_code == 0
+    calls = []
+
+    def stopped(self, model, micro_batches, real=TripletTrainer._accumulate):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, model, micro_batches)
+
+    monkeypatch.setattr(TripletTrainer, "_accumulate", stopped)
+    result = call(*common, "--out", tmp_path / "step")
+    assert result.exit_code == 143 and "kept at step 1 of 2" in result.output, result.output
+    assert not (tmp_path / "step").exists()
+    assert call(*common, "--out", tmp_path / "step").exit_code == 0 and len(calls) == 2
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "step"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert len(pd.read_parquet(tmp_path / "step" / "steps.parquet")) == 2
+    assert not list(tmp_path.glob(".step*"))
 
 
 def test_bad_input_is_refused(tmp_path, model_folder, data_file):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,20 @@ from tspin.diagnostics import diagnose, summary
 from tspin.errors import UserError
 from tspin.evaluation import evaluate, load_suite, tabulated
 from tspin.experiment import load_dataset, model_source, training_arguments
-from tspin.iteration import encode_dataset, reference_table, response_logps, train_iteration, with_reference
-from tspin.models import load_model, load_tokenizer, resolve
+from tspin.iteration import (
+    Unfinished,
+    encode_dataset,
+    reference_table,
+    response_logps,
+    train_iteration,
+    with_reference,
+)
+from tspin.locks import owned
+from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
 from tspin.policies import sample_policy
 from tspin.records import Examples, Responses, read_responses, response_statistics, write_responses
-from tspin.run_store import atomic_path, write_text
+from tspin.run_store import atomic_path, sha256, write_text
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import make_triplets
 
@@ -50,8 +59,9 @@ def train_from_files(
     """Train one iteration of `method` from `model` into the folder `out`; returns train_iteration's facts.
 
     reference: the policy in the loss of methods that have one; `model` itself when None.
-    The folder is a checkpoint with its step log (steps.parquet) beside the weights. Raises
-    UserError when a file of responses that the method needs is missing or fits other prompts.
+    The folder is a checkpoint with its step log (steps.parquet) beside the weights. A training that SIGTERM or Ctrl-C
+    stopped left its state beside it, under a hidden name, and goes on from there. Raises UserError when a file of
+    responses that the method needs is missing or fits other prompts, and when another command is at work on `out`.
     """
     if method not in METHODS:
         raise UserError(unknown("method", method, METHODS))
@@ -59,8 +69,8 @@ def train_from_files(
         raise UserError(f"--reference: {method} at iteration {iteration} needs the initial policy")
     if out.exists():
         raise UserError(f"{out} exists: choose a new folder for the checkpoint, nothing is written over")
-    args, tokenizer, examples, load, _ = _prepare(model, dataset, method, seed, overrides)
-    responses = {}
+    args, tokenizer, examples, load, (folder, model_arguments) = _prepare(model, dataset, method, seed, overrides)
+    responses: dict[str, Responses] = {}
     for role, path in ((SYNTHETIC, synthetic), (PROTO, proto)):
         if path is not None:
             responses[role] = _responses_for(examples, path, tokenizer)
@@ -74,8 +84,34 @@ def train_from_files(
         source = load(reference) if reference else policy
         logps = response_logps(source, triplets, tokenizer, args, "the reference")
         triplets = with_reference(triplets, reference_table(triplets, logps))
-    with atomic_path(out) as temporary:
-        return train_iteration(policy, triplets, tokenizer, args, iteration, checkpoint=temporary, log_folder=temporary)
+    inputs = {
+        "policy": policy_fingerprint(folder),
+        "loading": {name: str(value) for name, value in model_arguments.items()},
+        "data": examples.fingerprint,
+        "settings": args.computed(),
+        "iteration": iteration,
+        "reference": policy_fingerprint(resolve(reference)) if reference else None,
+        "responses": {role: sha256(path) for role, path in ((SYNTHETIC, synthetic), (PROTO, proto)) if path},
+    }
+    state = Unfinished(out.with_name(f".{out.name}.unfinished"), inputs)
+    with owned(state.folder):
+        try:
+            if out.exists():
+                raise UserError(f"{out} exists: another command has made it meanwhile; nothing is written over")
+            with atomic_path(out) as temporary:
+                return train_iteration(
+                    policy,
+                    triplets,
+                    tokenizer,
+                    args,
+                    iteration,
+                    checkpoint=temporary,
+                    log_folder=temporary,
+                    unfinished=state,
+                )
+        finally:
+            if out.exists() or not state.steps():
+                rmtree(state.folder, ignore_errors=True)
 
 
 def diagnose_to_file(
