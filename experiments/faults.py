@@ -755,14 +755,25 @@ def run(folder: Path, short: bool = False, only: list[str] | None = None, jobs: 
 
 
 def work(campaign: Campaign, job: int, chosen: list[Callable[[Campaign], None]]) -> list[dict]:
-    """One process's share of the campaign."""
-    campaign.shop.count = 10_000 * (job + 1)  # folders and logs of its own
-    for part in chosen:
-        start, before = time.monotonic(), len(campaign.rows)
-        part(campaign)
-        done = campaign.rows[before:]
+    """One process's share of the campaign; each part is a process of its own, and what ends it ends nothing else."""
+    rows: list[dict] = []
+    for number, part in enumerate(chosen):
+        campaign.shop.count = 10_000 * (job + 1) + 500 * number  # folders and logs of its own
+        start = time.monotonic()
+        try:
+            done = in_child(one_part, campaign, part)
+        except Exception as error:
+            note = f"the campaign itself failed: {type(error).__name__} {error}"[:200]
+            done = [{"fault": part.__name__, "case": "-", "survived": False, "numbers_lost": 0, "note": note}]
+        rows += done
         good = sum(row["survived"] for row in done)
         print(f"{part.__name__}: {good} of {len(done)} survived, {time.monotonic() - start:.0f} s", flush=True)
+    return rows
+
+
+def one_part(campaign: Campaign, part: Callable[[Campaign], None]) -> list[dict]:
+    """What a part finds."""
+    part(campaign)
     return campaign.rows
 
 

@@ -3,7 +3,7 @@
 Rows become Python objects when they are asked for, and no earlier: what a run holds does not grow with its text.
 """
 
-import os
+import mmap
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -119,8 +119,8 @@ class Table:
 class TableWriter:
     """Collects rows: in memory, and beyond IN_MEMORY bytes in a file. As a context manager it flushes at the end.
 
-    path: write there from the start, as an Arrow IPC file; without, the file is a temporary one, which has no name as
-    soon as `table` has been called, so that nothing is left however the process ends (TMPDIR says where).
+    path: write there from the start, as an Arrow IPC file; without, the file is one that never has a name, so that
+    nothing is left however the process ends (TMPDIR says on which disk).
     """
 
     def __init__(self, schema: pa.Schema, path: Path | None = None):
@@ -130,7 +130,7 @@ class TableWriter:
         self._batches: list[pa.RecordBatch] = []
         self._bytes = 0
         self._writer: Any = pa.ipc.new_file(str(path), schema) if path else None
-        self._temporary: str | None = None
+        self._nameless: Any = None
 
     def __enter__(self) -> "TableWriter":
         return self
@@ -140,8 +140,6 @@ class TableWriter:
             self._flush()
         if self._writer is not None:
             self._writer.close()
-        if self._temporary and error[0] is not None:
-            os.unlink(self._temporary)
 
     def add(self, *row: Any) -> None:
         """A row, its cells in the schema's order."""
@@ -162,22 +160,22 @@ class TableWriter:
         self._batches.append(batch)
         self._bytes += batch.nbytes
         if self._bytes > IN_MEMORY:
-            handle, self._temporary = tempfile.mkstemp(prefix="tspin-", suffix=".arrow")
-            os.close(handle)
-            self._writer = pa.ipc.new_file(self._temporary, self.schema)
+            self._nameless = tempfile.TemporaryFile()
+            self._writer = pa.ipc.new_file(pa.PythonFile(self._nameless, "w"), self.schema)
             for kept in self._batches:
                 self._writer.write_batch(kept)
             self._batches = []
 
     def table(self) -> Table:
         """The rows, after the `with` block; once."""
-        place = self.path or self._temporary
-        if place is None:
+        if self.path:
+            return open_table(self.path)
+        if self._nameless is None:
             return Table(pa.Table.from_batches(self._batches, self.schema))
-        table = open_table(Path(place))
-        if self._temporary:
-            os.unlink(self._temporary)  # the mapping stays
-        return table
+        with self._nameless as file:
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # outlives the file
+        return Table(pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped))).read_all())
 
 
 def record_batch(rows: Sequence[Sequence[Any]], schema: pa.Schema) -> pa.RecordBatch:
