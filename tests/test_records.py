@@ -94,3 +94,13 @@ def test_a_large_data_set_trains_the_same_and_is_encoded_once(
 def test_two_rows_of_one_number_are_refused(tmp_path, model_folder, rows):
     with pytest.raises(UserError, match="the same prompt_id"):
         play(tmp_path / "run", model_folder, [{**row, "prompt_id": 1} for row in rows])
+
+
+def test_a_large_set_of_the_datasets_library_is_encoded_once(tmp_path, model_folder, rows, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr("tspin.rows.LARGE_SET", 2)
+    for _ in range(2):
+        play(tmp_path / "run", model_folder, datasets.Dataset.from_list(rows), method="sft")
+        assert len(list((tmp_path / "run").glob("examples-*.arrow"))) == 1
+        monkeypatch.setattr(data, "encode_examples", None)

@@ -35,7 +35,7 @@ from tspin.memory import peak_bytes, reset_peak
 from tspin.models import tokenizer_fingerprint
 from tspin.objectives import METHODS
 from tspin.records import Examples, View, open_table
-from tspin.rows import Rows, validate_rows
+from tspin.rows import Rows, set_key, validate_rows
 from tspin.run_store import (
     DamagedStage,
     atomic_path,
@@ -54,8 +54,8 @@ def encode_dataset(
 ) -> Examples:
     """Rows {"prompt", "completion"} as examples; an integer "prompt_id" replaces the row's number. Raises UserError.
 
-    What is made of large data sets (Rows.key) is kept in args.shared_dir, or the run's folder, and read from there the
-    next time. Rows of note are told on stderr.
+    What is made of large data sets (`Rows.key`, `set_key`) is kept in args.shared_dir, or the run's folder, and read
+    from there the next time. Rows of note are told on stderr.
     """
     settings: dict[str, Any] = dict(
         template=args.template,
@@ -63,13 +63,14 @@ def encode_dataset(
         max_response_tokens=args.max_response_tokens,
         long_prompts=args.long_prompts,
     )
-    key = dataset.key if isinstance(dataset, Rows) else None
+    if isinstance(dataset, Rows):
+        key, rows = dataset.key, dataset.numbered()
+    else:
+        key, rows = set_key(dataset), _numbered(dataset)
     if key is None:
-        rows = dataset.numbered() if isinstance(dataset, Rows) else _numbered(dataset)
         examples = data.encode_examples(rows, tokenizer, **settings)
     else:
-        assert isinstance(dataset, Rows)
-        examples = _encoded_once(dataset, tokenizer, settings, Path(args.shared_dir or str(args.output_dir)))
+        examples = _encoded_once(key, rows, tokenizer, settings, Path(args.shared_dir or str(args.output_dir)))
     for remark in examples.remarks:
         sys.stderr.write(f"tspin: {remark}\n")
     return examples
@@ -87,12 +88,18 @@ def _numbered(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, dict[
         yield given[0] if isinstance(given[0], int) else number, row
 
 
-def _encoded_once(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], folder: Path) -> Examples:
-    inputs = {"rows": rows.key, "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
+def _encoded_once(
+    key: Any,
+    rows: Iterable[tuple[int, dict[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    folder: Path,
+) -> Examples:
+    inputs = {"rows": key, "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
     path = folder / f"examples-{fingerprint(inputs)}.arrow"
 
     def produce(target: Path) -> dict[str, Any]:
-        made = data.encode_examples(rows.numbered(), tokenizer, **settings, path=target)
+        made = data.encode_examples(rows, tokenizer, **settings, path=target)
         prints = {"fingerprint": made.fingerprint, "prompts_fingerprint": made.prompts_fingerprint}
         return {**prints, "noted": made.noted, "remarks": made.remarks}
 

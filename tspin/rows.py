@@ -89,8 +89,14 @@ def load_rows(
         large = file.stat().st_size >= LARGE_FILE
         return Rows(path, lambda: read_rows(file), columns, (lambda: sha256(file)) if large else None)
     dataset = load_dataset(path, name, split, revision)
-    large = len(dataset) >= LARGE_SET
-    return Rows(path, lambda: dataset, columns, (lambda: [path, name, split, dataset._fingerprint]) if large else None)
+    key = set_key(dataset)
+    return Rows(path, lambda: dataset, columns, (lambda: key) if key else None)
+
+
+def set_key(dataset: Any) -> Any:
+    """`Rows.key` of a datasets.Dataset, which knows its own fingerprint; None for small ones and for all else."""
+    known = getattr(dataset, "_fingerprint", None)
+    return {"datasets.Dataset": known} if known and len(dataset) >= LARGE_SET else None
 
 
 def validate_rows(
