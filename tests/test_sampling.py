@@ -1,6 +1,9 @@
 """Sampling: end token, temperature, seed, order, cutting."""
 
+from contextlib import nullcontext
+
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tspin.sampling import Decoding, sample
 
@@ -81,3 +84,28 @@ def test_segments_change_nothing_but_the_work(monkeypatch, tokenizer):
         found.append(sample(model, tokenizer, [tokenizer(text)["input_ids"] for text in texts], greedy, seed=0))
     assert found[0] == found[1] == found[2]
     assert len({len(response.ids) for response in found[0]}) > 1
+
+
+def test_shared_key_value_heads_are_read_as_they_are(monkeypatch, tokenizer):
+    """Six query heads on two key–value heads: the same texts with and without attention by groups, and it is used."""
+    import tspin.sampling
+    from tspin import grouped_attention
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "initializer_range": 0.3}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=6, num_key_value_heads=2, **sizes)
+    model = LlamaForCausalLM(config).eval()
+    calls = []
+
+    def counted(query, *args, **kwargs):
+        calls.append(query.shape)
+        return torch.nn.functional.scaled_dot_product_attention(query, *args, **kwargs)
+
+    monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", counted)
+    by_groups = draw(model, tokenizer)
+    assert calls and {shape[1:] for shape in calls} == {(2, 3, 8)}
+    assert model.config._attn_implementation == "sdpa"
+    calls.clear()
+    monkeypatch.setattr(tspin.sampling, "grouped", lambda model: nullcontext())
+    assert draw(model, tokenizer) == by_groups
+    assert not calls

@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from tspin.grouped_attention import grouped
 from tspin.records import RESPONSE_SCHEMA, Response, Responses, TableWriter
 
 FIRST_SEGMENT = 8  # tokens after which ended rows leave for the first time; twice as many each time after
@@ -117,14 +118,15 @@ def generate_in_segments(
     while rows and left > 0:
         part = copy.deepcopy(settings)
         part.max_new_tokens = min(segment, left)
-        output: Any = model.generate(  # type: ignore[operator]
-            input_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            generation_config=part,
-            stopping_criteria=stops(len(rows)) if stops else None,
-            return_dict_in_generate=True,
-        )
+        with grouped(model):
+            output: Any = model.generate(  # type: ignore[operator]
+                input_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                generation_config=part,
+                stopping_criteria=stops(len(rows)) if stops else None,
+                return_dict_in_generate=True,
+            )
         new = output.sequences[:, input_ids.shape[1] :]
         still_open = []
         for position, tokens in enumerate(new.tolist()):
