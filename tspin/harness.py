@@ -1,17 +1,73 @@
-"""Our model behind lm-evaluation-harness: its Hugging Face backend with `generate_in_segments`."""
+"""Our model behind lm-evaluation-harness: its Hugging Face backend, with less work for the same numbers."""
 
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
-from transformers import GenerationConfig, StoppingCriteriaList
+from torch.nn.functional import log_softmax
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from tspin.sampling import generate_in_segments
 
+Request = tuple[tuple[str, str], list[int], list[int]]  # texts; tokens of a context, of a continuation
+Answer = tuple[float, bool]  # log-probability of the continuation in nats; whether it is the greedy one
+
 
 class SegmentedLM(HFLM):
-    """HFLM whose greedy decoding lets rows leave a batch as they end; all else is lm-eval's own."""
+    """HFLM whose greedy decoding lets rows leave a batch as they end, and whose choices share their context.
+
+    A problem's choices are continuations of one context, worked examples and all: it is computed once, not once a
+    choice. All else is lm-eval's own.
+    """
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Answer]:
+        by_context = defaultdict(list)
+        for number, (_, context, _) in enumerate(requests):
+            by_context[tuple(context)].append(number)
+        known = {"position_ids", "logits_to_keep"} <= inspect.signature(self.model.forward).parameters.keys()
+        shared = []
+        if known and self.backend == "causal":
+            for context, numbers in by_context.items():
+                longest = max(len(requests[number][2]) for number in numbers)
+                if len(numbers) > 1 and len(context) + longest <= self.max_length:
+                    shared.append(numbers)
+        answers: dict[int, Answer] = {}
+        batches = list(_batches(shared, requests, override_bs or int(self.batch_size)))
+        with tqdm(total=sum(map(len, shared)), disable=disable_tqdm or not shared, desc="choices") as bar:
+            for batch in batches:
+                contexts = [requests[numbers[0]][1] for numbers in batch]
+                continuations = [(row, requests[n][2]) for row, numbers in enumerate(batch) for n in numbers]
+                found = self._score(contexts, continuations)
+                for number, answer in zip((n for numbers in batch for n in numbers), found, strict=True):
+                    answers[number] = answer
+                    if requests[number][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
+                bar.update(len(found))
+        others = [number for number in range(len(requests)) if number not in answers]
+        if others:
+            found = super()._loglikelihood_tokens([requests[n] for n in others], disable_tqdm, override_bs)
+            answers.update(zip(others, found, strict=True))
+        return [answers[number] for number in range(len(requests))]
+
+    def _score(self, contexts: list[list[int]], continuations: list[tuple[int, list[int]]]) -> list[Answer]:
+        amp = self.mixed_precision_dtype
+        with torch.inference_mode(), torch.autocast(self.device.type, dtype=amp, enabled=amp is not None):
+            logits = continuation_logits(self.model, contexts, continuations)
+        logps = log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
+        answers = []
+        for row, (_, tokens) in zip(logps, continuations, strict=True):
+            wanted = torch.tensor(tokens, device=row.device)
+            own = row[: len(tokens)]
+            chosen = own.gather(1, wanted[:, None])
+            answers.append((float(chosen.sum()), bool((own.argmax(dim=-1) == wanted).all())))
+        return answers
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
@@ -52,3 +108,55 @@ class SegmentedLM(HFLM):
         width = max(map(len, rows))
         padded = [row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows]
         return torch.cat([context, torch.tensor(padded, device=context.device)], dim=1)
+
+
+def _batches(groups: list[list[int]], requests: Sequence[Request], size: int) -> Iterator[list[list[int]]]:
+    """Groups of requests together, of about `size` requests, those with the longest contexts first."""
+    batch: list[list[int]] = []
+    for numbers in sorted(groups, key=lambda numbers: -len(requests[numbers[0]][1])):
+        if batch and sum(map(len, batch)) + len(numbers) > size:
+            yield batch
+            batch = []
+        batch.append(numbers)
+    if batch:
+        yield batch
+
+
+def continuation_logits(
+    model: PreTrainedModel, contexts: list[list[int]], continuations: list[tuple[int, list[int]]]
+) -> torch.Tensor:
+    """Logits that predict continuations of contexts, each context computed once.
+
+    contexts: tokens. continuations: (which context, tokens). Returns (continuations, longest one's tokens, vocabulary)
+    in the model's type; position i of a row predicts the continuation's token i, and means nothing past its end.
+    """
+    device, length = model.device, max(map(len, contexts))
+    ids = torch.zeros((len(contexts), length), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, context in enumerate(contexts):  # left padding: the last column predicts every first token
+        ids[row, length - len(context) :] = torch.tensor(context)
+        mask[row, length - len(context) :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    output = model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    owners = torch.tensor([owner for owner, _ in continuations], device=device)
+    first = output.logits[owners]
+    width = max(len(tokens) for _, tokens in continuations) - 1
+    if width == 0:
+        return first
+    following = torch.zeros((len(continuations), width), dtype=torch.long)
+    following_mask = torch.zeros_like(following)
+    for row, (_, tokens) in enumerate(continuations):  # right padding: nothing looks at it
+        following[row, : len(tokens) - 1] = torch.tensor(tokens[:-1], dtype=torch.long)
+        following_mask[row, : len(tokens) - 1] = 1
+    following, following_mask = following.to(device), following_mask.to(device)
+    cache = output.past_key_values
+    cache.batch_select_indices(owners)
+    later = model(
+        following,
+        attention_mask=torch.cat([mask[owners], following_mask], dim=1),
+        position_ids=mask[owners].sum(dim=1, keepdim=True) + torch.arange(width, device=device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return torch.cat([first, later.logits], dim=1)
