@@ -1,8 +1,8 @@
 """Decoding on a CPU, for models whose query heads share key–value heads: the cache is read as it is, never repeated.
 
-With left-padded rows there is a mask, and with a mask Transformers copies every key and value once a query head, in each
-layer at each token. The query heads of a group may as well be rows of one query: the same numbers, and for contexts of
-a thousand tokens a tenth of the time.
+With left-padded rows there is a mask, and with a mask Transformers copies every key and value once a query head, in
+each layer at each token. The query heads of a group may as well be rows of one query: the same numbers, in half the
+time a token at contexts of 500 tokens.
 """
 
 from collections.abc import Iterator

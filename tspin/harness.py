@@ -34,9 +34,9 @@ class SegmentedLM(HFLM):
         known = {"position_ids", "logits_to_keep"} <= inspect.signature(self.model.forward).parameters.keys()
         shared = []
         if known and self.backend == "causal":
-            for context, numbers in by_context.items():
+            for tokens, numbers in by_context.items():
                 longest = max(len(requests[number][2]) for number in numbers)
-                if len(numbers) > 1 and len(context) + longest <= self.max_length:
+                if len(numbers) > 1 and len(tokens) + longest <= self.max_length:
                     shared.append(numbers)
         answers: dict[int, Answer] = {}
         batches = list(_batches(shared, requests, override_bs or int(self.batch_size)))
