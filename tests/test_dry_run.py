@@ -102,8 +102,8 @@ def test_ultrachats_first_rounds_become_the_papers_prompts(preset, offline, stan
             assert example.labelled.text == first[1]["content"] and example.labelled.finished
             assert example.labelled.ids[-1] == stand_in.eos_token_id not in example.prompt_ids
     # SFT takes every row, and the self-play subset is nested in it.
-    every = load_dataset(config.for_method("sft").data)
-    assert len(every) == ROWS and {e.prompt_id for e in examples} <= {row["prompt_id"] for row in every}
+    every = dict(load_dataset(config.for_method("sft").data).numbered())
+    assert len(every) == ROWS and {e.prompt_id for e in examples} <= every.keys()
 
 
 @pytest.mark.parametrize(("preset", "method"), [("zephyr-7b", "tspin"), ("mistral-7b", "spin")])
