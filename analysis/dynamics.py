@@ -40,10 +40,12 @@ def steps(preset: str, results: Path = Path("results")) -> pd.DataFrame:
 def sign_shares(preset: str, results: Path = Path("results"), iteration: int = 1) -> pd.DataFrame:
     """Share of the prompts by sign of both gaps after an iteration: method, reward, log_likelihood (±1, 0), share.
 
-    The mean over seeds. Raises UserError where the diagnostics are missing.
+    The mean over seeds. Raises UserError where the diagnostics are missing, or neither method has that iteration.
     """
     table = load.parquet("diagnostics", preset, results)
     table = table[table["method"].isin(PAIR) & (table["iteration"] == iteration)]
+    if table.empty:
+        raise UserError(f"no samples of iteration {iteration} in {results / preset}; figure 3 is drawn there")
     wide = table.pivot(index=["method", "seed", "prompt_id"], columns="role", values=["reward_after", "after"])
     signs = pd.DataFrame(
         {

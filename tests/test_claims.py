@@ -128,6 +128,8 @@ def test_figures_say_which_iterations_were_not_run(results):
         assert set(wanted) == {text for text in said if "not run" in text}
     with pytest.raises(UserError, match="no steps of iteration 3"):
         dynamics.figure3("pocket", root, iteration=3)
+    with pytest.raises(UserError, match="no samples of iteration 9"):
+        dynamics.figure3("pocket", root, iteration=9)
 
 
 @pytest.mark.parametrize("seeds", [1, 5])
