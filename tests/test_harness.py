@@ -21,11 +21,11 @@ MODELS = {
 
 
 def requests_of(chance: random.Random) -> list[harness.Request]:
-    """Twelve contexts with one to five continuations, in no order; one context fills the model's."""
+    """Twelve contexts, one with twenty continuations, the others with up to five, in no order; one context fills the model's."""
     found = []
     for number in range(12):
         context = chance.choices(range(5, 200), k=62 if number == 0 else chance.randint(1, 30))
-        for choice in range(number % 5 + 1):
+        for choice in range(20 if number == 1 else number % 5 + 1):
             continuation = chance.choices(range(5, 200), k=chance.randint(1, 6))
             found.append(((f"context {number}", f"choice {choice}"), context, continuation))
     chance.shuffle(found)

@@ -32,16 +32,16 @@ class SegmentedLM(HFLM):
         for number, (_, context, _) in enumerate(requests):
             by_context[tuple(context)].append(number)
         known = {"position_ids", "logits_to_keep"} <= inspect.signature(self.model.forward).parameters.keys()
+        size = override_bs or int(self.batch_size)
         shared = []
         if known and self.backend == "causal":
             for tokens, numbers in by_context.items():
                 longest = max(len(requests[number][2]) for number in numbers)
                 if len(numbers) > 1 and len(tokens) + longest <= self.max_length:
-                    shared.append(numbers)
+                    shared += [numbers[start : start + size] for start in range(0, len(numbers), size)]
         answers: dict[int, Answer] = {}
-        batches = list(_batches(shared, requests, override_bs or int(self.batch_size)))
         with tqdm(total=sum(map(len, shared)), disable=disable_tqdm or not shared, desc="choices") as bar:
-            for batch in batches:
+            for batch in _batches(shared, requests, size):
                 contexts = [requests[numbers[0]][1] for numbers in batch]
                 continuations = [(row, requests[n][2]) for row, numbers in enumerate(batch) for n in numbers]
                 found = self._score(contexts, continuations)
@@ -111,7 +111,7 @@ class SegmentedLM(HFLM):
 
 
 def _batches(groups: list[list[int]], requests: Sequence[Request], size: int) -> Iterator[list[list[int]]]:
-    """Groups of requests together, of about `size` requests, those with the longest contexts first."""
+    """Groups of requests together, of at most `size` requests, those with the longest contexts first."""
     batch: list[list[int]] = []
     for numbers in sorted(groups, key=lambda numbers: -len(requests[numbers[0]][1])):
         if batch and sum(map(len, batch)) + len(numbers) > size:
