@@ -21,7 +21,7 @@ MODELS = {
 
 
 def requests_of(chance: random.Random) -> list[harness.Request]:
-    """Twelve contexts, one with twenty continuations, the others with up to five, in no order; one context fills the model's."""
+    """Twelve contexts, one of twenty continuations, the others of up to five, in no order; one fills the model's."""
     found = []
     for number in range(12):
         context = chance.choices(range(5, 200), k=62 if number == 0 else chance.randint(1, 30))
