@@ -76,7 +76,7 @@ test: $(READY)
 
 # Kills, signals, full disks, damaged files, bad hubs, NaN, no memory: a tiny run must survive them all.
 fault-test: $(READY)
-	$(VENV)/bin/python experiments/faults.py
+	$(VENV)/bin/python experiments/faults/run.py
 
 # A million rows, ten thousand runs: seconds and memory.
 load: $(READY)
