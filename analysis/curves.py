@@ -37,7 +37,7 @@ FIGURES = {
 def draw(number: str, preset: str, results: Path = Path("results")) -> Figure:
     """A figure of FIGURES. Raises UserError where a file is missing."""
     curves, scores = FIGURES[number], scores_of(preset, results)
-    labels = chosen(scores, preset, results, curves.benchmarks)
+    labels = chosen(scores, preset, results, curves)
     if curves.benchmarks < 3:
         labels.append(AVG)
     paper = pd.concat([load.published(name) for name in curves.published]).drop_duplicates(["method", "iteration"])
@@ -61,10 +61,11 @@ def draw(number: str, preset: str, results: Path = Path("results")) -> Figure:
         return figure
 
 
-def chosen(scores: Scores, preset: str, results: Path, count: int) -> list[str]:
-    """The first benchmark of each group, as many as asked for."""
+def chosen(scores: Scores, preset: str, results: Path, curves: Curves) -> list[str]:
+    """The paper's benchmarks where the suite has them, then the first of each group, as many as the figure shows."""
     first = {column.group: column.label for column in reversed(load.suite(preset, results))}
-    names = set(list(dict(reversed(first.items())).values())[:count])
+    shared = [label for label in curves.paper_benchmarks if label != AVG and label in scores.labels]
+    names = list(dict.fromkeys([*shared, *reversed(first.values())]))[: curves.benchmarks]
     return [label for label in scores.labels if label in names]
 
 
@@ -84,6 +85,9 @@ def ours(axes: Axes, scores: Scores, methods: tuple[str, ...], label: str) -> No
             axes.axhline(found_once.mean, color=look.colour, linestyle=dashes, linewidth=0.9, label=look.label)
             if method == "sft":
                 axes.axhspan(found_once.low, found_once.high, color=look.colour, alpha=0.1, linewidth=0)
+    low, high = axes.get_ylim()
+    if low < 0:  # no score is
+        axes.set_ylim(0, max(high, 1))
 
 
 def published(axes: Axes, paper: pd.DataFrame, methods: tuple[str, ...], label: str) -> None:
