@@ -68,3 +68,9 @@ def test_the_measures():
     assert repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(2 / 5)
     assert distinct([[1, 2, 1, 2]]) == pytest.approx(2 / 3)
     assert distinct([]) == 1.0
+
+
+def test_one_response_has_no_error_and_warns_of_nothing():
+    found = measure([], [], [], table(-5.0)[:1])
+    assert found.keys() == {"labelled_change"}
+    assert warnings(found) == {}

@@ -12,7 +12,7 @@ repetition            mean share of a response's 4-grams of tokens that it has m
 distinct_bigrams      different bigrams of tokens over all bigrams, of the first MANY responses: more have fewer
 equal_share           y′ that are y, from which nothing is learned
 labelled_change       mean change of log π(y) by the training, nats a response
-labelled_change_error its standard error
+labelled_change_error its standard error, of two responses or more
 synthetic_per_token   mean log π(y′) after the training, nats a token
 """
 
@@ -63,7 +63,8 @@ def measure(
         rows = table[table["role"] == LABELLED]
         change = rows["after"] - rows["before"]
         found["labelled_change"] = float(change.mean())
-        found["labelled_change_error"] = float(change.std() / len(change) ** 0.5) if len(change) > 1 else float("inf")
+        if len(change) > 1:
+            found["labelled_change_error"] = float(change.std() / len(change) ** 0.5)
         rows = table[table["role"] == SYNTHETIC]
         if len(rows):
             found["synthetic_per_token"] = float((rows["after"] / rows["tokens"].clip(lower=1)).mean())

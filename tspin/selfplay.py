@@ -241,18 +241,24 @@ class SelfPlayTrainer:
         result = IterationResult(iteration, folder / "model", record["fingerprint"], synthetic_facts, facts)
         if self.args.diagnostics:
             self._diagnose(result, all_roles, policy, inputs)
-        self._guard(result, every)
+        self._guard(result, every, inputs)
         return result
 
-    def _guard(self, result: IterationResult, responses: dict[str, Responses]) -> None:
+    def _guard(self, result: IterationResult, responses: dict[str, Responses], inputs: dict[str, Any]) -> None:
         """Measure degeneration, and leave what was found in guards.json."""
         folder = result.model_path.parent
-        of = {role: given.of(self.examples.prompt_ids) for role, given in responses.items()}
-        table = pd.read_parquet(folder / "diagnostics.parquet") if self.args.diagnostics else None
-        found = measure(of.get(SYNTHETIC, []), self.examples.labelled, of.get(PROTO, []), table)
+
+        def produce(target: Path) -> dict[str, float]:
+            of = {role: given.of(self.examples.prompt_ids) for role, given in responses.items()}
+            table = pd.read_parquet(folder / "diagnostics.parquet") if self.args.diagnostics else None
+            found = measure(of.get(SYNTHETIC, []), self.examples.labelled, of.get(PROTO, []), table)
+            write_json(target, {"measures": found, "warnings": warnings(found)})
+            return found
+
+        made_from = {**inputs, "trained": result.fingerprint, "diagnostics": self.args.diagnostics}
+        found = run_stage(folder / "guards.json", made_from, produce)["facts"]
         result.diagnostics.update(found)
         result.warnings.update(warnings(found))
-        write_json(folder / "guards.json", {"measures": found, "warnings": result.warnings})
 
     def _diagnose(
         self, result: IterationResult, triplets: Sequence[Triplet], policy: str, inputs: dict[str, Any]
