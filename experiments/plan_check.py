@@ -2,10 +2,12 @@
 
     make plan-check               # about 5 minutes on two cores → results/benchmarks/plan/memory.csv
 
-On a CPU the peak is the process's resident memory, above what it was before the model was built.
+On a CPU the peak is the process's resident memory, above what it was before the model was built. The allocator is told
+to give back what is freed, so that resident is what tensors hold.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from tspin.architectures import find_config, shape_of
 from tspin.iteration import train_iteration
@@ -40,19 +42,29 @@ CASES = [
 ]
 
 
+# glibc keeps freed blocks below its threshold, which grows by itself unless it is set.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(measure(*json.loads(sys.argv[1]))))
         return
     rows, start = [], time.monotonic()
     for case in CASES:
-        output = subprocess.run(
-            [sys.executable, __file__, json.dumps(case)], capture_output=True, text=True, check=True
+        command, environment = [sys.executable, __file__, json.dumps(case)], {**os.environ, **ALLOCATOR}
+        output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        row = json.loads(output.stdout.splitlines()[-1])
+        row["error_percent"] = 100 * (row["predicted_bytes"] / row["measured_bytes"] - 1)
+        rows.append(row)
+        predicted, measured = (row[f"{what}_bytes"] / 2**30 for what in ("predicted", "measured"))
+        checkpointing = ", gradient checkpointing" if row["gradient_checkpointing"] else ""
+        print(
+            f"{row['model']}, {row['micro_batch_tokens']} tokens{checkpointing}: {predicted:.2f} GiB predicted, "
+            f"{measured:.2f} measured, {row['error_percent']:+.0f} %",
+            flush=True,
         )
-        rows.append(json.loads(output.stdout.splitlines()[-1]))
-        print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
-    table["error_percent"] = 100 * (table["predicted_bytes"] / table["measured_bytes"] - 1)
     write_text(OUT / "memory.csv", table.to_csv(index=False, float_format="%.1f", lineterminator="\n"))
     write_json(OUT / "provenance.json", {**provenance(), "seconds": round(time.monotonic() - start)})
     print(f"wrote {OUT / 'memory.csv'}")
@@ -60,9 +72,27 @@ def main() -> None:
 
 def measure(name: str, tokens: int, checkpointing: bool) -> dict:
     """A T-SPIN step of two micro-batches of `tokens` tokens: predicted and measured peak."""
+    step("pocket", ROW, False)  # what libraries load at first use is not the model's
+    config, args, peak = step(name, tokens, checkpointing)
+    batch = MicroBatch(tokens=tokens, row_tokens=ROW, response_tokens=tokens * 3 * LENGTHS[1] // ROW, count=2)
+    precision = Precision(4, 2 if args.bf16 else 4)
+    parts = training_parts(
+        shape_of(config), precision, batch, optimizer="rmsprop", checkpointing=checkpointing, foreach=False
+    )
+    return {
+        "model": name,
+        "micro_batch_tokens": tokens,
+        "gradient_checkpointing": checkpointing,
+        "bf16": bool(args.bf16),
+        "predicted_bytes": sum(parts.values()),
+        "measured_bytes": peak,
+    }
+
+
+def step(name: str, tokens: int, checkpointing: bool) -> tuple[PreTrainedConfig, SelfPlayConfig, int]:
+    """Make a model and train it for one step; its config, the settings, and the peak above what was there before."""
     path, changes = MODELS[name]
     config = AutoConfig.for_model(**{**find_config(path).to_dict(), **changes})
-    tokenizer = load_tokenizer(str(POCKET_MODEL))
     count = 2 * tokens // ROW
     prompt, response = ([5] * length for length in LENGTHS)
     drawn = Response(response, "", False)
@@ -82,20 +112,8 @@ def measure(name: str, tokens: int, checkpointing: bool) -> dict:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         arguments = {"checkpoint": Path(folder) / "model", "log_folder": Path(folder)}
-        facts = train_iteration(model, triplets, tokenizer, args, 1, **arguments)
-    batch = MicroBatch(tokens=tokens, row_tokens=ROW, response_tokens=tokens * 3 * LENGTHS[1] // ROW, count=2)
-    precision = Precision(4, 2 if args.bf16 else 4)
-    parts = training_parts(
-        shape_of(config), precision, batch, optimizer="rmsprop", checkpointing=checkpointing, foreach=False
-    )
-    return {
-        "model": name,
-        "micro_batch_tokens": tokens,
-        "gradient_checkpointing": checkpointing,
-        "bf16": bool(args.bf16),
-        "predicted_bytes": sum(parts.values()),
-        "measured_bytes": facts["peak_memory_bytes"] - before,
-    }
+        facts = train_iteration(model, triplets, load_tokenizer(str(POCKET_MODEL)), args, 1, **arguments)
+    return config, args, facts["peak_memory_bytes"] - before
 
 
 if __name__ == "__main__":
