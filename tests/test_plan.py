@@ -38,6 +38,10 @@ def test_the_papers_presets_fit_its_hardware(name):
     assert training.tokens == 5 * 3 * 50_000 * (512 + 512 + 2 * 128)
     assert training.flops == 8 * found.shape.parameters * training.tokens
     assert training.hours == pytest.approx(training.flops / (8 * 989e12 * 0.4) / 3600)
+    scoring = next(stage for stage in found.stages if (stage.method, stage.stage) == ("tspin", "scoring"))
+    assert scoring.hours == pytest.approx(scoring.flops / (8 * 989e12 * 0.4) / 3600)  # engine.data_parallel is 8
+    # Whole on each GPU, in bfloat16 as FSDP computes.
+    assert found.memory["scoring"]["weights"] == 2 * found.shape.parameters
     assert found.disk == (1 + 4 * 5) * 4 * found.shape.parameters  # SFT once, four methods five times
 
 
@@ -46,6 +50,8 @@ def test_what_does_not_fit_is_named():
     assert found.problem and found.problem.startswith("training needs") and "weights" in found.problem
     adapters = plan(load_config("mistral-7b", ["training.lora={rank: 16}"]), gpus=1, gpu="h100", rows=200_000)
     assert adapters.memory["training"]["gradients"] < 1e9
+    eight = plan(load_config("mistral-7b", ["training.lora={rank: 16}"]), gpus=8, gpu="h100", rows=200_000)
+    assert eight.memory["training"]["weights"] > 4 * eight.shape.parameters  # adapters are not trained in shards
     with pytest.raises(UserError, match="--rows"):
         plan(load_config("mistral-7b"))
     with pytest.raises(UserError, match="did you mean 'h100'"):

@@ -202,3 +202,12 @@ def test_triplets_travel_as_they_are(tmp_path, tokenizer, rows):
     ]
     write_triplets(tmp_path / "triplets.parquet", triplets)
     assert read_triplets(tmp_path / "triplets.parquet") == triplets
+
+
+def test_a_bfloat16_policy_starts_where_its_reference_is(tmp_path, model_folder, rows):
+    """FSDP cuts weights to bfloat16, whatever the file says; the reference is scored so too, not by autocast."""
+    settings = {"method": "tspin_reference", "bf16": True, "per_device_train_batch_size": 12, "learning_rate": 1e-6}
+    in_two(tmp_path / "two", model_folder, rows, **settings)
+    (first,) = pd.read_parquet(tmp_path / "two/iteration-0/steps.parquet").to_dict("records")
+    # α = 1: the reward is log π_θ − log π_θt, before the first update. A reference scored by autocast makes it 0.05.
+    assert abs(first["reward/labelled"]) < 0.01 and abs(first["reward/synthetic"]) < 0.01

@@ -1,5 +1,6 @@
 """Algorithm 1 on a real, tiny run: what it leaves, what it repeats, what it survives."""
 
+import gc
 import itertools
 import os
 import signal
@@ -11,12 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin import trainer as trainer_module
 from tspin.errors import UserError
 from tspin.interruption import Stopped
+from tspin.memory import give_back
 from tspin.objectives import METHODS
 from tspin.records import read_responses
 
@@ -318,3 +320,14 @@ def test_less_memory_gives_the_same_run_up_to_rounding(tmp_path, model_folder, r
 
 def limited_always(error):
     raise error
+
+
+def test_no_model_is_held_when_an_iteration_has_ended(tmp_path, model_folder, rows):
+    """What comes next, an evaluation or a launched training, needs the memory."""
+    args = SelfPlayConfig(output_dir=str(tmp_path / "run"), method="spin", **SETTINGS)
+    trainer = SelfPlayTrainer(str(model_folder), args=args, train_dataset=rows)
+    before = {id(found) for found in gc.get_objects() if isinstance(found, PreTrainedModel)}
+    for _ in trainer.iterate():
+        give_back()
+        held = [found for found in gc.get_objects() if isinstance(found, PreTrainedModel) and id(found) not in before]
+        assert held == []

@@ -117,11 +117,16 @@ def response_logps(
     tokenizer: PreTrainedTokenizerBase,
     args: SelfPlayConfig,
     of: str = "the policy",
+    autocast: bool | None = None,
 ) -> dict[str, list[float]]:
-    """log π of every response under `model`: role → nats, in the triplets' order. `of` names the model on the bar."""
+    """log π of every response under `model`: role → nats, in the triplets' order.
+
+    of: names the model on the bar. autocast: to bfloat16; args.bf16 when left out.
+    """
     model.to(args.device)  # type: ignore[arg-type]
     collator = _collator(model, triplets, tokenizer, args)
-    return compute_logps(model, triplets, collator, bool(args.bf16), f"log-probabilities of {of}")
+    autocast = bool(args.bf16) if autocast is None else autocast
+    return compute_logps(model, triplets, collator, autocast, f"log-probabilities of {of}")
 
 
 def reference_table(triplets: Sequence[Triplet], logps: Mapping[str, list[float]]) -> pd.DataFrame:

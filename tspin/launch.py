@@ -41,6 +41,11 @@ def check_launcher(path: Path, args: SelfPlayConfig) -> None:
         raise UserError(f"{path}: num_machines must be 1; a sweep (`tspin sweep`) gives each machine a run of its own")
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
         raise UserError(f"{path}: DeepSpeed is not installed; pip install deepspeed, or use fsdp2.yaml beside it")
+    if args.checkpoint_steps:
+        raise UserError(
+            "training.checkpoint_steps: states are kept by trainings of one process; with --launcher a training that "
+            "is stopped starts again at its first step"
+        )
     if args.lora and kind in {"DEEPSPEED", "FSDP"}:
         raise UserError(
             f"training.lora: adapters are merged from whole weights, {path} cuts them into shards; use "
@@ -51,6 +56,14 @@ def check_launcher(path: Path, args: SelfPlayConfig) -> None:
         raise UserError(f"{path}: fsdp_version must be 2")
     if kind == "FSDP" and fsdp.get("fsdp_state_dict_type") != "FULL_STATE_DICT":
         raise UserError(f"{path}: fsdp_state_dict_type must be FULL_STATE_DICT: checkpoints are whole models")
+
+
+def trains_in_bfloat16(args: SelfPlayConfig) -> bool:
+    """Whether launched trainings compute with weights cut to bfloat16, as FSDP does, and not by autocast."""
+    if args.launcher is None or not args.bf16:
+        return False
+    kind: str = yaml.safe_load(Path(args.launcher).read_text())["distributed_type"]
+    return kind in ("FSDP", "DEEPSPEED")
 
 
 def launch_training(
@@ -84,7 +97,8 @@ def launch_training(
             "log_folder": str(log_folder.resolve()),
         }
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", args.launcher]
-        command += ["-m", "tspin.training_worker"]
+        # The settings decide, not the file: scores of this process and the record have the same arithmetic.
+        command += ["--mixed_precision", "bf16" if args.bf16 else "no", "-m", "tspin.training_worker"]
         # Each process is given its part of the cores: on a CPU they would otherwise all use every one.
         environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
         progress = Progress(folder / PROGRESS, f"training, iteration {iteration}", disable=bool(args.disable_tqdm))

@@ -1,5 +1,6 @@
 """Peak memory: a GPU's, or without one this process's resident memory where Linux tells it; running out of it."""
 
+import gc
 from pathlib import Path
 
 import torch
@@ -22,6 +23,13 @@ def reset_peak() -> None:
 def peak_bytes() -> int | None:
     """The most memory since `reset_peak`, allocated on the GPU or resident in this process; None if unknown."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+
+
+def give_back() -> None:
+    """Return the GPU memory of what this process no longer uses, which PyTorch keeps, for other processes to take."""
+    gc.collect()  # a Trainer and its model refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:

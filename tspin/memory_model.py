@@ -170,7 +170,7 @@ def training_parts(
     return _largest(candidates)
 
 
-def scoring_parts(shape: Shape, precision: Precision, batch: MicroBatch, gpus: int = 1) -> Parts:
+def scoring_parts(shape: Shape, precision: Precision, batch: MicroBatch) -> Parts:
     """Peak memory of log-probabilities without gradient: weights, autocast's copies, one layer, one chunk's logits.
 
     One layer's tensors together: T · saved a token at most; the head: 10 n V (logits twice, log-softmax).
@@ -179,8 +179,8 @@ def scoring_parts(shape: Shape, precision: Precision, batch: MicroBatch, gpus: i
     layer = saved_a_token(shape, precision, batch) * batch.tokens
     copies = precision.compute * shape.layer_matrices * shape.layers if precision.autocast else 0
     return {
-        "weights": precision.weight * shape.parameters // gpus,
-        "weight copies": copies if gpus == 1 else 3 * precision.compute * shape.layer_parameters,
+        "weights": precision.weight * shape.parameters,
+        "weight copies": copies,
         "temporary": max(layer, 10 * n * shape.vocabulary),
     }
 

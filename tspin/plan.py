@@ -45,7 +45,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One kind of work of a method, over all its iterations. hours: of all GPUs at once."""
+    """One kind of work of a method, over all its iterations. hours: on the clock."""
 
     method: str
     stage: str
@@ -77,7 +77,8 @@ def plan(
 ) -> Plan:
     """Memory, tokens, time and disk of a config's methods.
 
-    gpus, gpu: how many of a key of GPUS; training is sharded over all of them (FSDP), sampling has a copy on each.
+    gpus, gpu: how many of a key of GPUS; training is sharded over all of them (FSDP; adapters have whole weights on
+    each), sampling has a copy on each, log-probabilities one on engine.data_parallel of them.
     utilisation: the share of the GPU's arithmetic, and of its bandwidth, that is reached. prompt_tokens,
     response_tokens: means, half of the configured maxima when left out. rows: of the data, where a method's `labels` is
     empty. Evaluation is not in it. Raises UserError for unknown GPUs and models that cannot be planned.
@@ -106,17 +107,20 @@ def plan(
         all_logits=config.training.layout == "padded",
     )
     together = DECODED_TOGETHER if config.sampling.backend == "vllm" else config.sampling.batch_size
+    precision = Precision(weight, compute)
+    # As trainings in shards compute, see tspin.launch.trains_in_bfloat16.
+    scored = Precision(compute, compute) if gpus > 1 and lora is None else precision
     memory = {
         "training": training_parts(
             shape,
-            Precision(weight, compute),
+            precision,
             batch,
             optimizer=config.training.optimizer,
             checkpointing=config.training.gradient_checkpointing,
-            gpus=gpus,
+            gpus=gpus if lora is None else 1,  # adapters are trained beside whole weights on every GPU
             trained=trained,
         ),
-        "scoring": scoring_parts(shape, Precision(weight, compute), batch, gpus),
+        "scoring": scoring_parts(shape, scored, batch),
         "sampling": sampling_parts(
             shape, 2 if config.sampling.backend == "vllm" else weight, together, prompt, synthetic
         ),
@@ -155,14 +159,15 @@ def _stages(
     per_prompt = _row_tokens(own, *lengths)
     speed = gpus * device.flops * utilisation
 
-    def stage(what: str, tokens: float, per_token: int, seconds: float = 0.0) -> Stage:
+    def stage(what: str, tokens: float, per_token: int, seconds: float = 0.0, used: int = gpus) -> Stage:
         flops = tokens * per_token * parameters
-        return Stage(name, what, round(tokens), flops, max(flops / speed, seconds) / 3600)
+        return Stage(name, what, round(tokens), flops, max(flops / (speed * used / gpus), seconds) / 3600)
 
     backward = 8 if own.training.gradient_checkpointing else 6
     found = [stage("training", own.iterations * own.training.epochs * labels * per_prompt, backward)]
     passes = 2 + (method.reference == "initial")  # diagnostics, before and after; "previous" is the pass before
-    found.append(stage("scoring", own.iterations * passes * labels * per_prompt, 2))
+    scoring = own.iterations * passes * labels * per_prompt
+    found.append(stage("scoring", scoring, 2, used=min(own.engine.data_parallel, gpus)))
     if method.self_play:
         drawn = (own.iterations + 1) * labels  # y′ of every iteration, and y0
         steps = drawn * response / (gpus * together)

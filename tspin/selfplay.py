@@ -9,7 +9,7 @@ arrow is a stage in the run's folder (see run_store), so the same call continues
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import rmtree
@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from tspin.diagnostics import diagnose, summary
@@ -31,8 +32,9 @@ from tspin.iteration import (
     train_iteration,
     with_reference,
 )
-from tspin.launch import launch_training
+from tspin.launch import launch_training, trains_in_bfloat16
 from tspin.locks import owned
+from tspin.memory import give_back
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
 from tspin.policies import sample_policy
@@ -55,6 +57,7 @@ from tspin.run_store import (
     run_stage,
     write_json,
 )
+from tspin.scoring import score_in_processes, scoring_processes
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import Triplet, make_triplets
 
@@ -182,6 +185,8 @@ class SelfPlayTrainer:
         triplets = make_triplets(self.examples, responses)
         all_roles = make_triplets(self.examples, every)
         inputs |= {"iteration": iteration, "settings": self.args.computed(), "loading": self.loading}
+        if trains_in_bfloat16(self.args):
+            inputs |= {"weights": "bfloat16"}  # while they are computed with
 
         loaded: list[PreTrainedModel] = []  # one model serves the reference pass and the training
 
@@ -196,8 +201,10 @@ class SelfPlayTrainer:
             scored = all_roles if self.args.diagnostics else triplets
 
             def write_reference(target: Path) -> None:
-                policy_used = model() if self.method.reference == "previous" else self._load(initial)
-                logps = response_logps(policy_used, scored, self.tokenizer, self.args, "the reference")
+                previous = self.method.reference == "previous"
+                logps = self._logps(
+                    policy if previous else initial, scored, "the reference", model if previous else None
+                )
                 reference_table(scored, logps).to_parquet(target, index=False)
 
             inputs |= {"reference": initial_fingerprint if self.method.reference == "initial" else policy_fingerprint}
@@ -208,7 +215,6 @@ class SelfPlayTrainer:
 
         def train(target: Path) -> dict[str, Any]:
             if self.args.launcher:
-                loaded.clear()  # its memory is for the processes that train
                 return launch_training(
                     policy,
                     self.model_arguments,
@@ -232,6 +238,8 @@ class SelfPlayTrainer:
             )
 
         record = run_stage(folder / "model", inputs, train, beside=["steps.parquet"], check=False)
+        loaded.clear()
+        give_back()
         rmtree(folder / "unfinished", ignore_errors=True)
         # What the iteration cost besides its training: sampling y′, and SPIN's reference pass.
         seconds = {"sampling_seconds": synthetic[1]["seconds"]} if self.method.self_play else {}
@@ -266,7 +274,7 @@ class SelfPlayTrainer:
         """Write the iteration's diagnostics.parquet: log π and rewards before and after, sample by sample."""
 
         def logps(path: str, of: str) -> dict[str, list[float]]:
-            return response_logps(self._load(path), triplets, self.tokenizer, self.args, of)
+            return self._logps(path, triplets, of)
 
         def referred() -> dict[str, list[float]]:
             kept = pd.read_parquet(result.model_path.parent / "reference.parquet")
@@ -289,6 +297,28 @@ class SelfPlayTrainer:
         path = result.model_path.parent / "diagnostics.parquet"
         record = run_stage(path, {**inputs, "trained": result.fingerprint}, produce)
         result.diagnostics.update(record["facts"])
+
+    def _logps(
+        self,
+        path: str,
+        triplets: Sequence[Triplet],
+        of: str,
+        loaded: Callable[[], PreTrainedModel] | None = None,
+    ) -> dict[str, list[float]]:
+        """log π of every response under the policy in the folder `path`, on as many GPUs as the engine has.
+
+        loaded: gives that policy where one process scores it and trains it afterwards.
+        """
+        check_stage(Path(path))
+        arguments, autocast = self.model_arguments, bool(self.args.bf16)
+        if trains_in_bfloat16(self.args):  # π_θ and its reference should differ by training alone
+            arguments, autocast = {**arguments, "dtype": torch.bfloat16}, False
+        processes = scoring_processes(self.args)
+        if processes > 1:
+            how = (self.tokenizer, self.args, of, autocast)
+            return score_in_processes(processes, path, arguments, triplets, *how)
+        model = loaded() if loaded and self.args.launcher is None else load_model(path, arguments)
+        return response_logps(model, triplets, self.tokenizer, self.args, of, autocast)
 
     def _load(self, path: str) -> PreTrainedModel:
         check_stage(Path(path))

@@ -83,6 +83,7 @@ def train_from_files(
     if METHODS[method].uses_reference:
         source = load(reference) if reference else policy
         logps = response_logps(source, triplets, tokenizer, args, "the reference")
+        del source  # its memory is for the training
         triplets = with_reference(triplets, reference_table(triplets, logps))
     inputs = {
         "policy": policy_fingerprint(folder),
@@ -159,13 +160,18 @@ def diagnose_to_file(
     return summary(table)
 
 
-def evaluate_to_file(model: str, suite_name: str, out: Path | None, batch_size: int, limit: int | None) -> pd.DataFrame:
-    """Scores of `model` on a suite, all metrics into `out`; returns the columns of the suite's table."""
+def evaluate_to_file(
+    model: str, suite_name: str, out: Path | None, batch_size: int, limit: int | None, dtype: str = "float32"
+) -> pd.DataFrame:
+    """Scores of `model` on a suite, all metrics into `out`; returns the columns of the suite's table.
+
+    dtype: of the weights, "float32" or "bfloat16".
+    """
     suite = load_suite(suite_name)
     if out is not None and out.is_dir():
         raise UserError(f"{out} is a folder: --out is the CSV file to write")
     folder = resolve(model)
-    tokenizer, policy = load_tokenizer(folder), load_model(folder)
+    tokenizer, policy = load_tokenizer(folder), load_model(folder, {"dtype": getattr(torch, dtype)})
     if torch.cuda.is_available():
         policy.to("cuda")  # type: ignore[arg-type]
     evaluation = evaluate(policy, tokenizer, suite, batch_size=batch_size, limit=limit)

@@ -5,7 +5,6 @@ sampling and every evaluation starts `python -m tspin.vllm_worker` on a checkpoi
 weights are that checkpoint's, and the memory is free before training starts.
 """
 
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import pyarrow as pa
 
 from tspin.errors import UserError
 from tspin.records import TableWriter, View, open_table
-from tspin.workers import Worker, run_workers
+from tspin.workers import Worker, gpu_environment, run_workers
 
 PROMPT_SCHEMA = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("seed", pa.int64())])
 DRAWN_SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("logprobs", pa.list_(pa.float64()))])
@@ -29,7 +28,8 @@ class Engine:
     """How vLLM uses the GPUs.
 
     tensor_parallel: GPUs that hold one copy of the model together. data_parallel: copies, each with its share of the
-    prompts. memory: share of a GPU's memory that an engine may take. enforce_eager: no CUDA graphs.
+    prompts; log-probabilities, which are not vLLM's, are computed on as many GPUs. memory: share of a GPU's memory that
+    an engine may take. enforce_eager: no CUDA graphs.
     """
 
     tensor_parallel: int = 1
@@ -142,17 +142,4 @@ def _run(folders: Sequence[Path], jobs: Sequence[dict[str, Any]], gpus: int) -> 
 
 
 def _environment(number: int, gpus: int) -> dict[str, str]:
-    """The worker's environment: its own GPUs, of those that this process may use."""
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **os.environ}
-    import torch
-
-    if gpus and torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        own = visible.split(",")[number * gpus : (number + 1) * gpus]
-        if len(own) < gpus:
-            raise UserError(
-                f"engine: {number + 1} copies of the model on {gpus} GPUs each need {(number + 1) * gpus} GPUs, "
-                f"{len(visible.split(','))} are there; lower engine.data_parallel or engine.tensor_parallel"
-            )
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    return environment
+    return {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **gpu_environment(number, gpus)}

@@ -14,6 +14,7 @@ from tspin.vllm_backend import DRAWN_SCHEMA
 from tspin.workers import read_job
 
 WINDOW = 50_000  # prompts that the engine holds at a time
+REQUESTS = 4096  # of an evaluation that it holds: each has the log-probabilities of all its tokens
 
 
 def main() -> None:
@@ -68,6 +69,7 @@ def _evaluate(job: dict[str, Any]) -> None:
     lm = VLLM(
         job["model"],
         data_parallel_size=job["engine"]["data_parallel"],
+        batch_size=REQUESTS,
         seed=job["seed"],
         **_engine_arguments(job),
     )

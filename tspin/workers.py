@@ -9,11 +9,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tspin.errors import UserError
+from tspin.memory import give_back
 
 JOB, LOG, FAILURE = "job.json", "log.txt", "failure.txt"
 OWNER = "TSPIN_OWNER"  # the process that a worker ends with
@@ -28,15 +32,34 @@ class Worker:
     environment: Mapping[str, str]
 
 
+def gpu_environment(number: int, gpus: int) -> dict[str, str]:
+    """The environment of worker `number` of several, with `gpus` GPUs to itself of those that this process may use.
+
+    Without GPUs, or with 0: this process's environment. Raises UserError where there are too few.
+    """
+    environment = dict(os.environ)
+    if gpus and torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        own = visible.split(",")[number * gpus : (number + 1) * gpus]
+        if len(own) < gpus:
+            raise UserError(
+                f"engine: {number + 1} copies of the model on {gpus} GPUs each need {(number + 1) * gpus} GPUs, "
+                f"{len(visible.split(','))} are there; lower engine.data_parallel or engine.tensor_parallel"
+            )
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    return environment
+
+
 def run_workers(
     name: str, workers: Sequence[Worker], jobs: Sequence[dict[str, Any]], watch: Callable[[], None] | None = None
 ) -> None:
-    """Run all at once and wait; all are ended when one fails, or when this process is asked to stop.
+    """Run all at once and wait; all, with what they started, are ended when one fails or this process is to stop.
 
-    watch: called every half second. Raises UserError, "`name`: " and the line that says why, when a worker fails; its
-    whole log is kept where the message says.
+    GPU memory that this process no longer uses is theirs. watch: called every half second. Raises UserError, "`name`: "
+    and the line that says why, when a worker fails; its whole log is kept where the message says.
     """
     started: list[subprocess.Popen[bytes]] = []
+    give_back()
     try:
         for worker, job in zip(workers, jobs, strict=True):
             worker.folder.mkdir(exist_ok=True)
@@ -67,13 +90,18 @@ def run_workers(
     finally:
         for process in started:
             if process.poll() is None:
-                process.terminate()
+                _signal(process, signal.SIGTERM)
         for process in started:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _signal(process, signal.SIGKILL)  # vLLM's engine is a process of its own, and outlives what started it
+            process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """To a worker and all that it started: it leads a session, and so a group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def read_job(folder: Path) -> dict[str, Any]:
@@ -88,7 +116,7 @@ def _end_with(owner: int) -> None:
         try:
             os.kill(owner, 0)
         except OSError:
-            os._exit(1)
+            os.killpg(0, signal.SIGKILL)
         time.sleep(1.0)
 
 

@@ -1,0 +1,64 @@
+"""Child processes: what they start ends with them, and log-probabilities are the same from several."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tspin import SelfPlayConfig
+from tspin.data import encode_examples
+from tspin.errors import UserError
+from tspin.iteration import response_logps
+from tspin.models import load_model
+from tspin.scoring import score_in_processes
+from tspin.trainer import make_triplets
+from tspin.workers import Worker, run_workers
+
+# A worker that starts a process of its own, as vLLM does, says which, and fails or waits.
+STARTS = """
+import subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+(Path(sys.argv[2]) / "child").write_text(str(child.pid))
+if sys.argv[1] == "fail":
+    raise ValueError("Error: no such thing")
+time.sleep(600)
+"""
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_workers_started_ends_with_them(tmp_path):
+    def worker(name: str) -> Worker:
+        return Worker(tmp_path / name, [sys.executable, "-c", STARTS, name], dict(os.environ))
+
+    with pytest.raises(UserError, match=r"^work: .*no such thing"):
+        run_workers("work", [worker("wait"), worker("fail")], [{}, {}])
+    children = [int(path.read_text()) for path in tmp_path.glob("*/child")]
+    deadline = time.monotonic() + 10
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(children) >= 1 and not any(map(alive, children))
+
+
+def test_log_probabilities_are_the_same_from_several_processes(tmp_path, model_folder, rows, tokenizer):
+    limits = {"max_prompt_tokens": 64, "max_response_tokens": 16, "long_prompts": "error"}
+    examples = encode_examples(enumerate(rows), tokenizer, template="chat", **limits)
+    labelled = dict(zip(examples.prompt_ids.tolist(), examples.labelled, strict=True))
+    triplets = make_triplets(examples, {"synthetic": labelled})
+    args = SelfPlayConfig(output_dir=str(tmp_path / "run"), method="spin", bf16=False, use_cpu=True)
+    whole = response_logps(load_model(str(model_folder)), triplets, tokenizer, args)
+    parts = score_in_processes(2, str(model_folder), {}, triplets, tokenizer, args, "the policy", False)
+    assert parts.keys() == whole.keys()
+    for role, values in whole.items():
+        np.testing.assert_allclose(parts[role], values, rtol=1e-5, err_msg=role)
+    with pytest.raises(UserError, match=r"^scoring: "):
+        score_in_processes(2, str(tmp_path), {}, triplets, tokenizer, args, "the policy", False)
