@@ -49,11 +49,17 @@ class Run:
 def load_run(spec: str) -> Run:
     """A run by its folder, or `<results folder>:<method>:<seed>`, such as results/pocket:spin:0. Raises UserError."""
     folder = Path(spec)
-    if (folder / "config.json").is_file() and any(folder.glob("iteration-*")):
-        return _from_folder(folder)
     parts = spec.rsplit(":", 2)
-    if len(parts) == 3 and parts[2].isdigit() and Path(parts[0]).is_dir():
-        return _from_results(Path(parts[0]), parts[1], int(parts[2]))
+    try:
+        if (folder / "config.json").is_file() and any(folder.glob("iteration-*")):
+            return _from_folder(folder)
+        if len(parts) == 3 and parts[2].isdigit() and Path(parts[0]).is_dir():
+            return _from_results(Path(parts[0]), parts[1], int(parts[2]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{spec}: one of its files is damaged ({reason}): the command that made it makes it anew"
+        ) from error
     raise UserError(
         f"{spec}: no run; give a run's folder, such as runs/pocket/seed-0/spin, or a result, such as "
         "results/pocket:spin:0"

@@ -141,3 +141,19 @@ def test_special_tokens_that_data_spells_are_text_and_are_listed(template, token
     assert hostile.labelled.ids[-1] == tokenizer.eos_token_id and len(hostile.labelled.ids) > 5
     assert end in hostile.prompt and examples.noted == {"special_tokens": [1]}
     assert "1 of 2 data rows spell special tokens" in examples.remarks[0]
+
+
+def test_what_is_not_learned_whole_is_listed(tokenizer):
+    whole, long = ("It is 4.", "It is 4, since two and two are four and no other number. " * 5)
+    messages = [{"role": "assistant", "content": "Let me see."}, {"role": "assistant", "content": whole}]
+    rows = [{"prompt": "2 + 2 =", "completion": completion} for completion in (whole, long, messages)]
+    limits = {"max_prompt_tokens": 64, "max_response_tokens": 16, "long_prompts": "error"}
+    examples = data.encode_examples(enumerate(rows), tokenizer, template="chat", **limits)
+    assert examples.noted == {"cut": [1], "last_message": [2]}
+    assert "1 of 3 data rows cut to 16 tokens" in examples.remarks[0] and "rows 3" in examples.remarks[1]
+
+
+def test_a_message_without_a_role_is_named():
+    rows = [{"prompt": [{"content": "hi"}], "completion": "hello"}]
+    with pytest.raises(UserError, match=r"mine, row 1: a message of the prompt has no role"):
+        list(validate_rows(rows, "mine"))

@@ -1,4 +1,4 @@
-"""The fault campaign's short form: each kind of fault a few times. `make fault-test` runs it whole."""
+"""The fault campaign's short form: a few cases of most faults. `make fault-test` runs it whole."""
 
 import subprocess
 import sys

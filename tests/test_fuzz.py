@@ -20,12 +20,14 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_cli import SMALL, assert_refused, call
 from typer.testing import CliRunner
 
 from tspin import cli, data
 from tspin.config import Config, load_config
 from tspin.errors import UserError
 from tspin.records import RESPONSE_SCHEMA
+from tspin.results import read_results
 
 EXAMPLES = int(os.environ.get("TSPIN_FUZZ", 0))
 QUICK = not EXAMPLES
@@ -295,3 +297,26 @@ def test_a_context_too_short_for_a_problem_is_one_line(model, place):
     (folder / "config.json").write_text(json.dumps({**written, "max_position_embeddings": 8}))
     result = holds("context", place, "evaluate", "--model", folder, "--suite", "pocket", "--limit", 1)
     assert result.exit_code == 2 and "context" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["evaluations.csv", "steps.parquet", "responses.parquet", "provenance.json"])
+def test_damaged_results_are_named_before_a_run_adds_to_them(tmp_path, name):
+    shutil.copytree(RESULTS, tmp_path / "pocket", ignore=shutil.ignore_patterns("*.png", "*.svg", "studies"))
+    assert set(read_results(tmp_path / "pocket")) >= {"evaluations", "steps", "runs"}
+    path = tmp_path / "pocket" / name
+    path.write_bytes(path.read_bytes()[:200] + b"\xff")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "pocket").iterdir()}
+    with pytest.raises(UserError, match=f"{name} is (damaged|not valid JSON)"):
+        read_results(tmp_path / "pocket")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "pocket").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "iteration-0/guards.json", "iteration-0/diagnostics.parquet"])
+def test_a_damaged_run_is_not_compared(tmp_path, name, model_folder, data_file):
+    own = ["--model", model_folder, "--data", data_file, "--out", tmp_path / "run", "--method", "sft", *SMALL]
+    assert call("run", *own).exit_code == 0
+    path = tmp_path / "run" / "sft" / name
+    path.write_bytes(path.read_bytes()[:20])
+    refused = call("compare", tmp_path / "run" / "sft", "results/pocket:spin:0", "--out", tmp_path / "page.html")
+    assert_refused(refused, "damaged")
+    assert not (tmp_path / "page.html").exists()

@@ -12,7 +12,7 @@ from tspin.cli import app
 from tspin.config import load_config
 from tspin.errors import UserError
 from tspin.evaluation import evaluate, load_suite
-from tspin.fetch import Item, benchmark_data, fetch, local_sources, needed, needs_nltk
+from tspin.fetch import Item, benchmark_data, fetch, is_there, local_sources, needed, needs_nltk
 
 BENCHMARKS = Path(__file__).parents[1].parent / "shared" / "benchmarks"
 real_rows = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="no benchmark rows beside the repository")
@@ -181,3 +181,50 @@ def make_punkt(folder: Path) -> None:
     text = "Ann has 3 apples. She gives Mr. Bell one of them. How many apples does she have now?"
     (folder / "english").mkdir(parents=True)
     save_punkt_params(PunktTrainer(text).get_params(), str(folder / "english"))
+
+
+def test_every_split_that_training_takes_is_fetched(preset, tmp_path):
+    """The benchmark's data set is the training data too, and its test split alone was given."""
+    path, take = preset
+    path.write_text(path.read_text().replace("path: nobody/sums", "path: openai/gsm8k, name: main"))
+    (item,) = (item for item in needed(load_config(str(path))) if item.kind == "dataset")
+    assert item.split is None and item.trained == ("train",)
+    out, lines = tmp_path / "offline", []
+    (missing,) = fetch(load_config(str(path)), out, [take[0], take[3]], lines.append)
+    assert "split train, which training takes" in missing and "--take openai/gsm8k:main:train=FILE" in missing
+    assert fetch(load_config(str(path)), out, take[2:], lines.append) == []
+    # Further splits are added to what is there.
+    assert fetch(load_config(str(path)), out, [take[3].replace(":test=", ":more=")], lines.append) == []
+    assert set(hub.offline_dataset(out, "openai/gsm8k", "main")) == {"train", "test", "more"}
+
+
+def test_a_split_that_a_benchmark_lacks_is_named(preset, tmp_path, model_folder, tokenizer, tiny_model):
+    out = tmp_path / "offline"
+    config = tmp_path / "evaluated.yaml"
+    config.write_text(f"evaluation: {{suite: {tmp_path / 'suite.yaml'}}}")
+    fetch(load_config(str(config)), out, [preset[1][3]], lambda line: None)
+    arguments = ["evaluate", "--model", str(model_folder), "--suite", str(tmp_path / "suite.yaml"), "--limit", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--offline", str(out)])
+    assert result.exit_code == 2 and "no split train of data set openai/gsm8k" in " ".join(result.output.split())
+
+
+def test_another_revision_is_fetched_anew_and_refused_until_then(preset, tmp_path):
+    path, take = preset
+    out = tmp_path / "offline"
+    fetch(load_config(str(path)), out, take, lambda line: None)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["datasets"]["nobody/sums"]["default"] |= {"revision": "a" * 40, "asked": "v1"}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert set(hub.offline_dataset(out, "nobody/sums", None, "v1")) == {"train"}
+    assert is_there(out, Item("dataset", "nobody/sums", None, "train", "a" * 40))
+    with pytest.raises(UserError, match="at revision aaaa.*, v2 is asked for"):
+        hub.offline_dataset(out, "nobody/sums", None, "v2")
+    assert not is_there(out, Item("dataset", "nobody/sums", None, "train", "v2"))
+
+
+def test_a_benchmark_that_cannot_be_loaded_is_one_line(tmp_path, model_folder, monkeypatch):
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    result = CliRunner().invoke(
+        app, ["evaluate", "--model", str(model_folder), "--suite", str(tmp_path / "suite.yaml")]
+    )
+    assert result.exit_code == 2 and "gsm8k: its data set cannot be loaded" in " ".join(result.output.split())

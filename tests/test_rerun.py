@@ -82,3 +82,12 @@ def test_the_committed_evidence_can_be_run_again():
     found = rerun.load_recorded(REPOSITORY / "results" / "pocket" / "provenance.json", None, None, None)
     assert found.seeds == [0, 1, 2, 3, 4] and found.config.iterations == 5
     assert {"base", "sft", "spin", "tspin"} <= set(found.methods)
+
+
+def test_what_changes_no_number_can_be_set_and_nothing_else(record, tmp_path):
+    recorded = rerun.load_recorded(record / "provenance.json", ["base"], [0], 1)
+    with pytest.raises(UserError, match="sampling.temperature is 1.0 on record, 0.0 here"):
+        rerun.rerun(recorded, tmp_path, ["sampling.temperature=0"])
+    assert not list(tmp_path.iterdir())
+    rerun.rerun(recorded, tmp_path, ["engine.data_parallel=2", "training.micro_batch_tokens=512"])
+    assert (tmp_path / "results" / "pocket" / "evaluations.csv").is_file()

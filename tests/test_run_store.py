@@ -1,5 +1,7 @@
 """Stages: whole or not there, made again only when their inputs changed."""
 
+import errno
+import fcntl
 import json
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 from tspin.errors import UserError
 from tspin.locks import owned
 from tspin.run_store import (
+    HOST,
     DamagedStage,
     atomic_path,
     check_stage,
@@ -61,11 +64,13 @@ def test_a_stage_killed_before_its_record_runs_again(tmp_path):
 def test_what_a_killed_process_left_is_removed(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    orphan = tmp_path / f".out.txt.{process.pid}.tmp"
+    orphan = tmp_path / f".out.txt.{HOST}.{process.pid}.tmp"
     orphan.mkdir()
+    elsewhere = tmp_path / f".out.txt.0123abcd.{process.pid}.tmp"  # of another machine's process, which may be alive
+    elsewhere.mkdir()
     (orphan / "half").write_text("half")
     run_stage(tmp_path / "out.txt", {}, produce("one"))
-    assert not orphan.exists()
+    assert not orphan.exists() and elsewhere.exists()
 
 
 def test_folders_are_replaced_whole(tmp_path):
@@ -155,3 +160,13 @@ def test_provenance_names_no_place_of_this_machine(monkeypatch):
     given = ["/home/me/bin/tspin", "run", "--offline", "/data/me/offline", "--out=/x/y", "runs/a"]
     monkeypatch.setattr(sys, "argv", given)
     assert provenance.__wrapped__()["command"] == "tspin run --offline offline --out=y runs/a"
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with owned(tmp_path):
+        pass
+    assert "has no locks" in capsys.readouterr().err

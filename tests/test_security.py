@@ -5,10 +5,14 @@ import pickle
 import re
 from pathlib import Path
 
+import pytest
 from test_cli import SMALL, assert_refused, call
 
+from tspin import sweep
 from tspin.config import Config
+from tspin.errors import UserError
 from tspin.secrets import redacted
+from tspin.sweep import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,3 +88,29 @@ def test_the_lock_has_hashes_for_the_pinned_versions_and_no_hosts():
 def _pinned() -> str:
     project = (ROOT / "pyproject.toml").read_text()
     return project[project.index("dependencies = [") : project.index("lint = [")]
+
+
+def test_a_token_is_no_setting(tmp_path, model_folder, data_file):
+    own = ["run", "--model", model_folder, "--data", data_file, "--out", tmp_path / "run", *SMALL]
+    assert_refused(call(*own, "--set", "training.trainer.hub_token=hf_1234"), "training.trainer.hub_token", "HF_TOKEN")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweeps_records_have_no_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "s3cret-value-of-a-token")
+    place = f"https://me:{'hunter2-' * 2}@example.org/rows.jsonl"
+    given = (f"data.path={place}", "training.batch_size=4")
+    cell = Cell(
+        "pocket", "sft", 0, given, (), str(tmp_path / "cell"), str(tmp_path / "runs"), str(tmp_path / "results")
+    )
+    monkeypatch.setattr(sweep, "run_cell", lambda cell: None)
+    cell()
+
+    def fails(cell):
+        raise UserError(f"{place}: no such file for s3cret-value-of-a-token")
+
+    monkeypatch.setattr(sweep, "run_cell", fails)
+    with pytest.raises(UserError):
+        cell()
+    written = "".join(path.read_text() for path in (tmp_path / "cell").iterdir())
+    assert "hunter2" not in written and "s3cret" not in written and written.count("[redacted]") >= 3

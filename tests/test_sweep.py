@@ -53,7 +53,12 @@ def test_cells_are_methods_by_seeds_by_settings(tmp_path):
     [
         ({"method": ["sft"]}, "unknown key"),
         ({"methods": ["spinn"]}, "spinn"),
-        ({"grid": {"iterations": 3}}, "needs a list"),
+        ({"grid": {"iterations": 3}}, "each key has a list"),
+        ({"grid": ["iterations"]}, "a mapping is expected"),
+        ({"seeds": 0}, "seeds: a list"),
+        ({"seeds": [-1]}, "seeds: whole numbers"),
+        ({"methods": []}, "methods is empty"),
+        ({"methods": "spin"}, "methods: a list"),
         ({"overrides": ["iteration=3"]}, "iteration"),
     ],
 )

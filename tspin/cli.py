@@ -40,6 +40,9 @@ MethodName = Annotated[
 Offline = Annotated[
     Path | None, typer.Option(help="a folder made by `tspin fetch`: nothing else is read, no network is asked")
 ]
+LauncherConfig = Annotated[
+    Path | None, typer.Option("--config", help="with --launcher: a file of experiments/accelerate/, or your own")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="every random choice follows from it")]
 
 
@@ -87,6 +90,14 @@ def go_offline(folder: Path | None) -> None:
         use_offline(folder)
 
 
+def check_launcher_options(launcher: str | None, file: Path | None) -> None:
+    """Raise UserError unless both are given, or neither."""
+    if launcher not in (None, "accelerate"):
+        raise UserError(f"--launcher {launcher}: there is one, accelerate")
+    if (launcher is None) != (file is None):
+        raise UserError("--launcher accelerate and --config FILE go together; experiments/accelerate/ has such files")
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """See tspin.memory, which is imported only when something went wrong."""
     from tspin.memory import out_of_memory
@@ -122,9 +133,7 @@ def run(
     runs: Annotated[Path, typer.Option(help="checkpoints, responses, logs of presets")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="tidy numbers of presets")] = Path("results"),
     launcher: Annotated[str | None, typer.Option(help="accelerate: train in the processes of --config")] = None,
-    launcher_config: Annotated[
-        Path | None, typer.Option("--config", help="with --launcher: a file of experiments/accelerate/, or your own")
-    ] = None,
+    launcher_config: LauncherConfig = None,
     settings: Set = None,
     offline: Offline = None,
 ) -> None:
@@ -138,10 +147,7 @@ def run(
 
     Example: tspin run --preset zephyr-7b --launcher accelerate --config experiments/accelerate/fsdp2.yaml
     """
-    if launcher not in (None, "accelerate"):
-        raise UserError(f"--launcher {launcher}: there is one, accelerate")
-    if (launcher is None) != (launcher_config is None):
-        raise UserError("--launcher accelerate and --config FILE go together; experiments/accelerate/ has such files")
+    check_launcher_options(launcher, launcher_config)
     go_offline(offline)
     from tspin import config, experiment
 
@@ -213,6 +219,11 @@ def rerun(
     out: Annotated[Path, typer.Option(help="a folder for the runs and results of the rerun")] = Path("reruns"),
     strict: Annotated[bool, typer.Option(help="refuse where versions, hardware or the commit differ")] = False,
     exact: Annotated[bool, typer.Option(help="every number must be equal: for the record's own machine")] = False,
+    launcher: Annotated[str | None, typer.Option(help="accelerate: train in the processes of --config")] = None,
+    launcher_config: LauncherConfig = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key.path=value of what changes no number, such as engine.*")
+    ] = None,
     offline: Offline = None,
 ) -> None:
     """Run again what results hold, from their provenance, and compare every number.
@@ -222,6 +233,7 @@ def rerun(
 
     Example: tspin rerun results/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1
     """
+    check_launcher_options(launcher, launcher_config)
     go_offline(offline)
     from rich.console import Console
 
@@ -237,7 +249,7 @@ def rerun(
     if strict and found:
         raise UserError(f"{record}: --strict, and {len(found)} things differ here ({', '.join(found)})")
     experiment.quiet_libraries()
-    table = again.compare(recorded.folder, again.rerun(recorded, out))
+    table = again.compare(recorded.folder, again.rerun(recorded, out, settings or [], launcher_config))
     console.print(again.shown(table))
     wrong = again.verdict(table, exact=exact)
     for line in wrong:
@@ -338,19 +350,24 @@ def evaluate(
     model: Model,
     suite: Annotated[str, typer.Option(help="a suite of experiments/suites, or a YAML file")] = "pocket",
     out: Annotated[Path | None, typer.Option(help="CSV: benchmark, metric, value, stderr, n (percent)")] = None,
-    batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 64,
-    limit: Annotated[int | None, typer.Option(help="problems a benchmark, for trials")] = None,
+    batch_size: Annotated[int, typer.Option(help="prompts decoded together", min=1)] = 64,
+    limit: Annotated[int | None, typer.Option(help="problems a benchmark, for trials", min=1)] = None,
+    dtype: Annotated[
+        str, typer.Option(help="of the weights: float32, or bfloat16 for large models on GPUs")
+    ] = "float32",
     offline: Offline = None,
 ) -> None:
     """Evaluate a model with lm-evaluation-harness.
 
     Example: tspin evaluate --model runs/pocket/seed-0/tspin/iteration-4/model --suite pocket --out scores.csv
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: float32 or bfloat16")
     go_offline(offline)
     from tspin import experiment, stages
 
     experiment.quiet_libraries()
-    typer.echo(stages.evaluate_to_file(model, suite, out, batch_size, limit).to_string(index=False))
+    typer.echo(stages.evaluate_to_file(model, suite, out, batch_size, limit, dtype).to_string(index=False))
 
 
 @app.command("fetch")

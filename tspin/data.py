@@ -153,8 +153,9 @@ def encode_examples(
     """Encode numbered rows. A prompt over max_prompt_tokens is dealt with as `long_prompts` says.
 
     "error" raises UserError, "drop" leaves the row out, "truncate" keeps the prompt's last tokens.
-    Rows that were dropped or truncated, and those whose text spells special tokens, are in `noted` of what is
-    returned, and counted and listed in its `remarks`. path: where to keep the table (Arrow IPC, EXAMPLE_SCHEMA).
+    Rows that were dropped, cut in prompt or response, or taken in part, and those whose text spells special tokens, are
+    in `noted` of what is returned, and counted and listed in its `remarks`. path: where to keep the table (Arrow IPC,
+    EXAMPLE_SCHEMA).
     Also raises UserError for a tokenizer without an end token.
     """
     if tokenizer.eos_token_id is None:
@@ -183,6 +184,10 @@ def encode_examples(
                 found.update(spelt)
                 noted.setdefault("special_tokens", []).append(number)
             response = encode_response(row["completion"], tokenizer, max_response_tokens)
+            if not response.finished:
+                noted.setdefault("cut", []).append(number)
+            if not isinstance(row["completion"], str) and len(row["completion"]) > 1:
+                noted.setdefault("last_message", []).append(number)
             writer.add(number, response.text, response.ids, response.finished, text, ids)
     table = writer.table()
     if not len(table):
@@ -193,6 +198,8 @@ def encode_examples(
     says = {
         "dropped": f"dropped: prompts of more than data.max_prompt_tokens, {max_prompt_tokens}",
         "truncated": f"cut to the last {max_prompt_tokens} tokens of their prompts (data.max_prompt_tokens)",
+        "cut": f"cut to {max_response_tokens} tokens of their response and no end token (data.max_response_tokens)",
+        "last_message": "have several messages in their completion, of which the last is the response",
         "special_tokens": f"spell special tokens ({' '.join(sorted(found))}), taken {as_text}",
     }
     remarks = []

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tspin.config import REPOSITORY, find_yaml, read_yaml, unknown
 from tspin.errors import UserError
-from tspin.hub import offline_benchmarks
+from tspin.hub import limit_waiting, offline_benchmarks
 from tspin.run_store import fingerprint
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SUITES = "experiments/suites"
+HUB_MODULES = ("huggingface_hub", "datasets", "httpx", "requests", "aiohttp", "fsspec")
 SCORES = ["benchmark", "metric", "value", "stderr", "n"]
 SAMPLES = ["benchmark", "task", "doc_id", "metric", "value", "response"]
 
@@ -45,7 +46,8 @@ class Column(BaseModel):
     group: str
     metric: str  # "<metric>,<filter>" as lm-eval reports it, such as "exact_match,flexible-extract"
     num_fewshot: int | None = None  # None: the task's own default
-    limit: int | None = None  # the first problems of each of its tasks; None: all. The evaluation's own may be smaller
+    # The first problems of each of its tasks; None: all. The evaluation's own limit may be smaller.
+    limit: int | None = Field(None, ge=1)
 
 
 class Suite(BaseModel):
@@ -131,10 +133,11 @@ def evaluate_lm(lm: "LM", suite: Suite, *, limit: int | None = None, seed: int =
     import lm_eval
     from transformers import set_seed
 
+    limit_waiting()
     with _lm_eval_log(logging.ERROR):  # its warnings here concern custom data sets as such
         manager = task_manager_for(suite)
         with offline_benchmarks():
-            tasks = [_load_task(manager, column, suite.split) for column in _benchmarks(suite)]
+            tasks = [_loaded(manager, column, suite.split) for column in _benchmarks(suite)]
         loaded = manager.load(tasks)
         for leaf in loaded["tasks"].values():
             leaf.set_fewshot_seed(seed)
@@ -218,6 +221,22 @@ def task_manager_for(suite: Suite) -> "TaskManager":
         if name not in known:
             raise UserError(unknown("lm-eval task or group", name, known))
     return manager
+
+
+def _loaded(manager: "TaskManager", column: Column, split: str | None) -> "Task | Group":
+    """`_load_task`, with what the hub's clients raise as one line: gated sets, no network, a silent server."""
+    try:
+        return _load_task(manager, column, split)
+    except UserError:
+        raise
+    except Exception as error:
+        if not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in HUB_MODULES):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{column.benchmark}: its data set cannot be loaded ({reason}); where there is no network use --offline, "
+            "for gated data sets accept their terms on the hub and set HF_TOKEN"
+        ) from error
 
 
 def _load_task(manager: "TaskManager", column: Column, split: str | None) -> "Task | Group":

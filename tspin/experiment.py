@@ -25,7 +25,7 @@ from tspin.locks import owned
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS
 from tspin.records import Example
-from tspin.results import BASE, EXAMPLES, TEXTS, Collected, problems_of, write_results
+from tspin.results import BASE, EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.rows import Rows, load_rows
 from tspin.run_store import DamagedStage, check_stage, claim_folder, note_damage, run_stage
 from tspin.selfplay import IterationResult, SelfPlayTrainer
@@ -71,6 +71,7 @@ def run_experiment(
     policy = policy_fingerprint(model_source(config.model)[0])
     target = results / preset
     claim_folder(target, results_config(config, suite, policy), what="result", upgrade=upgraded)
+    read_results(target)
     with ExitStack() as locks:
         for trainer in trainers.values():
             locks.enter_context(owned(trainer.folder))
@@ -259,6 +260,10 @@ def training_arguments(
     )
     fields = SelfPlayConfig.__dataclass_fields__
     for name in training.trainer:
+        if "token" in name:
+            raise UserError(
+                f"training.trainer.{name}: a secret is no setting, which results keep; put it into HF_TOKEN"
+            )
         if name not in fields:
             raise UserError(f"training.trainer.{name}: {unknown('TrainingArguments field', name, fields)}")
         if name in arguments:

@@ -7,7 +7,7 @@ file, or a data set's split as JSONL, JSON or Parquet.
 
 import fnmatch
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copyfile, copytree
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tspin.config import Config
 from tspin.errors import UserError
 from tspin.evaluation import Suite, load_suite, task_manager_for
-from tspin.hub import DEFAULT, EMPTY, limit_waiting, read_manifest
+from tspin.hub import DEFAULT, EMPTY, is_revision, limit_waiting, read_manifest
 from tspin.locks import owned
 from tspin.models import HUB_FILES
 from tspin.rows import read_rows
@@ -32,13 +32,17 @@ LOCAL_DATA = (".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to fetch. kind: model, dataset or nltk; `config` and `split` are a data set's (None: all splits)."""
+    """One thing to fetch. kind: model, dataset or nltk; `config` and `split` are a data set's (None: all splits).
+
+    trained: of all splits, those that training takes.
+    """
 
     kind: str
     name: str
     config: str | None = None
     split: str | None = None
     revision: str | None = None
+    trained: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [part for part in (self.config, self.split) if part]
@@ -52,7 +56,7 @@ def needed(config: Config) -> list[Item]:
         items[Item("model", config.model.path, revision=config.model.revision)] = None
     for section in [config.data, *(config.for_method(name).data for name in config.methods)]:
         if section.path != EMBEDDED and Path(section.path).suffix not in LOCAL_DATA:
-            items[Item("dataset", section.path, section.name, section.split, section.revision)] = None
+            items[Item("dataset", section.path, section.name, section.split, section.revision, (section.split,))] = None
     if config.evaluation is not None:
         suite = load_suite(config.evaluation.suite)
         items |= {Item("dataset", name, configuration): None for name, configuration in benchmark_data(suite)}
@@ -60,9 +64,14 @@ def needed(config: Config) -> list[Item]:
             items[Item("nltk", "punkt_tab")] = None
     # A benchmark's data set is fetched with all its splits; training on one of them pins the revision of all.
     whole = {(item.name, item.config): item for item in items if item.kind == "dataset" and item.split is None}
-    pinned = {(i.name, i.config): i.revision for i in items if i.kind == "dataset" and i.split is not None}
+    parts = [item for item in items if item.split is not None]
     found = [item for item in items if item.split is None or (item.name, item.config) not in whole]
-    return [replace(item, revision=pinned.get((item.name, item.config), item.revision)) for item in found]
+    for number, item in enumerate(found):
+        same = [part for part in parts if (part.name, part.config) == (item.name, item.config)]
+        if item.kind == "dataset" and same:
+            trained = tuple(sorted({part.split for part in same if part.split}))
+            found[number] = replace(item, revision=same[-1].revision, trained=trained)
+    return found
 
 
 def fetch(config: Config, out: Path, take: Sequence[str] = (), report: Callable[[str], None] = print) -> list[str]:
@@ -85,7 +94,7 @@ def _fetch_missing(
 ) -> list[str]:
     failed = []
     for item in items:
-        if is_there(out, item):
+        if is_there(out, item, taken.get(item, ())):
             report(f"{item}: there")
             continue
         try:
@@ -123,8 +132,8 @@ def local_sources(take: Sequence[str], items: Sequence[Item]) -> dict[Item, dict
     return found
 
 
-def is_there(out: Path, item: Item) -> bool:
-    """Whether the folder has an item, with every file of its full length."""
+def is_there(out: Path, item: Item, splits: Iterable[str] = ()) -> bool:
+    """Whether the folder has an item, with every file of its full length; of a data set, also these splits."""
     if not (out / "manifest.json").is_file():
         return False
     manifest = read_manifest(out)
@@ -136,8 +145,10 @@ def is_there(out: Path, item: Item) -> bool:
     else:
         known = manifest["datasets"].get(item.name, {}).get(item.config or DEFAULT)
         prefix = f"datasets/{item.name}/{item.config or DEFAULT}/"
-        if known and item.split and item.split not in known["splits"]:
+        if known and not {*item.trained, *splits} <= known["splits"].keys():
             return False
+    if known and not is_revision(known, item.revision):
+        return False
     files = {name: facts for name, facts in manifest["files"].items() if name.startswith(prefix)}
     whole = all(
         (out / name).is_file() and (out / name).stat().st_size == facts["bytes"] for name, facts in files.items()
@@ -183,7 +194,7 @@ def _fetch_model(out: Path, item: Item, taken: dict[str, Path]) -> dict[str, Any
 
     revision = HfApi().model_info(item.name, revision=item.revision).sha
     snapshot_download(item.name, revision=revision, allow_patterns=HUB_FILES, local_dir=target)
-    return {"revision": revision}
+    return {"revision": revision, "asked": item.revision}
 
 
 def _fetch_dataset(out: Path, item: Item, taken: dict[str, Path]) -> dict[str, Any]:
@@ -191,8 +202,11 @@ def _fetch_dataset(out: Path, item: Item, taken: dict[str, Path]) -> dict[str, A
 
     parts: dict[str, Dataset]
     if taken:
-        if item.split and item.split not in taken:
-            raise UserError(f"split {item.split} was not given")
+        there = read_manifest(out)["datasets"].get(item.name, {}) if (out / "manifest.json").is_file() else {}
+        given = {*taken, *there.get(item.config or DEFAULT, {"splits": {}})["splits"]}
+        if missing := sorted({*item.trained} - given):
+            flag = f"--take {item.name}:{item.config or DEFAULT}:{missing[0]}=FILE"
+            raise UserError(f"split {missing[0]}, which training takes, was not given: {flag}")
         parts = {split: datasets.Dataset.from_list(list(read_rows(path))) for split, path in taken.items()}
         facts: dict[str, Any] = {"revision": None, "taken": sorted(path.name for path in taken.values())}
     else:
@@ -201,7 +215,7 @@ def _fetch_dataset(out: Path, item: Item, taken: dict[str, Path]) -> dict[str, A
         revision = HfApi().dataset_info(item.name, revision=item.revision).sha
         loaded: Any = datasets.load_dataset(item.name, item.config, split=item.split, revision=revision)
         parts = {item.split: loaded} if item.split else dict(loaded)
-        facts = {"revision": revision}
+        facts = {"revision": revision, "asked": item.revision}
     rows = {}
     for split, part in parts.items():
         with atomic_path(out / "datasets" / item.name / (item.config or DEFAULT) / f"{split}.parquet") as temporary:

@@ -7,11 +7,12 @@ An offline folder holds
     datasets/<owner>/<name>/<config>/<split>.parquet  a data set's rows
     nltk_data/                                        what IFEval's checks need
 
-With one in use (`use_offline`, or the variable TSPIN_OFFLINE), nothing else is read and nothing is asked of a network.
+With one in use (`use_offline`, which sets TSPIN_OFFLINE for child processes), nothing else is read and nothing is asked
+of a network.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -82,15 +83,14 @@ def offline_model(folder: Path, name: str, revision: str | None) -> Path:
     found = read_manifest(folder)["models"].get(name)
     if found is None:
         raise _lacking(folder, f"model {name}")
-    if revision is not None and found["revision"] not in (None, revision):
-        raise UserError(f"{folder}: model {name} is there at revision {found['revision']}, {revision} is asked for")
+    _check_revision(folder, f"model {name}", found, revision)
     place = folder / "models" / name
     _check_sizes(folder, f"models/{name}/")
     return place
 
 
-def offline_dataset(folder: Path, name: str, config: str | None) -> "DatasetDict":
-    """All splits of a data set's configuration. Raises UserError for one that is not there, naming it."""
+def offline_dataset(folder: Path, name: str, config: str | None, revision: str | None = None) -> "DatasetDict":
+    """All splits of a data set's configuration. Raises UserError for one that is not there or of another revision."""
     import datasets
     from datasets.table import InMemoryTable
     from pyarrow import parquet
@@ -98,6 +98,7 @@ def offline_dataset(folder: Path, name: str, config: str | None) -> "DatasetDict
     found = read_manifest(folder)["datasets"].get(name, {}).get(config or DEFAULT)
     if found is None:
         raise _lacking(folder, f"data set {name}" + (f" ({config})" if config else ""))
+    _check_revision(folder, f"data set {name}", found, revision)
     files = {split: f"datasets/{name}/{config or DEFAULT}/{split}.parquet" for split in found["splits"]}
     for file in files.values():
         _check_sizes(folder, file)
@@ -120,7 +121,7 @@ def verify(folder: Path) -> list[str]:
 def load_dataset(name: str, config: str | None, split: str, revision: str | None) -> Any:
     """A split of a data set by its hub name, from the hub or the offline folder. Raises UserError if there is none."""
     if folder := offline_folder():
-        found = offline_dataset(folder, name, config)
+        found = offline_dataset(folder, name, config, revision)
         if split not in found:
             raise _lacking(folder, f"split {split} of data set {name}")
         return found[split]
@@ -144,13 +145,23 @@ def offline_benchmarks() -> Iterator[None]:
     """
     import datasets
 
+    class Splits(datasets.DatasetDict):
+        """A data set's splits; one that is not there is named, where lm-eval would stop with a KeyError."""
+
+        def __init__(self, folder: Path, name: str, splits: datasets.DatasetDict):
+            super().__init__(splits)
+            self.place = (folder, name)
+
+        def __missing__(self, split: str) -> Any:
+            raise _lacking(self.place[0], f"split {split} of data set {self.place[1]}")
+
     folder, original = offline_folder(), datasets.load_dataset
 
     def replaced(path: str, name: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if Path(path).exists() or path in ("json", "parquet", "csv"):  # a task of the user's, on files
             return original(path, name, *args, **kwargs)
         assert folder is not None
-        return offline_dataset(folder, path, name)
+        return Splits(folder, path, offline_dataset(folder, path, name))
 
     if folder is not None:
         datasets.load_dataset = replaced  # type: ignore[assignment]
@@ -158,6 +169,18 @@ def offline_benchmarks() -> Iterator[None]:
         yield
     finally:
         datasets.load_dataset = original
+
+
+def is_revision(facts: Mapping[str, Any], asked: str | None) -> bool:
+    """Whether what the manifest has is the revision asked for: a commit, or a name that was one when it was fetched."""
+    return asked is None or facts["revision"] is None or asked in (facts["revision"], facts.get("asked"))
+
+
+def _check_revision(folder: Path, what: str, facts: Mapping[str, Any], asked: str | None) -> None:
+    """Raise UserError where another revision was fetched than is asked for; what was taken from files has none."""
+    if not is_revision(facts, asked):
+        there = facts["revision"]
+        raise UserError(f"{folder}: {what} is there at revision {there}, {asked} is asked for: run `tspin fetch` again")
 
 
 def _check_sizes(folder: Path, prefix: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tspin.errors import UserError
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file systems, as they are mounted
 _held: set[tuple[int, Path]] = set()  # (process, folder): a process may enter its own folders again
 
 
@@ -21,7 +22,8 @@ def owned(folder: Path, wait: bool = False) -> Iterator[None]:
 
     While another process holds it, raise UserError naming that process, or with `wait` say so in one line and wait.
     The lock is flock's on `folder`/.lock: nothing has to be cleared after a crash, however the owner died. A folder
-    that cannot be written to is not locked, since nothing in it can change.
+    that cannot be written to is not locked, since nothing in it can change; on a file system without locks, a line
+    warns.
     """
     key = (os.getpid(), folder.resolve())
     descriptor = None if key in _held else _open(folder)
@@ -39,6 +41,10 @@ def owned(folder: Path, wait: bool = False) -> Iterator[None]:
                 ) from None
             sys.stderr.write(f"tspin: {folder} is in use by {owner}; waiting for it\n")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            sys.stderr.write(f"tspin: {folder}: this file system has no locks; run one command at a time there\n")
         _name_owner(descriptor)
         _held.add(key)
         try:

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from tspin.config import Config
+from tspin.config import Config, build_config
 from tspin.errors import UserError
 from tspin.results import BASE, RUN
-from tspin.run_store import provenance, read_json
+from tspin.run_store import first_difference, provenance, read_json
 
 KEYS = [*RUN, "benchmark", "metric"]
 ERRORS = 3.0  # standard errors of a difference of averages that another machine may show
@@ -75,12 +75,20 @@ def differences(recorded: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def rerun(recorded: Recorded, out: Path) -> Path:
-    """Run it into `out`; returns the results folder."""
-    from tspin.experiment import run_experiment
+def rerun(recorded: Recorded, out: Path, settings: Sequence[str] = (), launcher: Path | None = None) -> Path:
+    """Run it into `out`; returns the results folder.
 
-    name = recorded.preset
-    return run_experiment(name, recorded.config, recorded.methods, recorded.seeds, out / "runs", out / "results")
+    settings: key.path=value of what changes no number, and is therefore not on record: engine.*, micro-batches, kept
+    states. launcher: see run_experiment. Raises UserError for other settings.
+    """
+    from tspin.experiment import results_config_tree, run_experiment
+
+    config = build_config(recorded.config.model_dump(mode="json"), settings)
+    if results_config_tree(config) != results_config_tree(recorded.config):
+        key, there, here = first_difference(results_config_tree(recorded.config), results_config_tree(config))
+        raise UserError(f"--set: {key} is {there!r} on record, {here!r} here: a rerun has the record's settings")
+    places = (out / "runs", out / "results")
+    return run_experiment(recorded.preset, config, recorded.methods, recorded.seeds, *places, launcher=launcher)
 
 
 def compare(old: Path, new: Path) -> pd.DataFrame:

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
+from tspin.errors import UserError
 from tspin.evaluation import Suite
 from tspin.objectives import METHODS
 from tspin.run_store import atomic_path, provenance, read_json, write_json, write_text
@@ -32,6 +34,7 @@ BASE = "base"
 EXAMPLES = 10
 TEXTS = 5_000
 DIAGNOSTIC_STEPS = 4096  # to a nat
+FILES = ("evaluations", "problems", "steps", "diagnostics", "prompts", "responses")
 RUN = ["method", "seed", "iteration"]
 EVALUATION_COLUMNS = ["preset", *RUN, "benchmark", "metric", "value", "stderr", "n"]
 
@@ -67,46 +70,70 @@ def problems_of(samples: pd.DataFrame, suite: Suite) -> pd.DataFrame:
     return pd.DataFrame({"benchmark": kept["benchmark"], "doc_id": doc.astype("int32"), "value": kept["value"]})
 
 
+def read_results(target: Path) -> dict[str, Any]:
+    """What a results folder has by now: name → table, and "runs", the costs in provenance.json.
+
+    Raises UserError naming the first file that is damaged: before a run starts, not at its end.
+    """
+    found: dict[str, Any] = {}
+    for name in FILES:
+        path = target / f"{name}.{'csv' if name == 'evaluations' else 'parquet'}"
+        if not path.exists():
+            continue
+        try:
+            if name == "evaluations":
+                found[name] = pd.read_csv(path, dtype={"iteration": "Int64"})[EVALUATION_COLUMNS]
+            else:
+                found[name] = pd.read_parquet(path)
+                found[name][RUN]
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise _damaged(path, error) from error
+    path = target / "provenance.json"
+    try:
+        found["runs"] = {_run_key(cost): cost for cost in read_json(path)["runs"]} if path.exists() else {}
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"{path} is damaged ({reason}): restore it or move it away; finished stages are kept in runs/")
+
+
 def write_results(target: Path, preset: str, suite: Suite, collected: Collected) -> None:
-    """Merge what was collected into results/<preset>/."""
+    """Merge what was collected into results/<preset>/. Raises UserError as read_results, before anything is written."""
+    old = read_results(target)
     evaluations = collected.table("evaluations").assign(preset=preset)[EVALUATION_COLUMNS]
-    path = target / "evaluations.csv"
-    if path.exists():
-        evaluations = _replacing(pd.read_csv(path, dtype={"iteration": "Int64"}), evaluations)
+    if "evaluations" in old:
+        evaluations = _replacing(old["evaluations"], evaluations)
     buffer = io.StringIO()
     _in_order(evaluations, suite).to_csv(buffer, index=False, float_format="%.6g", lineterminator="\n")
-    write_text(path, buffer.getvalue())
-    for name in ("problems", "steps", "diagnostics"):
+    write_text(target / "evaluations.csv", buffer.getvalue())
+    for name in FILES[1:]:
         if name in collected.parts:
-            _merge_parquet(target / f"{name}.parquet", collected.table(name), suite)
-    for name in ("prompts", "responses"):  # texts: of the smallest seed, to keep the files small
-        if name in collected.parts:
-            _merge_parquet(target / f"{name}.parquet", collected.table(name), suite, smallest_seed=True)
+            table = collected.table(name)
+            table = _replacing(old[name], table) if name in old else table
+            if name in ("prompts", "responses"):  # texts: of the smallest seed, to keep the files small
+                table = table[table["seed"] == table["seed"].min()]
+            _write_parquet(target / f"{name}.parquet", _in_order(table, suite))
     columns = [column.model_dump(mode="json") for column in suite.columns]
     write_json(target / "suite.json", {"preset": preset, "columns": columns})
-    merged = {}
-    if (target / "provenance.json").exists():
-        merged = {_run_key(cost): cost for cost in read_json(target / "provenance.json")["runs"]}
-    merged |= {_run_key(cost): cost for cost in collected.costs}
+    merged = old["runs"] | {_run_key(cost): cost for cost in collected.costs}
     stamp = {**provenance(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
     write_json(target / "provenance.json", {**stamp, "runs": list(merged.values())})
 
 
-def _merge_parquet(path: Path, new: pd.DataFrame, suite: Suite, smallest_seed: bool = False) -> None:
-    if path.exists():
-        new = _replacing(pd.read_parquet(path), new)
-    if smallest_seed:
-        new = new[new["seed"] == new["seed"].min()]
-    new = _in_order(new, suite)
-    floats = [str(name) for name in new.select_dtypes(["float64", "float32"])]
+def _write_parquet(path: Path, table: pd.DataFrame) -> None:
+    floats = [str(name) for name in table.select_dtypes(["float64", "float32"])]
     # These files are committed: digits that mean nothing would be most of their size.
-    rounded = {name: (new[name] * DIAGNOSTIC_STEPS).round() / DIAGNOSTIC_STEPS for name in floats}
-    new = new.assign(**rounded) if path.stem == "diagnostics" else new
+    rounded = {name: (table[name] * DIAGNOSTIC_STEPS).round() / DIAGNOSTIC_STEPS for name in floats}
+    table = table.assign(**rounded) if path.stem == "diagnostics" else table
     types = {**dict.fromkeys(floats, "float32"), "seed": "int16", "iteration": "Int8"}
     with atomic_path(path) as temporary:
-        new.astype(types).to_parquet(
+        table.astype(types).to_parquet(
             temporary, index=False, compression="zstd", compression_level=19, use_byte_stream_split=floats,
-            use_dictionary=[str(name) for name in new if name not in floats],
+            use_dictionary=[str(name) for name in table if name not in floats],
         )  # fmt: skip
 
 

@@ -119,6 +119,8 @@ def validate_rows(
             raise UserError(f"{source}, row {number}: no prompt (column {prompt_column!r} is missing or empty)")
         if not _has_text(completion):
             raise UserError(f"{source}, row {number}: empty response (column {completion_column!r})")
+        if not isinstance(prompt, str) and not all(isinstance(message.get("role"), str) for message in prompt):
+            raise UserError(f"{source}, row {number}: a message of the prompt has no role (user, assistant or system)")
         for what, value in (("prompt", prompt), ("response", completion)):
             if not all(map(_is_unicode, texts(value))):
                 raise UserError(f"{source}, row {number}: the {what} has half of a surrogate pair: no Unicode text")

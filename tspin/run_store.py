@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from typing import Any
 from tspin.errors import UserError
 from tspin.secrets import redacted
 
+HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]  # processes are known to their own machine alone
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "lm_eval", "reasoning_gym", "vllm")
 
 
@@ -75,9 +77,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for orphan in target.parent.glob(f".{target.name}.*.tmp"):  # of processes that were killed
-        if not _alive(orphan.name.split(".")[-2]):
+        _, host, process, _ = orphan.name.rsplit(".", 3)
+        if host == HOST and not _alive(process):
             _remove(orphan)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    temporary = target.parent / f".{target.name}.{HOST}.{os.getpid()}.tmp"
     _remove(temporary)
     try:
         yield temporary

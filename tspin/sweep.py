@@ -13,15 +13,18 @@ from shutil import which
 from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from tspin.config import load_config, read_yaml, unknown
 from tspin.errors import UserError
 from tspin.interruption import stopping_at_once
 from tspin.objectives import METHODS
 from tspin.run_store import fingerprint, read_json, write_json
+from tspin.secrets import redacted
 
 State = Literal["finished", "running", "queued", "failed", "missing"]
 STATES: tuple[State, ...] = ("finished", "running", "queued", "failed", "missing")
+LISTS = {"methods": "[spin, tspin]", "seeds": "[0, 1]", "overrides": "[iterations=2]"}
 KEYS = {"preset", "methods", "seeds", "overrides", "grid", "runs", "prepare"}
 PROFILE_KEYS = {"launcher", "offline", "submitit"}
 WAITING = {"PENDING", "REQUEUED", "UNKNOWN"}  # as Slurm and submitit say
@@ -56,10 +59,12 @@ class Cell:
             with stopping_at_once():  # scancel and the end of the sweep send SIGTERM
                 run_cell(self)
         except Exception as error:
-            write_json(marker / "failed.json", {"reason": str(error).splitlines()[0] if str(error) else repr(error)})
+            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            write_json(marker / "failed.json", {"reason": redacted(reason)})
             raise
         (marker / "failed.json").unlink(missing_ok=True)
-        write_json(marker / "finished.json", asdict(self))
+        told = {name: value for name, value in asdict(self).items() if name != "overrides"}
+        write_json(marker / "finished.json", {**told, "overrides": [redacted(text) for text in self.overrides]})
 
     def checkpoint(self) -> Any:
         """What Slurm queues again when the job's time is up or it is preempted: the same run goes on where it was."""
@@ -93,8 +98,16 @@ def load_sweep(path: Path, profile: Path | None, runs: Path, results: Path) -> S
     sweep = _mapping(path, KEYS, required={"preset", "methods", "seeds"})
     machines = _mapping(profile, PROFILE_KEYS, required=set()) if profile else {}
     grid: dict[str, list[Any]] = sweep.get("grid") or {}
-    if not all(isinstance(values, list) and values for values in grid.values()):
-        raise UserError(f"{path}: grid: each key needs a list of values")
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise UserError(f"{path}: grid: a mapping is expected, in which each key has a list of values")
+    for key in ("methods", "seeds", "overrides"):
+        given = sweep.get(key, [""])
+        if not isinstance(given, list) or not all(isinstance(value, str) for value in given if key != "seeds"):
+            raise UserError(f"{path}: {key}: a list is expected, such as {LISTS[key]}")
+        if not given and key != "overrides":
+            raise UserError(f"{path}: {key} is empty")
+    if not all(isinstance(seed, int) and 0 <= seed < 2**15 for seed in sweep["seeds"]):
+        raise UserError(f"{path}: seeds: whole numbers from 0 to {2**15 - 1} are expected")
     place = runs / f"{Path(sweep['preset']).stem}-studies" / path.stem
     cells = []
     for values in itertools.product(*grid.values()):
@@ -233,7 +246,7 @@ class Fleet:
         if not log.is_file():
             return str(reason)
         lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
-        tail = [f"    {line}" for line in lines if line.strip()][-LAST_LINES:]
+        tail = [f"    {redacted(line)}" for line in lines if line.strip()][-LAST_LINES:]
         return "\n".join([str(reason), *tail, f"    ({log})"])
 
     def _executor(self) -> Any:
@@ -286,7 +299,7 @@ def run_sweep(
         raise
     for cell, state in states.items():
         if state == "failed":
-            show(f"{cell.title}: {fleet.reason(cell)}")
+            show(Text(f"{cell.title}: {fleet.reason(cell)}"))
     return {name: [cell for cell, state in states.items() if state == name] for name in STATES}
 
 
