@@ -22,6 +22,7 @@ from tspin.run_store import provenance, write_json, write_text
 
 OUT = Path("results/benchmarks/load")
 SIZES = (10_000, 100_000, 1_000_000)
+LIBRARIES = "import datasets, peft; from transformers import AutoModelForCausalLM, Trainer"  # what every start imports
 RUNS = 10_000  # 5 methods × 400 seeds × 5 iterations
 STEPS = 20  # of training on the large data set
 WORDS = "the of and a to in is you that it he was for on are as with his they I at be this have from or".split()
@@ -152,6 +153,7 @@ def main() -> None:
         sys.stderr.write(f"{what}, {size}: {seconds:.1f} s, {peak:.0f} MB\n")
 
     python, tspin = sys.executable, [sys.executable, "-c", "from tspin.cli import main; main()"]
+    measure("the libraries' import alone", 0, [python, "-c", LIBRARIES])
     with tempfile.TemporaryDirectory(prefix="tspin-load-") as temporary:
         for rows in arguments.sizes:
             folder = Path(temporary) / str(rows)
