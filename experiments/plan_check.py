@@ -1,6 +1,6 @@
-"""The memory model of `tspin plan` against measured peaks: one optimizer step a case, each in a process of its own.
+"""The memory model of `tspin plan` against measured peaks: two optimizer steps a case, each in a process of its own.
 
-    make plan-check               # about 5 minutes on two cores → results/benchmarks/plan/memory.csv
+    make plan-check               # about 8 minutes on two cores → results/benchmarks/plan/memory.csv
 
 On a CPU the peak is the process's resident memory, above what it was before the model was built. The allocator is told
 to give back what is freed, so that resident is what tensors hold.
@@ -32,6 +32,7 @@ OUT = Path("results/benchmarks/plan")
 LAYERS = {"two layers of 7B width": ("mistralai/Mistral-7B-v0.1", {"num_hidden_layers": 2, "vocab_size": 8192})}
 MODELS = {"pocket": ("pocket", {}), "SmolLM2-135M": ("HuggingFaceTB/SmolLM2-135M", {}), **LAYERS}
 LENGTHS = (64, 64)  # of each prompt and of each response
+STEPS = 2  # optimizers make their state at the end of the first
 ROW = LENGTHS[0] + 3 * LENGTHS[1]
 CASES = [
     (model, tokens, checkpointing)
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def measure(name: str, tokens: int, checkpointing: bool) -> dict:
-    """A T-SPIN step of two micro-batches of `tokens` tokens: predicted and measured peak."""
+    """T-SPIN steps of two micro-batches of `tokens` tokens: predicted and measured peak."""
     step("pocket", ROW, False)  # what libraries load at first use is not the model's
     config, args, peak = step(name, tokens, checkpointing)
     batch = MicroBatch(tokens=tokens, row_tokens=ROW, response_tokens=tokens * 3 * LENGTHS[1] // ROW, count=2)
@@ -90,10 +91,11 @@ def measure(name: str, tokens: int, checkpointing: bool) -> dict:
 
 
 def step(name: str, tokens: int, checkpointing: bool) -> tuple[PreTrainedConfig, SelfPlayConfig, int]:
-    """Make a model and train it for one step; its config, the settings, and the peak above what was there before."""
+    """Make a model and train it for STEPS steps; its config, the settings, and the peak above what was there before."""
     path, changes = MODELS[name]
     config = AutoConfig.for_model(**{**find_config(path).to_dict(), **changes})
-    count = 2 * tokens // ROW
+    batch = 2 * tokens // ROW
+    count = STEPS * batch
     prompt, response = ([5] * length for length in LENGTHS)
     drawn = Response(response, "", False)
     examples = [Example(number, "", prompt, drawn) for number in range(count)]
@@ -102,7 +104,7 @@ def step(name: str, tokens: int, checkpointing: bool) -> tuple[PreTrainedConfig,
     with tempfile.TemporaryDirectory() as folder:
         args = SelfPlayConfig(
             output_dir=folder,
-            per_device_train_batch_size=count,
+            per_device_train_batch_size=batch,
             micro_batch_tokens=tokens,
             gradient_checkpointing=checkpointing,
             report_to=[],
