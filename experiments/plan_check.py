@@ -1,6 +1,6 @@
 """The memory model of `tspin plan` against measured peaks: two optimizer steps a case, each in a process of its own.
 
-    make plan-check               # about 8 minutes on two cores → results/benchmarks/plan/memory.csv
+    make plan-check               # 10 to 20 minutes on two cores → results/benchmarks/plan/memory.csv
 
 On a CPU the peak is the process's resident memory, above what it was before the model was built. The allocator is told
 to give back what is freed, so that resident is what tensors hold.
