@@ -11,6 +11,7 @@ from test_cli import SMALL, assert_refused, call
 from tspin import sweep
 from tspin.config import Config
 from tspin.errors import UserError
+from tspin.experiment import training_arguments
 from tspin.secrets import redacted
 from tspin.sweep import Cell
 
@@ -93,6 +94,9 @@ def _pinned() -> str:
 def test_a_token_is_no_setting(tmp_path, model_folder, data_file):
     own = ["run", "--model", model_folder, "--data", data_file, "--out", tmp_path / "run", *SMALL]
     assert_refused(call(*own, "--set", "training.trainer.hub_token=hf_1234"), "training.trainer.hub_token", "HF_TOKEN")
+    assert training_arguments(
+        Config(training={"trainer": {"include_num_input_tokens_seen": "all"}}).for_method("sft"), tmp_path, seed=0
+    ).include_num_input_tokens_seen
     assert not (tmp_path / "run").exists()
 
 

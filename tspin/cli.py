@@ -40,6 +40,7 @@ MethodName = Annotated[
 Offline = Annotated[
     Path | None, typer.Option(help="a folder made by `tspin fetch`: nothing else is read, no network is asked")
 ]
+Launcher = Annotated[str | None, typer.Option(help="accelerate: train in the processes of --config")]
 LauncherConfig = Annotated[
     Path | None, typer.Option("--config", help="with --launcher: a file of experiments/accelerate/, or your own")
 ]
@@ -132,7 +133,7 @@ def run(
     out: Annotated[Path, typer.Option(help="the run's folder, with --model")] = Path("runs/mine"),
     runs: Annotated[Path, typer.Option(help="checkpoints, responses, logs of presets")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="tidy numbers of presets")] = Path("results"),
-    launcher: Annotated[str | None, typer.Option(help="accelerate: train in the processes of --config")] = None,
+    launcher: Launcher = None,
     launcher_config: LauncherConfig = None,
     settings: Set = None,
     offline: Offline = None,
@@ -219,7 +220,7 @@ def rerun(
     out: Annotated[Path, typer.Option(help="a folder for the runs and results of the rerun")] = Path("reruns"),
     strict: Annotated[bool, typer.Option(help="refuse where versions, hardware or the commit differ")] = False,
     exact: Annotated[bool, typer.Option(help="every number must be equal: for the record's own machine")] = False,
-    launcher: Annotated[str | None, typer.Option(help="accelerate: train in the processes of --config")] = None,
+    launcher: Launcher = None,
     launcher_config: LauncherConfig = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key.path=value of what changes no number, such as engine.*")

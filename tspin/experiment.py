@@ -260,7 +260,7 @@ def training_arguments(
     )
     fields = SelfPlayConfig.__dataclass_fields__
     for name in training.trainer:
-        if "token" in name:
+        if name.endswith("_token"):
             raise UserError(
                 f"training.trainer.{name}: a secret is no setting, which results keep; put it into HF_TOKEN"
             )

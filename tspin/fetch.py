@@ -34,7 +34,7 @@ LOCAL_DATA = (".jsonl", ".json", ".parquet")
 class Item:
     """One thing to fetch. kind: model, dataset or nltk; `config` and `split` are a data set's (None: all splits).
 
-    trained: of all splits, those that training takes.
+    trained: where all splits are fetched, those that training takes.
     """
 
     kind: str
@@ -43,6 +43,11 @@ class Item:
     split: str | None = None
     revision: str | None = None
     trained: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> set[str]:
+        """The splits without which the item is of no use."""
+        return {self.split} if self.split else {*self.trained}
 
     def __str__(self) -> str:
         parts = [part for part in (self.config, self.split) if part]
@@ -56,7 +61,7 @@ def needed(config: Config) -> list[Item]:
         items[Item("model", config.model.path, revision=config.model.revision)] = None
     for section in [config.data, *(config.for_method(name).data for name in config.methods)]:
         if section.path != EMBEDDED and Path(section.path).suffix not in LOCAL_DATA:
-            items[Item("dataset", section.path, section.name, section.split, section.revision, (section.split,))] = None
+            items[Item("dataset", section.path, section.name, section.split, section.revision)] = None
     if config.evaluation is not None:
         suite = load_suite(config.evaluation.suite)
         items |= {Item("dataset", name, configuration): None for name, configuration in benchmark_data(suite)}
@@ -145,7 +150,7 @@ def is_there(out: Path, item: Item, splits: Iterable[str] = ()) -> bool:
     else:
         known = manifest["datasets"].get(item.name, {}).get(item.config or DEFAULT)
         prefix = f"datasets/{item.name}/{item.config or DEFAULT}/"
-        if known and not {*item.trained, *splits} <= known["splits"].keys():
+        if known and not item.required | {*splits} <= known["splits"].keys():
             return False
     if known and not is_revision(known, item.revision):
         return False
@@ -204,7 +209,7 @@ def _fetch_dataset(out: Path, item: Item, taken: dict[str, Path]) -> dict[str, A
     if taken:
         there = read_manifest(out)["datasets"].get(item.name, {}) if (out / "manifest.json").is_file() else {}
         given = {*taken, *there.get(item.config or DEFAULT, {"splits": {}})["splits"]}
-        if missing := sorted({*item.trained} - given):
+        if missing := sorted(item.required - given):
             flag = f"--take {item.name}:{item.config or DEFAULT}:{missing[0]}=FILE"
             raise UserError(f"split {missing[0]}, which training takes, was not given: {flag}")
         parts = {split: datasets.Dataset.from_list(list(read_rows(path))) for split, path in taken.items()}
