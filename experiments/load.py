@@ -73,7 +73,7 @@ def sample_and_train(folder: Path, rows: int) -> None:
     from tspin.models import load_model
     from tspin.objectives import PROTO, SYNTHETIC
     from tspin.records import View, read_responses, response_statistics, write_responses
-    from tspin.trainer import make_triplets
+    from tspin.triplets import make_triplets
 
     trainer = _trainer(folder, rows)
     labelled = trainer.examples.labelled

@@ -26,7 +26,7 @@ from tspin.models import POCKET_MODEL, load_tokenizer
 from tspin.records import Example, Response
 from tspin.run_store import provenance, write_json, write_text
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.trainer import make_triplets
+from tspin.triplets import make_triplets
 
 OUT = Path("results/benchmarks/plan")
 LAYERS = {"two layers of 7B width": ("mistralai/Mistral-7B-v0.1", {"num_hidden_layers": 2, "vocab_size": 8192})}

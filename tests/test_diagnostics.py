@@ -10,7 +10,7 @@ from tspin.cli import app
 from tspin.diagnostics import SCHEMA, gaps, sample_table, summary
 from tspin.objectives import METHODS, ROLES, Coefficients
 from tspin.records import Response
-from tspin.trainer import Triplet
+from tspin.triplets import Triplet
 
 
 def triplet(number: int, length: int) -> Triplet:

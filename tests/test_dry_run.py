@@ -21,7 +21,7 @@ from tspin.experiment import load_dataset, training_arguments
 from tspin.iteration import encode_dataset, reference_table, response_logps, train_iteration, with_reference
 from tspin.objectives import PROTO, SYNTHETIC
 from tspin.plan import plan
-from tspin.trainer import make_triplets
+from tspin.triplets import make_triplets
 
 PRESETS = ["zephyr-7b", "mistral-7b"]
 ROWS = 40

@@ -194,7 +194,7 @@ def test_something_else_is_no_launcher_file(tmp_path):
 
 def test_triplets_travel_as_they_are(tmp_path, tokenizer, rows):
     from tspin.records import Response
-    from tspin.trainer import Triplet
+    from tspin.triplets import Triplet
 
     triplets = [
         Triplet(number, prompt, {"labelled": Response([3, 4], "", True), "synthetic": Response(ids, "", True)}, scored)

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
-from tspin import SelfPlayConfig, SelfPlayTrainer
+from tspin import SelfPlayConfig, SelfPlayTrainer, triplet_logps
 from tspin import trainer as trainer_module
 from tspin.errors import UserError
 from tspin.interruption import Stopped
@@ -304,7 +304,8 @@ def test_less_memory_gives_the_same_run_up_to_rounding(tmp_path, model_folder, r
             raise error
         return original(model, batch, roles)
 
-    monkeypatch.setattr(trainer_module, "logps_of", limited)
+    for module in (trainer_module, triplet_logps):
+        monkeypatch.setattr(module, "logps_of", limited)
     play(tmp_path / "short", model_folder, rows, **settings)
     lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert len(lines) == len(set(lines)) and sum("step 1" in line for line in lines) >= 1

@@ -14,7 +14,7 @@ from tspin.errors import UserError
 from tspin.iteration import response_logps
 from tspin.models import load_model
 from tspin.scoring import score_in_processes
-from tspin.trainer import make_triplets
+from tspin.triplets import make_triplets
 from tspin.workers import Worker, run_workers
 
 # A worker that starts a process of its own, as vLLM does, says which, and fails or waits.

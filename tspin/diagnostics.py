@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 
 from tspin.objectives import LABELLED, SYNTHETIC, Coefficients, Method, SequenceLogps
-from tspin.trainer import Triplet
+from tspin.triplets import Triplet
 
 SCHEMA = pa.schema(
     [

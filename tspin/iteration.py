@@ -46,7 +46,9 @@ from tspin.run_store import (
     stage_record,
 )
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.trainer import AtTrainBegin, Triplet, TripletCollator, TripletTrainer, collator_for, compute_logps
+from tspin.trainer import AtTrainBegin, TripletTrainer
+from tspin.triplet_logps import compute_logps
+from tspin.triplets import Triplet, TripletCollator, collator_for
 
 
 def encode_dataset(

@@ -22,7 +22,7 @@ from tspin.errors import UserError
 from tspin.models import dtype_name
 from tspin.records import Response, TableWriter, View, open_table
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.trainer import Triplet
+from tspin.triplets import Triplet
 from tspin.workers import Worker, run_workers
 
 TRIPLETS, TOKENIZER, PROGRESS, FACTS = "triplets.arrow", "tokenizer", "progress.json", "facts.json"

@@ -15,7 +15,7 @@ from tspin.launch import TOKENIZER, TRIPLETS, plain_arguments, write_triplets
 from tspin.models import dtype_name
 from tspin.records import View
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.trainer import Triplet
+from tspin.triplets import Triplet
 from tspin.workers import Worker, gpu_environment, run_workers
 
 LOGPS = "logps.parquet"

@@ -59,7 +59,7 @@ from tspin.run_store import (
 )
 from tspin.scoring import score_in_processes, scoring_processes
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.trainer import Triplet, make_triplets
+from tspin.triplets import Triplet, make_triplets
 
 PROMPT_SCHEMA = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), ("labelled", pa.string())])
 

@@ -30,7 +30,7 @@ from tspin.policies import sample_policy
 from tspin.records import Examples, Responses, read_responses, response_statistics, write_responses
 from tspin.run_store import atomic_path, sha256, write_text
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.trainer import make_triplets
+from tspin.triplets import make_triplets
 
 
 def sample_to_file(model: str, dataset: str, out: Path, seed: int, overrides: Sequence[str]) -> dict[str, float]:

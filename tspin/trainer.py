@@ -1,6 +1,5 @@
 """One iteration's training: a transformers.Trainer over triplets of responses."""
 
-import copy
 import errno
 import json
 import math
@@ -9,10 +8,8 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,148 +22,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from tspin.errors import UserError
-from tspin.logprobs import Layout, choose_layout, sequence_logps, shared_prefix_logps, uses_flex_attention
 from tspin.memory import out_of_memory
 from tspin.objectives import LABELLED, PROTO, SYNTHETIC, Coefficients, Method, SequenceLogps
-from tspin.packing import (
-    FLEX_BLOCK,
-    ROW_TOKENS,
-    Tensors,
-    example_sizes,
-    pack_shared_prefixes,
-    pad_rows,
-    plan_padded,
-    plan_shared,
-)
-from tspin.records import Example, Response, View
+from tspin.triplet_logps import logps_of
+from tspin.triplets import IDLE, Triplet, TripletCollator
 
-REFERENCE_WINDOW = 256  # triplets planned into micro-batches together
-IDLE = {"share": 0.0, "tokens": 0}  # a micro-batch that counts for nothing
 UNLOGGED = "unlogged.json"  # in a training's state: what was summed since the last log
-
-
-@dataclass(frozen=True)
-class Triplet:
-    """A prompt with its responses by role, and log π_θt of each role where a reference is used."""
-
-    prompt_id: int
-    prompt_ids: list[int]
-    responses: Mapping[str, Response]
-    reference_logps: Mapping[str, float] = field(default_factory=dict)
-
-
-def make_triplets(examples: Sequence[Example], responses: Mapping[str, Mapping[int, Response]]) -> Sequence[Triplet]:
-    """Triplets from labelled examples and, by role, sampled responses by prompt id; each is made when asked for."""
-
-    def triplet(i: int) -> Triplet:
-        example = examples[i]
-        number = example.prompt_id
-        given = {role: found[number] for role, found in responses.items()}
-        return Triplet(number, example.prompt_ids, {LABELLED: example.labelled, **given})
-
-    return View(len(examples), triplet)
-
-
-class TripletCollator:
-    """Turns triplets into micro-batches of at most `max_tokens` tokens: {"triplets", "micro_batches": […]}.
-
-    A micro-batch is {"sequences": tensors for `logps_of`, "indices": which triplets, "lengths", "reference",
-    "share": its part of the triplets, "tokens"}. All roles of a triplet stand together, so that a
-    micro-batch is one forward and one backward pass whatever the method. What is computed does not
-    depend on `max_tokens`: an optimizer step sums the micro-batches of the triplets it is given.
-
-    Where several processes train together, each is given all triplets of a step and makes micro-batches of its own
-    part: every `processes`th, from the `process`th. One without a part gets one triplet with share 0, so that all
-    call the model.
-    """
-
-    process, processes = 0, 1
-
-    def __init__(self, roles: Sequence[str], pad_token_id: int, layout: Layout, max_tokens: int, flex: bool = False):
-        self.roles = tuple(roles)
-        self.pad_token_id = pad_token_id
-        self.layout = layout
-        self.max_tokens = max_tokens
-        self.flex = flex  # block masks skip what is masked: one long row; dense masks: short rows
-
-    def finer(self, triplets: Sequence[Triplet]) -> "TripletCollator | None":
-        """A collator that cuts these triplets into more micro-batches; None where each holds one triplet already."""
-        count, finer = len(self(triplets)["micro_batches"]), copy.copy(self)
-        while finer.max_tokens > (FLEX_BLOCK if self.flex else 1):
-            finer.max_tokens = max(finer.max_tokens // 2, FLEX_BLOCK if self.flex else 1)
-            if len(finer(triplets)["micro_batches"]) > count:
-                return finer
-        return None
-
-    def __call__(self, triplets: Sequence[Triplet]) -> dict[str, list[Any]]:
-        of_all, part = triplets, triplets[self.process :: self.processes]
-        triplets = part or triplets[:1]
-        prompts = [t.prompt_ids for t in triplets]
-        responses = [[t.responses[role].ids for t in triplets] for role in self.roles]
-        rows_of: list[list[list[int]] | None]
-        if self.layout == "shared":
-            row_tokens = self.max_tokens // FLEX_BLOCK * FLEX_BLOCK if self.flex else min(ROW_TOKENS, self.max_tokens)
-            rows_of = list(plan_shared(example_sizes(prompts, responses), self.max_tokens, row_tokens))
-            micro_batches = [sum(rows, []) for rows in rows_of if rows]
-        else:
-            longest = [len(p) + max(len(role[i]) for role in responses) for i, p in enumerate(prompts)]
-            micro_batches = plan_padded([size * len(self.roles) for size in longest], self.max_tokens)
-            rows_of = [None] * len(micro_batches)
-        return {
-            "triplets": list(of_all),
-            "micro_batches": [
-                {**self._micro_batch([triplets[i] for i in indices], rows), "indices": indices,
-                 "share": len(indices) / len(of_all), **({} if part else IDLE)}
-                for indices, rows in zip(micro_batches, rows_of, strict=True)
-            ]
-        }  # fmt: skip
-
-    def _micro_batch(self, triplets: Sequence[Triplet], rows: list[list[int]] | None) -> dict[str, Any]:
-        prompts = [t.prompt_ids for t in triplets]
-        responses = [[t.responses[role].ids for t in triplets] for role in self.roles]
-        sequences: Tensors
-        if rows is not None:
-            # The examples stand in the order of their rows.
-            ends = list(accumulate(map(len, rows), initial=0))
-            rows = [list(range(first, last)) for first, last in pairwise(ends)]
-            sequences = pack_shared_prefixes(
-                prompts, responses, self.pad_token_id, rows, multiple=FLEX_BLOCK if self.flex else 1
-            )
-        else:
-            repeated = [prompt for _ in self.roles for prompt in prompts]
-            sequences = dict(pad_rows(repeated, [ids for role in responses for ids in role], self.pad_token_id))
-        known = [role for role in self.roles if role in triplets[0].reference_logps]
-        return {
-            "sequences": sequences,
-            "prompt_ids": [t.prompt_id for t in triplets],
-            "lengths": {role: torch.tensor([len(t.responses[role].ids) for t in triplets]) for role in self.roles},
-            "reference": {role: torch.tensor([t.reference_logps[role] for t in triplets]) for role in known},
-            "tokens": sum(map(len, prompts)) * len(self.roles) + sum(len(ids) for role in responses for ids in role),
-        }
-
-
-def collator_for(
-    model: torch.nn.Module,
-    triplets: Sequence[Triplet],
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    layout: str = "auto",
-) -> TripletCollator:
-    """The collator that suits a model. Raises ValueError where it does not support the layout asked for."""
-    return TripletCollator(
-        tuple(triplets[0].responses),
-        pad_token(tokenizer),
-        choose_layout(model, layout),
-        max_tokens,
-        uses_flex_attention(model),
-    )
-
-
-def logps_of(model: torch.nn.Module, batch: Mapping[str, Any], roles: Sequence[str]) -> dict[str, Tensor]:
-    """Sequence log-probabilities of a micro-batch, role → float32 (batch,)."""
-    sequences = batch["sequences"]
-    logps = shared_prefix_logps if "branches" in sequences else sequence_logps
-    return dict(zip(roles, logps(model, **sequences).chunk(len(roles)), strict=True))
 
 
 class TripletTrainer(Trainer):
@@ -449,61 +310,3 @@ def step_metrics(method: Method, coefficients: Coefficients, logps: SequenceLogp
     if {SYNTHETIC, PROTO} <= rewards.keys():
         metrics["advantage/historical"] = rewards[SYNTHETIC] - rewards[PROTO]
     return metrics
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token's id, or the end token's where there is none: padding is masked everywhere."""
-    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    assert isinstance(token, int)
-    return token
-
-
-@torch.no_grad()
-def compute_logps(
-    model: PreTrainedModel,
-    triplets: Sequence[Triplet],
-    collator: TripletCollator,
-    autocast: bool,
-    description: str = "log-probabilities",
-) -> dict[str, list[float]]:
-    """log π of every response under the model as it is: role → nats, in the triplets' order."""
-    logps = {role: [0.0] * len(triplets) for role in collator.roles}
-    # Longest first across the whole data: micro-batches of like lengths.
-    order = sorted(range(len(triplets)), key=lambda i: -len(triplets[i].prompt_ids))
-    model.eval()
-    with tqdm(total=len(order), desc=description, unit="prompt") as bar:
-        for start in range(0, len(order), REFERENCE_WINDOW):
-            window = order[start : start + REFERENCE_WINDOW]
-            chosen = [triplets[i] for i in window]
-            pending = collator(chosen)["micro_batches"]
-            while pending:
-                micro_batch = pending[0]
-                try:
-                    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-                        values = logps_of(model, _to(micro_batch, model.device), collator.roles)
-                    finer = None
-                except (RuntimeError, MemoryError) as error:
-                    finer = collator.finer(chosen) if out_of_memory(error) else None
-                    if finer is None:
-                        raise
-                if finer is not None:  # the error is gone here, and the memory that its frames held
-                    tqdm.write(
-                        f"tspin: {description}: out of memory; micro-batches of {finer.max_tokens} tokens from here on "
-                        f"({collator.max_tokens} before)",
-                        file=sys.stderr,
-                    )
-                    collator = finer
-                    pending = collator(chosen)["micro_batches"]
-                    continue
-                for role in collator.roles:
-                    for i, value in zip(micro_batch["indices"], values[role].tolist(), strict=True):
-                        logps[role][window[i]] = value
-                pending.pop(0)
-            bar.update(len(window))
-    return logps
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {name: _to(entry, device) for name, entry in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value

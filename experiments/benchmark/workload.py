@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from tspin.objectives import ROLES
 from tspin.records import Response
-from tspin.trainer import Triplet
+from tspin.triplets import Triplet
 
 MIXES = {"prompt-heavy 4:1": 0.8, "even 1:1": 0.5, "response-heavy 1:4": 0.2}  # the prompt's share of prompt + response
 VOCABULARY = 700  # ids drawn: in every model's vocabulary
