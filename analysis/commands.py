@@ -55,7 +55,7 @@ def figure(
     """
     from analysis import curves, dynamics, studies
     from analysis.figures import save
-    from analysis.load import write_atomically
+    from analysis.reading import write_atomically
     from tspin.errors import UserError
 
     folder = results / preset
@@ -82,7 +82,7 @@ def claims(preset: Preset = "pocket", results: Results = Path("results")) -> Non
     import pandas as pd
 
     from analysis import claims as scorecard
-    from analysis.load import write_atomically
+    from analysis.reading import write_atomically
     from analysis.scores import intervals, scores_of
 
     written = scorecard.write_claims(preset, results)

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import load
+from analysis import reading as load
 from analysis.runs import Run
 from analysis.style import MISSING, RC
 

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import load
+from analysis import reading as load
 from analysis.scores import AVG, Scores, scores_of
 from analysis.style import COLUMN_WIDTH, METHODS, RC
 

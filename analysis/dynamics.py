@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis import load
+from analysis import reading as load
 from analysis.style import COLUMN_WIDTH, METHODS, RC
 from tspin.errors import UserError
 

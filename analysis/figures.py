@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import load
+from analysis import reading as load
 from analysis.style import COLUMN_WIDTH, METHODS, RC
 from analysis.tables import ITERATIONS, table1
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import load
+from analysis import reading as load
 from analysis.style import METHODS
 from analysis.tables import grid, latex
 from tspin.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import load
+from analysis import reading as load
 from analysis.style import LABELLED, SYNTHETIC
 from tspin.errors import UserError
 

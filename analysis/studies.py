@@ -11,7 +11,7 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import load
+from analysis import reading as load
 from analysis.curves import SPREAD
 from analysis.figures import BASE_X
 from analysis.style import COLUMN_WIDTH, METHODS, RC

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis import load
+from analysis import reading as load
 from analysis.scores import scores_of
 from analysis.style import METHODS, MISSING
 

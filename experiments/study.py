@@ -20,9 +20,9 @@ import pandas as pd
 import yaml
 
 from tspin.config import load_config
-from tspin.evaluation import load_suite, tabulated
-from tspin.experiment import run_experiment
-from tspin.run_store import fingerprint, provenance, write_json, write_text
+from tspin.evaluation.suites import load_suite, tabulated
+from tspin.experiment.preset import run_experiment
+from tspin.runs.stages import fingerprint, provenance, write_json, write_text
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ import yaml
 from rich.console import Console
 
 from tspin.config import load_config
-from tspin.evaluation import load_suite, tabulated
-from tspin.experiment import build_trainer, evaluate_checkpoint, model_source, quiet_libraries
-from tspin.run_store import fingerprint, read_json, write_json, write_text
+from tspin.evaluation.suites import load_suite, tabulated
+from tspin.experiment.preset import build_trainer, evaluate_checkpoint, model_source, quiet_libraries
+from tspin.runs.stages import fingerprint, read_json, write_json, write_text
 
 
 def main() -> None:

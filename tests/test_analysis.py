@@ -10,7 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from analysis import commands, figures, load, tables
+from analysis import commands, figures, tables
+from analysis import reading as load
 from tspin.errors import UserError
 
 LABELS = ["Chain sum", "Syllogism"]

@@ -18,7 +18,7 @@ TINY = LlamaConfig(
 
 @pytest.fixture
 def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "experiments" / "benchmark"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "experiments" / "checks" / "benchmark"))
     import contenders
     import workload
 

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from analysis import claims, dynamics, load, scores
+from analysis import claims, dynamics, scores
+from analysis import reading as load
 from tspin.cli import app
 from tspin.errors import UserError
 

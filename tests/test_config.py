@@ -6,10 +6,10 @@ import pytest
 
 from tspin.config import REPOSITORY, build_config, load_config
 from tspin.errors import UserError
-from tspin.evaluation import load_suite
-from tspin.experiment import results_config, upgraded
+from tspin.evaluation.suites import load_suite
+from tspin.experiment.preset import results_config, upgraded
 from tspin.models import POCKET_MODEL, policy_fingerprint
-from tspin.run_store import read_json
+from tspin.runs.stages import read_json
 
 
 def test_presets_load():
@@ -92,6 +92,6 @@ def test_the_papers_presets_are_its_set_up(name):
     assert (tspin.training.optimizer, tspin.training.weight_decay, tspin.training.warmup) == ("rmsprop", 0.0, 0.1)
     assert tspin.training.batch_size == 64 and config.model.revision and config.data.revision
     assert config.evaluation and len(load_suite(config.evaluation.suite).columns) == 10
-    text = (REPOSITORY / "experiments" / f"{name}.yaml").read_text()
+    text = (REPOSITORY / "experiments" / "presets" / f"{name}.yaml").read_text()
     for silent in ("learning_rate", "schedule", "epochs", "temperature", "max_new_tokens"):  # the paper does not state
         assert all("ours" in line for line in text.splitlines() if line.strip().startswith(f"{silent}:")), silent

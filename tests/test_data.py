@@ -6,11 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tspin import data
+from tspin.data import templates as data
+from tspin.data.formats import Rows, load_rows, nested_subset, validate_rows
+from tspin.data.tables import Response, read_responses, write_responses
 from tspin.errors import UserError
 from tspin.pocket.tasks import LABELS_PER_TASK, table_tasks
-from tspin.records import Response, read_responses, write_responses
-from tspin.rows import Rows, load_rows, nested_subset, validate_rows
 
 LIMITS = {"max_prompt_tokens": 64, "max_response_tokens": 16, "long_prompts": "error"}
 

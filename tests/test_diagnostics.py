@@ -7,9 +7,9 @@ from test_selfplay import play
 from typer.testing import CliRunner
 
 from tspin.cli import app
+from tspin.data.tables import Response
 from tspin.diagnostics import SCHEMA, gaps, sample_table, summary
 from tspin.objectives import METHODS, ROLES, Coefficients
-from tspin.records import Response
 from tspin.triplets import Triplet
 
 

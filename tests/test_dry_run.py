@@ -14,13 +14,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tspin import data, hub
-from tspin.architectures import find_config, shape_of
 from tspin.config import load_config
-from tspin.experiment import load_dataset, training_arguments
-from tspin.iteration import encode_dataset, reference_table, response_logps, train_iteration, with_reference
+from tspin.data import templates as data
+from tspin.engines.here import encode_dataset, reference_table, response_logps, train_iteration, with_reference
+from tspin.experiment.preset import load_dataset, training_arguments
+from tspin.hub import offline as hub
 from tspin.objectives import PROTO, SYNTHETIC
-from tspin.plan import plan
+from tspin.planning.architectures import find_config, shape_of
+from tspin.planning.plan import plan
 from tspin.triplets import make_triplets
 
 PRESETS = ["zephyr-7b", "mistral-7b"]

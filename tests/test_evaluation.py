@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.pocket.pretrain import ANSWER_FORMATS, documents, train_tokenizer
 from tspin.errors import UserError
-from tspin.evaluation import Column, Suite, evaluate, load_suite, tabulated, task_manager_for
+from tspin.evaluation.suites import Column, Suite, evaluate, load_suite, tabulated, task_manager_for
 from tspin.pocket.tasks import (
     LABEL_FORMAT,
     LABELS_PER_TASK,
@@ -226,7 +226,7 @@ def test_segmented_decoding_is_lm_evals_own(monkeypatch, tokenizer, until):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from tspin.harness import SegmentedLM
+    from tspin.evaluation.backend import SegmentedLM
     from tspin.models import POCKET_MODEL, load_model
 
     monkeypatch.setattr("tspin.sampling.FIRST_SEGMENT", 3)

@@ -58,7 +58,8 @@ def processor() -> str:
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    name = names[0] if names else platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def assert_frozen(name: str, found: dict) -> None:

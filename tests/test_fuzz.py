@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from test_cli import SMALL, assert_refused, call
 from typer.testing import CliRunner
 
-from tspin import cli, data
+from tspin import cli
 from tspin.config import Config, load_config
+from tspin.data import templates as data
+from tspin.data.tables import RESPONSE_SCHEMA
 from tspin.errors import UserError
-from tspin.records import RESPONSE_SCHEMA
-from tspin.results import read_results
+from tspin.experiment.results import read_results
 
 EXAMPLES = int(os.environ.get("TSPIN_FUZZ", 0))
 QUICK = not EXAMPLES

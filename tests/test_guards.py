@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
+from tspin.data.tables import Response
 from tspin.guards import distinct, measure, repeated, warnings
-from tspin.records import Response
 
 
 def responses(texts: list[str], finished: bool = True) -> list[Response]:

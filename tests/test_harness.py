@@ -7,7 +7,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from tspin import harness
+from tspin.evaluation import backend as harness
 
 SIZES = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
 GROUPED = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}

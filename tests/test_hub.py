@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tspin import hub
 from tspin.cli import app
 from tspin.config import load_config
 from tspin.errors import UserError
-from tspin.evaluation import evaluate, load_suite
-from tspin.fetch import Item, benchmark_data, fetch, is_there, local_sources, needed, needs_nltk
+from tspin.evaluation.suites import evaluate, load_suite
+from tspin.hub import offline as hub
+from tspin.hub.fetch import Item, benchmark_data, fetch, is_there, local_sources, needed, needs_nltk
 
 BENCHMARKS = Path(__file__).parents[1].parent / "shared" / "benchmarks"
 real_rows = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="no benchmark rows beside the repository")
@@ -142,7 +142,7 @@ def test_a_preset_names_each_thing_once():
 @real_rows
 def test_real_rows_through_lm_evals_own_tasks(tmp_path, tiny_model, tokenizer, monkeypatch):
     """GSM8K, a task of BBH and IFEval, from local files, by a model that knows nothing: the path, not the score."""
-    from tspin.evaluation import Column, Suite
+    from tspin.evaluation.suites import Column, Suite
 
     names = {
         "gsm8k": "exact_match,strict-match",

@@ -5,11 +5,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from tspin.architectures import adapter_parameters, find_config, known_architectures, shape_of
 from tspin.cli import app
 from tspin.config import load_config
 from tspin.errors import UserError
-from tspin.plan import plan
+from tspin.planning.architectures import adapter_parameters, find_config, known_architectures, shape_of
+from tspin.planning.plan import plan
 
 
 @pytest.mark.parametrize("name", ["mistralai/Mistral-7B-v0.1", "HuggingFaceTB/SmolLM2-135M"])

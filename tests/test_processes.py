@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 
 from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin.config import REPOSITORY
+from tspin.engines.launch import check_launcher, read_triplets, write_triplets
 from tspin.errors import UserError
-from tspin.launch import check_launcher, read_triplets, write_triplets
-from tspin.run_store import folder_fingerprint
+from tspin.runs.stages import folder_fingerprint
 
 FILES = REPOSITORY / "experiments" / "accelerate"
 # float32 in both; only the order of additions differs, and RMSProp divides small gradients by their own size.
@@ -193,7 +193,7 @@ def test_something_else_is_no_launcher_file(tmp_path):
 
 
 def test_triplets_travel_as_they_are(tmp_path, tokenizer, rows):
-    from tspin.records import Response
+    from tspin.data.tables import Response
     from tspin.triplets import Triplet
 
     triplets = [

@@ -6,12 +6,13 @@ import json
 import pytest
 from test_selfplay import assert_same_run, play
 
-from tspin import data, records
 from tspin.config import DataSettings
+from tspin.data import tables as records
+from tspin.data import templates as data
+from tspin.data.tables import RESPONSE_SCHEMA, Responses, TableWriter, View
 from tspin.errors import UserError
-from tspin.experiment import load_dataset
-from tspin.records import RESPONSE_SCHEMA, Responses, TableWriter, View
-from tspin.run_store import fingerprint, fingerprint_of
+from tspin.experiment.preset import load_dataset
+from tspin.runs.stages import fingerprint, fingerprint_of
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def small_limits(monkeypatch):
     """Everything counts as large."""
     monkeypatch.setattr(records, "BATCH", 3)
     monkeypatch.setattr(records, "IN_MEMORY", 100)
-    monkeypatch.setattr("tspin.rows.LARGE_FILE", 1)
+    monkeypatch.setattr("tspin.data.formats.LARGE_FILE", 1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 20])
@@ -64,7 +65,7 @@ def test_a_large_data_set_trains_the_same_and_is_encoded_once(
     play(tmp_path / "large", model_folder, large, method="spin")
     assert "special tokens" in capsys.readouterr().err
     (kept,) = (tmp_path / "large").glob("examples-*.arrow")
-    monkeypatch.setattr("tspin.rows.LARGE_FILE", 2**30)
+    monkeypatch.setattr("tspin.data.formats.LARGE_FILE", 2**30)
     small = load_dataset(DataSettings(path=str(data_file)))
     assert small.key is None
     play(tmp_path / "small", model_folder, small, method="spin")
@@ -99,7 +100,7 @@ def test_two_rows_of_one_number_are_refused(tmp_path, model_folder, rows):
 def test_a_large_set_of_the_datasets_library_is_encoded_once(tmp_path, model_folder, rows, monkeypatch):
     import datasets
 
-    monkeypatch.setattr("tspin.rows.LARGE_SET", 2)
+    monkeypatch.setattr("tspin.data.formats.LARGE_SET", 2)
     for _ in range(2):
         play(tmp_path / "run", model_folder, datasets.Dataset.from_list(rows), method="sft")
         assert len(list((tmp_path / "run").glob("examples-*.arrow"))) == 1

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from tspin import rerun
 from tspin.cli import app
 from tspin.config import REPOSITORY, load_config
 from tspin.errors import UserError
-from tspin.experiment import run_experiment
+from tspin.experiment import rerun
+from tspin.experiment.preset import run_experiment
 
 OVERRIDES = ["data.labels=8", "training.batch_size=4", "evaluation.limit=3", "iterations=2"]
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from tspin.errors import UserError
-from tspin.locks import owned
-from tspin.run_store import (
+from tspin.runs.locks import owned
+from tspin.runs.stages import (
     HOST,
     DamagedStage,
     atomic_path,
@@ -143,7 +143,7 @@ def test_records_without_checksums_stay_valid(tmp_path):
 
 def test_a_folder_has_one_owner_until_it_dies(tmp_path):
     hold = "with owned(Path(sys.argv[1])): print('held', flush=True); input()"
-    hold = f"import sys; from pathlib import Path; from tspin.locks import owned\n{hold}"
+    hold = f"import sys; from pathlib import Path; from tspin.runs.locks import owned\n{hold}"
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -89,7 +89,7 @@ def test_segments_change_nothing_but_the_work(monkeypatch, tokenizer):
 def test_shared_key_value_heads_are_read_as_they_are(monkeypatch, tokenizer):
     """Six query heads on two key–value heads: the same texts with and without attention by groups, and it is used."""
     import tspin.sampling
-    from tspin import grouped_attention
+    from tspin import attention as grouped_attention
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "initializer_range": 0.3}

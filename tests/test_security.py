@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from test_cli import SMALL, assert_refused, call
 
-from tspin import sweep
 from tspin.config import Config
 from tspin.errors import UserError
-from tspin.experiment import training_arguments
-from tspin.secrets import redacted
-from tspin.sweep import Cell
+from tspin.experiment import grid as sweep
+from tspin.experiment.grid import Cell
+from tspin.experiment.preset import training_arguments
+from tspin.runs.redaction import redacted
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +58,7 @@ def test_secrets_are_neither_written_nor_said(tmp_path, model_folder, data_file,
         monkeypatch.setenv(name, value)
     login = "https://me:hunter2-hunter2@example.org/model"
     monkeypatch.setattr("sys.argv", ["tspin", "run", *secrets.values(), login])
-    from tspin.run_store import provenance
+    from tspin.runs.stages import provenance
 
     provenance.cache_clear()
     out = tmp_path / "run"

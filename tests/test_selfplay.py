@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from tspin import SelfPlayConfig, SelfPlayTrainer, triplet_logps
 from tspin import trainer as trainer_module
+from tspin.data.tables import read_responses
+from tspin.devices import give_back
 from tspin.errors import UserError
-from tspin.interruption import Stopped
-from tspin.memory import give_back
 from tspin.objectives import METHODS
-from tspin.records import read_responses
+from tspin.runs.signals import Stopped
 
 SETTINGS = {
     "iterations": 2,

@@ -14,7 +14,7 @@ import yaml
 
 from tspin.config import REPOSITORY
 from tspin.errors import UserError
-from tspin.sweep import load_sweep, run_sweep
+from tspin.experiment.grid import load_sweep, run_sweep
 
 TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=2", "training.batch_size=8"]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tspin.config import load_config
+from tspin.engines.vllm import Engine, evaluate_folder, generate_tokens, require_vllm
 from tspin.errors import UserError
-from tspin.hub import offline_model
+from tspin.hub.offline import offline_model
 from tspin.models import POCKET_MODEL, load_model, load_tokenizer
 from tspin.sampling import Decoding, end_tokens, sample
-from tspin.vllm_backend import Engine, evaluate_folder, generate_tokens, require_vllm
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -94,7 +94,7 @@ def test_copies_of_the_engine_draw_what_one_draws():
 
 @needs_vllm
 def test_a_run_samples_and_evaluates_with_vllm(tmp_path):
-    from tspin.experiment import run_experiment
+    from tspin.experiment.preset import run_experiment
 
     overrides = [
         "data.labels=16", "iterations=2", "sampling.max_new_tokens=16", "training.batch_size=8", "evaluation.limit=10",
@@ -115,7 +115,7 @@ def test_a_run_samples_and_evaluates_with_vllm(tmp_path):
 
 @needs_vllm
 def test_a_folder_that_is_no_model_is_one_line(tmp_path):
-    from tspin.evaluation import load_suite
+    from tspin.evaluation.suites import load_suite
 
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "out").mkdir()

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from tspin import SelfPlayConfig
-from tspin.data import encode_examples
+from tspin.data.templates import encode_examples
+from tspin.engines.here import response_logps
+from tspin.engines.scoring import score_in_processes
+from tspin.engines.workers import Worker, run_workers
 from tspin.errors import UserError
-from tspin.iteration import response_logps
 from tspin.models import load_model
-from tspin.scoring import score_in_processes
 from tspin.triplets import make_triplets
-from tspin.workers import Worker, run_workers
 
 # A worker that starts a process of its own, as vLLM does, says which, and fails or waits.
 STARTS = """

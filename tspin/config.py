@@ -195,7 +195,7 @@ def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
 
     Raises UserError for an unknown preset, unreadable YAML, unknown keys and bad values.
     """
-    path = find_yaml(name_or_path, "experiments", "preset")
+    path = find_yaml(name_or_path, "experiments/presets", "preset")
     tree = read_yaml(path)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):

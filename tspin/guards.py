@@ -22,8 +22,8 @@ from itertools import chain, pairwise
 
 import pandas as pd
 
+from tspin.data.tables import Response
 from tspin.objectives import LABELLED, SYNTHETIC
-from tspin.records import Response
 
 MANY = 10_000
 # Where a number is told. Each is a change that no healthy run of the committed evidence shows, or that leaves less than

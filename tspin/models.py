@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tspin.devices import out_of_memory
 from tspin.errors import UserError
-from tspin.hub import limit_waiting, offline_folder, offline_model
-from tspin.memory import out_of_memory
-from tspin.run_store import fingerprint, folder_fingerprint
+from tspin.hub.offline import limit_waiting, offline_folder, offline_model
+from tspin.runs.stages import fingerprint, folder_fingerprint
 
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]

@@ -9,8 +9,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from tspin.grouped_attention import grouped
-from tspin.records import RESPONSE_SCHEMA, Response, Responses, TableWriter
+from tspin.attention import grouped
+from tspin.data.tables import RESPONSE_SCHEMA, Response, Responses, TableWriter
 
 FIRST_SEGMENT = 8  # tokens after which ended rows leave for the first time; twice as many each time after
 

@@ -20,25 +20,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from tspin.diagnostics import diagnose, summary
-from tspin.errors import UserError
-from tspin.guards import measure, warnings
-from tspin.iteration import (
-    Unfinished,
-    encode_dataset,
-    reference_table,
-    response_logps,
-    stage_seed,
-    train_iteration,
-    with_reference,
-)
-from tspin.launch import launch_training, trains_in_bfloat16
-from tspin.locks import owned
-from tspin.memory import give_back
-from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
-from tspin.objectives import METHODS, PROTO, SYNTHETIC
-from tspin.policies import sample_policy
-from tspin.records import (
+from tspin.data.tables import (
     Example,
     Responses,
     View,
@@ -47,7 +29,26 @@ from tspin.records import (
     write_parquet,
     write_responses,
 )
-from tspin.run_store import (
+from tspin.devices import give_back
+from tspin.diagnostics import diagnose, summary
+from tspin.engines.here import (
+    Unfinished,
+    encode_dataset,
+    reference_table,
+    response_logps,
+    stage_seed,
+    train_iteration,
+    with_reference,
+)
+from tspin.engines.launch import launch_training, trains_in_bfloat16
+from tspin.engines.policies import sample_policy
+from tspin.engines.scoring import score_in_processes, scoring_processes
+from tspin.errors import UserError
+from tspin.guards import measure, warnings
+from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
+from tspin.objectives import METHODS, PROTO, SYNTHETIC
+from tspin.runs.locks import owned
+from tspin.runs.stages import (
     DamagedStage,
     atomic_path,
     check_stage,
@@ -57,7 +58,6 @@ from tspin.run_store import (
     run_stage,
     write_json,
 )
-from tspin.scoring import score_in_processes, scoring_processes
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import Triplet, make_triplets
 

@@ -54,7 +54,7 @@ class SelfPlayConfig(TrainingArguments):
     method: a key of tspin.objectives.METHODS. iterations: T. alpha, beta, lam, loss_type,
     length_scale, margin, noise_ratio: see Coefficients. temperature (0 is greedy), top_p,
     max_new_tokens, sampling_batch_size: decoding of y′ and y0. template, max_prompt_tokens,
-    max_response_tokens, long_prompts: see tspin.data.
+    max_response_tokens, long_prompts: see tspin.data.templates.
     learning_rates: one an iteration, the last going on; learning_rate for all when empty.
     micro_batch_tokens: tokens that pass through the model at once on one device; memory grows with
     it, results do not depend on it. layout: "shared" computes a prompt once for all its responses,
@@ -68,8 +68,8 @@ class SelfPlayConfig(TrainingArguments):
     shared_dir: where what methods of the same base, data and seed share is kept (y0, and y′ of
     iteration 0); the run's folder when empty.
     sampling_backend: "transformers" or "vllm". sampling_dtype: of the weights while sampling, "float32" or "bfloat16";
-    as the model is loaded when None. engine: the fields of tspin.vllm_backend.Engine.
-    launcher: a file for `accelerate launch`; each training then runs in the processes that it names (tspin.launch).
+    as the model is loaded when None. engine: the fields of tspin.engines.vllm.Engine.
+    launcher: a file for `accelerate launch`; each training then runs in the processes that it names.
     bf16: None is "where the hardware multiplies bfloat16".
 
     Defaults are the paper's where it states one: RMSProp without weight decay, 10 % warm-up.

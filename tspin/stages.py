@@ -11,11 +11,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tspin.config import build_config, unknown
+from tspin.data.tables import Examples, Responses, read_responses, response_statistics, write_responses
 from tspin.diagnostics import diagnose, summary
-from tspin.errors import UserError
-from tspin.evaluation import evaluate, load_suite, tabulated
-from tspin.experiment import load_dataset, model_source, training_arguments
-from tspin.iteration import (
+from tspin.engines.here import (
     Unfinished,
     encode_dataset,
     reference_table,
@@ -23,12 +21,14 @@ from tspin.iteration import (
     train_iteration,
     with_reference,
 )
-from tspin.locks import owned
+from tspin.engines.policies import sample_policy
+from tspin.errors import UserError
+from tspin.evaluation.suites import evaluate, load_suite, tabulated
+from tspin.experiment.preset import load_dataset, model_source, training_arguments
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
-from tspin.policies import sample_policy
-from tspin.records import Examples, Responses, read_responses, response_statistics, write_responses
-from tspin.run_store import atomic_path, sha256, write_text
+from tspin.runs.locks import owned
+from tspin.runs.stages import atomic_path, sha256, write_text
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import make_triplets
 

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from tspin.devices import out_of_memory
 from tspin.errors import UserError
-from tspin.memory import out_of_memory
 from tspin.objectives import LABELLED, PROTO, SYNTHETIC, Coefficients, Method, SequenceLogps
 from tspin.triplet_logps import logps_of
 from tspin.triplets import IDLE, Triplet, TripletCollator

@@ -9,8 +9,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tspin.devices import out_of_memory
 from tspin.logprobs import sequence_logps, shared_prefix_logps
-from tspin.memory import out_of_memory
 from tspin.triplets import Triplet, TripletCollator
 
 REFERENCE_WINDOW = 256  # triplets planned into micro-batches together

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tspin.data.tables import Example, Response, View
 from tspin.logprobs import Layout, choose_layout, uses_flex_attention
 from tspin.objectives import LABELLED
 from tspin.packing import (
@@ -21,7 +22,6 @@ from tspin.packing import (
     plan_padded,
     plan_shared,
 )
-from tspin.records import Example, Response, View
 
 IDLE = {"share": 0.0, "tokens": 0}  # a micro-batch that counts for nothing
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import nltk
 from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
 
-from tspin.rows import read_rows
+from tspin.data.formats import read_rows
 
 
 def main() -> None:

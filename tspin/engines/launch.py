@@ -1,0 +1,170 @@
+"""Training in several processes: `accelerate launch` on tspin.engines.training_worker, one training at a time.
+
+Everything between trainings stays in one process, so that sampling and evaluation have the GPUs to themselves: the
+launched processes end with the training, and give their memory back.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from tspin.data.tables import Response, TableWriter, View, open_table
+from tspin.engines.workers import Worker, run_workers
+from tspin.errors import UserError
+from tspin.models import dtype_name
+from tspin.selfplay_config import SelfPlayConfig
+from tspin.triplets import Triplet
+
+TRIPLETS, TOKENIZER, PROGRESS, FACTS = "triplets.arrow", "tokenizer", "progress.json", "facts.json"
+
+
+def check_launcher(path: Path, args: SelfPlayConfig) -> None:
+    """Raise UserError where an Accelerate file cannot serve a run with these settings."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no Accelerate file can be read here ({str(error).splitlines()[0]})") from error
+    if not isinstance(settings, dict) or "distributed_type" not in settings:
+        raise UserError(f"{path}: no Accelerate file: it names no distributed_type; see experiments/accelerate/")
+    kind = settings["distributed_type"]
+    if settings.get("num_machines", 1) != 1:
+        raise UserError(f"{path}: num_machines must be 1; a sweep (`tspin sweep`) gives each machine a run of its own")
+    if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
+        raise UserError(f"{path}: DeepSpeed is not installed; pip install deepspeed, or use fsdp2.yaml beside it")
+    if args.checkpoint_steps:
+        raise UserError(
+            "training.checkpoint_steps: states are kept by trainings of one process; with --launcher a training that "
+            "is stopped starts again at its first step"
+        )
+    if args.lora and kind in {"DEEPSPEED", "FSDP"}:
+        raise UserError(
+            f"training.lora: adapters are merged from whole weights, {path} cuts them into shards; use "
+            "experiments/accelerate/ddp.yaml"
+        )
+    fsdp = settings.get("fsdp_config") or {}
+    if kind == "FSDP" and int(fsdp.get("fsdp_version", 1)) != 2:
+        raise UserError(f"{path}: fsdp_version must be 2")
+    if kind == "FSDP" and fsdp.get("fsdp_state_dict_type") != "FULL_STATE_DICT":
+        raise UserError(f"{path}: fsdp_state_dict_type must be FULL_STATE_DICT: checkpoints are whole models")
+
+
+def trains_in_bfloat16(args: SelfPlayConfig) -> bool:
+    """Whether launched trainings compute with weights cut to bfloat16, as FSDP does, and not by autocast."""
+    if args.launcher is None or not args.bf16:
+        return False
+    kind: str = yaml.safe_load(Path(args.launcher).read_text())["distributed_type"]
+    return kind in ("FSDP", "DEEPSPEED")
+
+
+def launch_training(
+    policy: str,
+    model_arguments: Mapping[str, Any],
+    triplets: Sequence[Triplet],
+    tokenizer: PreTrainedTokenizerBase,
+    args: SelfPlayConfig,
+    iteration: int,
+    *,
+    checkpoint: Path,
+    log_folder: Path,
+) -> dict[str, Any]:
+    """tspin.engines.here.train_iteration of the policy in the folder `policy`, in the processes of args.launcher.
+
+    A step has the same triplets, and its loss is the same mean over them, whatever the number of processes. Returns
+    train_iteration's facts and "processes". Raises UserError, with the processes' own line, when one of them fails.
+    """
+    assert args.launcher is not None
+    log_folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tspin-training-") as temporary:
+        folder = Path(temporary)
+        write_triplets(folder / TRIPLETS, triplets)
+        tokenizer.save_pretrained(folder / TOKENIZER)
+        job = {
+            "policy": policy,
+            "loading": {**model_arguments, "dtype": dtype_name(dict(model_arguments))},
+            "arguments": plain_arguments(args),
+            "iteration": iteration,
+            "checkpoint": str(checkpoint.resolve()),
+            "log_folder": str(log_folder.resolve()),
+        }
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", args.launcher]
+        # The settings decide, not the file: scores of this process and the record have the same arithmetic.
+        command += ["--mixed_precision", "bf16" if args.bf16 else "no", "-m", "tspin.engines.training_worker"]
+        # Each process is given its part of the cores: on a CPU they would otherwise all use every one.
+        environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+        progress = Progress(folder / PROGRESS, f"training, iteration {iteration}", disable=bool(args.disable_tqdm))
+        try:
+            run_workers("training", [Worker(folder, command, environment)], [job], progress.show)
+        finally:
+            progress.close()
+        facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+    return facts
+
+
+def plain_arguments(args: SelfPlayConfig) -> dict[str, Any]:
+    """What SelfPlayConfig is made from again, as JSON values."""
+    given = args.to_dict()
+    for name in ("hub_token", "push_to_hub_token", "accelerator_config", "launcher"):
+        given.pop(name, None)  # tokens are masked by to_dict; the others are the launched process's own
+    return given
+
+
+def write_triplets(path: Path, triplets: Sequence[Triplet]) -> None:
+    """A row a triplet: prompt_id, prompt_ids, and by role its response's ids and reference log-probability."""
+    roles, scored = list(triplets[0].responses), list(triplets[0].reference_logps)
+    tokens = pa.list_(pa.int32())
+    fields = [("prompt_id", pa.int64()), ("prompt_ids", tokens)]
+    fields += [(f"ids/{role}", tokens) for role in roles] + [(f"reference/{role}", pa.float64()) for role in scored]
+    with TableWriter(pa.schema(fields), path) as writer:
+        for t in triplets:
+            of_roles = [t.responses[role].ids for role in roles]
+            writer.add(t.prompt_id, t.prompt_ids, *of_roles, *(t.reference_logps[role] for role in scored))
+
+
+def read_triplets(path: Path) -> Sequence[Triplet]:
+    """What `write_triplets` wrote; the responses' texts, which training does not need, are empty."""
+    table = open_table(path)
+    names = table.table.column_names
+    roles = [name.removeprefix("ids/") for name in names if name.startswith("ids/")]
+    scored = [name.removeprefix("reference/") for name in names if name.startswith("reference/")]
+
+    def triplet(row: int) -> Triplet:
+        return Triplet(
+            table.value("prompt_id", row),
+            table.ids("prompt_ids", row),
+            {role: Response(table.ids(f"ids/{role}", row), "", True) for role in roles},
+            {role: table.value(f"reference/{role}", row) for role in scored},
+        )
+
+    return View(len(table), triplet)
+
+
+class Progress:
+    """The launched training's progress bar, drawn here from what its first process writes to `path`."""
+
+    def __init__(self, path: Path, description: str, disable: bool):
+        self.path = path
+        self.bar = tqdm(desc=description, unit="step", disable=disable)
+
+    def show(self) -> None:
+        try:
+            step, steps, loss = json.loads(self.path.read_text())
+        except (OSError, ValueError):  # not there yet
+            return
+        self.bar.total = steps
+        if loss is not None:
+            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        self.show()
+        self.bar.close()

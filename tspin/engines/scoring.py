@@ -1,0 +1,75 @@
+"""Log-probabilities of every response on several GPUs: a process each (scoring_worker), with its share."""
+
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tspin.data.tables import View
+from tspin.engines.launch import TOKENIZER, TRIPLETS, plain_arguments, write_triplets
+from tspin.engines.workers import Worker, gpu_environment, run_workers
+from tspin.models import dtype_name
+from tspin.selfplay_config import SelfPlayConfig
+from tspin.triplets import Triplet
+
+LOGPS = "logps.parquet"
+
+
+def scoring_processes(args: SelfPlayConfig) -> int:
+    """As many as engine.data_parallel says, and as there are GPUs; 1 without."""
+    wanted: int = (args.engine or {}).get("data_parallel", 1)
+    return max(min(wanted, torch.cuda.device_count()), 1)
+
+
+def score_in_processes(
+    processes: int,
+    model: str,
+    model_arguments: Mapping[str, Any],
+    triplets: Sequence[Triplet],
+    tokenizer: PreTrainedTokenizerBase,
+    args: SelfPlayConfig,
+    of: str,
+    autocast: bool,
+) -> dict[str, list[float]]:
+    """tspin.engines.here.response_logps of the policy in the folder `model`: role → nats, in the triplets' order.
+
+    Raises UserError, with a process's own line, when one fails.
+    """
+    processes = min(processes, len(triplets))
+    # Like lengths to all: the longest prompt to the first, the next to the second.
+    order = sorted(range(len(triplets)), key=lambda i: -len(triplets[i].prompt_ids))
+    shares = [order[start::processes] for start in range(processes)]
+    job = {
+        "policy": model,
+        "loading": {**model_arguments, "dtype": dtype_name(dict(model_arguments))},
+        "arguments": {**plain_arguments(args), "report_to": [], "engine": None},
+        "of": of,
+        "autocast": autocast,
+    }
+    command = [sys.executable, "-m", "tspin.engines.scoring_worker"]
+    with tempfile.TemporaryDirectory(prefix="tspin-scoring-") as temporary:
+        workers = []
+        for number, share in enumerate(shares):
+            folder = Path(temporary) / str(number)
+            folder.mkdir()
+            write_triplets(folder / TRIPLETS, View(len(share), partial(_at, triplets, share)))
+            tokenizer.save_pretrained(folder / TOKENIZER)
+            workers.append(Worker(folder, command, gpu_environment(number, 1)))
+        run_workers("scoring", workers, [job] * processes)
+        tables = [pd.read_parquet(worker.folder / LOGPS) for worker in workers]
+    found = {str(role): [0.0] * len(triplets) for role in tables[0]}
+    for share, table in zip(shares, tables, strict=True):
+        for role, values in found.items():
+            for i, value in zip(share, table[role].tolist(), strict=True):
+                values[i] = value
+    return found
+
+
+def _at(triplets: Sequence[Triplet], share: Sequence[int], i: int) -> Triplet:
+    return triplets[share[i]]

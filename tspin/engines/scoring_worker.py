@@ -1,0 +1,34 @@
+"""One of the processes that compute log-probabilities: `python -m tspin.engines.scoring_worker FOLDER`."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from tspin.engines.here import response_logps
+from tspin.engines.launch import TOKENIZER, TRIPLETS, read_triplets
+from tspin.engines.scoring import LOGPS
+from tspin.engines.workers import FAILURE, read_job
+from tspin.errors import UserError
+from tspin.models import load_model, load_tokenizer
+from tspin.runs.stages import write_text
+from tspin.selfplay_config import SelfPlayConfig
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    job = read_job(folder)
+    try:
+        loading = {**job["loading"], "dtype": getattr(torch, job["loading"]["dtype"])}
+        model, tokenizer = load_model(job["policy"], loading), load_tokenizer(str(folder / TOKENIZER))
+        args = SelfPlayConfig(**job["arguments"])
+        logps = response_logps(model, read_triplets(folder / TRIPLETS), tokenizer, args, job["of"], job["autocast"])
+    except UserError as error:
+        write_text(folder / FAILURE, str(error))
+        sys.exit(1)
+    pd.DataFrame(logps).to_parquet(folder / LOGPS, index=False)
+
+
+if __name__ == "__main__":
+    main()

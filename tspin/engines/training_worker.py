@@ -1,0 +1,82 @@
+"""One of the processes that train together: `accelerate launch … -m tspin.engines.training_worker FOLDER`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+
+from tspin.engines.here import train_iteration
+from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS, read_triplets
+from tspin.engines.workers import FAILURE, read_job
+from tspin.errors import UserError
+from tspin.models import load_model, load_tokenizer
+from tspin.runs.stages import write_text
+from tspin.selfplay_config import SelfPlayConfig
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    try:
+        _train(folder)
+    except UserError as error:
+        write_text(folder / FAILURE, str(error))
+        sys.exit(1)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _train(folder: Path) -> None:
+    job = read_job(folder)
+    args = SelfPlayConfig(**job["arguments"])
+    first = args.process_index == 0
+    if not first:
+        args.report_to, args.disable_tqdm = [], True
+    shard_on_cpu()
+    loading = {**job["loading"], "dtype": getattr(torch, job["loading"]["dtype"])}
+    facts = train_iteration(
+        load_model(job["policy"], loading),
+        read_triplets(folder / TRIPLETS),
+        load_tokenizer(str(folder / TOKENIZER)),
+        args,
+        job["iteration"],
+        checkpoint=Path(job["checkpoint"]),
+        log_folder=Path(job["log_folder"]),
+        callbacks=[WriteProgress(folder / PROGRESS)] if first else [],
+    )
+    if first:
+        write_text(folder / FACTS, json.dumps(facts))
+
+
+def shard_on_cpu() -> None:
+    """Let Accelerate shard a model on a CPU too, where the Accelerate file asks for FSDP.
+
+    FSDP2 works there, with gloo; Accelerate turns it on for GPUs alone, and takes this for a group of them.
+    """
+    state = PartialState()
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wanted and state.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+class WriteProgress(TrainerCallback):
+    """Writes [step, steps, loss] for the process that waits."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.loss: float | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: D102
+        self.loss = float(logs["loss"]) if "loss" in logs else self.loss
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        write_text(self.path, json.dumps([state.global_step, state.max_steps, self.loss]))
+
+
+if __name__ == "__main__":
+    main()

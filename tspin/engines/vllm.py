@@ -1,0 +1,145 @@
+"""Sampling and evaluation by vLLM, in processes of their own.
+
+An engine keeps its GPU memory as long as its process lives, and its weights cannot follow a policy's. So every
+sampling and every evaluation starts `python -m tspin.engines.vllm_worker` on a checkpoint's folder and waits for its
+end: the weights are that checkpoint's, and the memory is free before training starts.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from tspin.data.tables import TableWriter, View, open_table
+from tspin.engines.workers import Worker, gpu_environment, run_workers
+from tspin.errors import UserError
+
+PROMPT_SCHEMA = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("seed", pa.int64())])
+DRAWN_SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("logprobs", pa.list_(pa.float64()))])
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How vLLM uses the GPUs.
+
+    tensor_parallel: GPUs that hold one copy of the model together. data_parallel: copies, each with its share of the
+    prompts; log-probabilities, which are not vLLM's, are computed on as many GPUs. memory: share of a GPU's memory that
+    an engine may take. enforce_eager: no CUDA graphs.
+    """
+
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    memory: float = 0.9
+    enforce_eager: bool = False
+
+
+def require_vllm(key: str, engine: Engine, evaluates: bool = False) -> None:
+    """Raise UserError where vLLM, or what it needs for `engine`, is missing. key: the setting that asks for it."""
+    if find_spec("vllm") is None:
+        raise UserError(f"{key}: vllm is not installed; pip install 'tspin[gpu]', or set {key}=transformers")
+    if evaluates and engine.data_parallel > 1 and find_spec("ray") is None:
+        raise UserError("engine.data_parallel: lm-eval's copies of vLLM need ray; pip install ray, or set it to 1")
+
+
+def generate_tokens(
+    model: str,
+    prompts: Sequence[Sequence[int]],
+    end_tokens: Sequence[int],
+    *,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    dtype: str,
+    engine: Engine,
+    seed: int,
+    trust_remote_code: bool = False,
+    logprobs: bool = False,
+) -> Sequence[dict[str, Any]]:
+    """One response a prompt: {"ids": token ids, the end token included where it ended, "logprobs": nats a token}.
+
+    model: a checkpoint's folder. prompts: token ids, special tokens included. dtype: "float32" or "bfloat16", of the
+    weights. logprobs: whether to return them; under the policy itself, whatever the temperature. Each prompt has a
+    generator of its own, seeded by `seed` and its position: neither data_parallel nor the batches decide what is drawn.
+    Raises UserError, with the engine's last line, when an engine fails.
+    """
+    job = {
+        "task": "generate",
+        "model": model,
+        "dtype": dtype,
+        "engine": asdict(engine),
+        "trust_remote_code": trust_remote_code,
+        "end_tokens": list(end_tokens),
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        # Of the longest prompt of all, so that every copy is the same engine.
+        "max_model_len": max(map(len, prompts)) + max_new_tokens,
+        "logprobs": logprobs,
+    }
+    copies = min(engine.data_parallel, len(prompts))
+    with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as temporary:
+        folders = [Path(temporary) / str(copy) for copy in range(copies)]
+        for copy, folder in enumerate(folders):
+            folder.mkdir()
+            with TableWriter(PROMPT_SCHEMA, folder / "prompts.arrow") as writer:
+                for i in range(copy, len(prompts), copies):
+                    writer.add(list(prompts[i]), (seed + i) % 2**31)
+        _run(folders, [job] * copies, engine.tensor_parallel)
+        drawn = [open_table(folder / "responses.arrow") for folder in folders]
+
+    def response(i: int) -> dict[str, Any]:
+        table, row = drawn[i % copies], i // copies
+        own = {"ids": table.ids("ids", row)}
+        return {**own, "logprobs": table.ids("logprobs", row)} if logprobs else own
+
+    return View(len(prompts), response)
+
+
+def evaluate_folder(
+    model: str,
+    suite: dict[str, Any],
+    target: Path,
+    *,
+    dtype: str,
+    engine: Engine,
+    limit: int | None,
+    seed: int = 1234,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write scores.csv and samples.parquet, as tspin.evaluation.suites has them, to the folder `target`.
+
+    model: a checkpoint's folder. suite: a Suite as JSON. lm-eval's own vLLM class runs the suite; with data_parallel,
+    on Ray. Raises UserError, with the engine's last line, when it fails.
+    """
+    job = {
+        "task": "evaluate",
+        "model": model,
+        "dtype": dtype,
+        "engine": asdict(engine),
+        "trust_remote_code": trust_remote_code,
+        "suite": suite,
+        "limit": limit,
+        "seed": seed,
+        "target": str(target.resolve()),
+    }
+    with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as folder:
+        _run([Path(folder) / "0"], [job], gpus=0)
+
+
+def _run(folders: Sequence[Path], jobs: Sequence[dict[str, Any]], gpus: int) -> None:
+    """A worker for each job, all at once. gpus: how many each has to itself; 0: all for the one job."""
+    command = [sys.executable, "-m", "tspin.engines.vllm_worker"]
+    run_workers(
+        "vllm",
+        [Worker(folder, command, _environment(number, gpus)) for number, folder in enumerate(folders)],
+        jobs,
+    )
+
+
+def _environment(number: int, gpus: int) -> dict[str, str]:
+    return {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **gpu_environment(number, gpus)}
