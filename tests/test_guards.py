@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from tspin.data.tables import Response
-from tspin.guards import distinct, measure, repeated, warnings
+from tspin.diagnostics import degeneration, distinct, repeated, warnings
 
 
 def responses(texts: list[str], finished: bool = True) -> list[Response]:
@@ -24,7 +24,7 @@ def table(change: float, synthetic: float = -20.0) -> pd.DataFrame:
 
 def told(texts: list[str], finished: bool = True, diagnostics: pd.DataFrame | None = None) -> set[str]:
     y, initial = responses(LABELLED), responses(HEALTHY)
-    return set(warnings(measure(responses(texts, finished), y, initial, diagnostics)))
+    return set(warnings(degeneration(responses(texts, finished), y, initial, diagnostics)))
 
 
 def test_a_healthy_iteration_is_silent():
@@ -59,7 +59,8 @@ def test_likelihoods_that_fall_are_told():
 
 
 def test_sft_has_likelihoods_alone():
-    assert measure([], [], [], table(0.5)).keys() == {"labelled_change", "labelled_change_error", "synthetic_per_token"}
+    measures = {"labelled_change", "labelled_change_error", "synthetic_per_token"}
+    assert degeneration([], [], [], table(0.5)).keys() == measures
     assert warnings({}) == {}
 
 
@@ -71,6 +72,6 @@ def test_the_measures():
 
 
 def test_one_response_has_no_error_and_warns_of_nothing():
-    found = measure([], [], [], table(-5.0)[:1])
+    found = degeneration([], [], [], table(-5.0)[:1])
     assert found.keys() == {"labelled_change"}
     assert warnings(found) == {}

@@ -10,7 +10,7 @@ import pytest
 
 from tspin import SelfPlayConfig
 from tspin.data.templates import encode_examples
-from tspin.engines.here import response_logps
+from tspin.engines.here import score
 from tspin.engines.scoring import score_in_processes
 from tspin.engines.workers import Worker, run_workers
 from tspin.errors import UserError
@@ -55,7 +55,7 @@ def test_log_probabilities_are_the_same_from_several_processes(tmp_path, model_f
     labelled = dict(zip(examples.prompt_ids.tolist(), examples.labelled, strict=True))
     triplets = make_triplets(examples, {"synthetic": labelled})
     args = SelfPlayConfig(output_dir=str(tmp_path / "run"), method="spin", bf16=False, use_cpu=True)
-    whole = response_logps(load_model(str(model_folder)), triplets, tokenizer, args)
+    whole = score(load_model(str(model_folder)), triplets, tokenizer, args)
     parts = score_in_processes(2, str(model_folder), {}, triplets, tokenizer, args, "the policy", False)
     assert parts.keys() == whole.keys()
     for role, values in whole.items():

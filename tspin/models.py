@@ -1,5 +1,6 @@
 """Loading policies and tokenizers, with one clear line when there is none."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,15 @@ from tspin.devices import out_of_memory
 from tspin.errors import UserError
 from tspin.hub.offline import limit_waiting, offline_folder, offline_model
 from tspin.runs.stages import fingerprint, folder_fingerprint
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy as files: its folder, and what tells it from any other."""
+
+    folder: str
+    fingerprint: str
+
 
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tspin.attention import grouped
 from tspin.data.tables import RESPONSE_SCHEMA, Response, Responses, TableWriter
+from tspin.errors import UserError
 
 FIRST_SEGMENT = 8  # tokens after which ended rows leave for the first time; twice as many each time after
 
@@ -159,3 +160,15 @@ def end_tokens(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizer
     configured = settings.eos_token_id if settings else None
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None})
+
+
+def generation_settings(folder: str) -> GenerationConfig | None:
+    """The checkpoint's generation settings; what its config says where it has none of its own. Raises UserError."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        pass
+    try:
+        return GenerationConfig.from_pretrained(folder, config_file_name="config.json")
+    except OSError as error:
+        raise UserError(f"{folder}: no model is here: it has no config.json") from error

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from tspin.devices import out_of_memory
 from tspin.errors import UserError
@@ -282,16 +282,6 @@ def _ids(triplets: Sequence[Triplet] | Sequence[int]) -> str:
     """prompt_ids for a message, the first ten of them."""
     ids = [t.prompt_id if isinstance(t, Triplet) else t for t in triplets]
     return ", ".join(map(str, ids[:10])) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
-
-
-class AtTrainBegin(TrainerCallback):
-    """Calls a function when training begins."""
-
-    def __init__(self, function: Callable[[], None]):
-        self.function = function
-
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
-        self.function()
 
 
 def step_metrics(method: Method, coefficients: Coefficients, logps: SequenceLogps) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
+import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -46,6 +47,20 @@ def make_triplets(examples: Sequence[Example], responses: Mapping[str, Mapping[i
         return Triplet(number, example.prompt_ids, {LABELLED: example.labelled, **given})
 
     return View(len(examples), triplet)
+
+
+def with_reference(triplets: Sequence[Triplet], table: pd.DataFrame) -> Sequence[Triplet]:
+    """Triplets with their reference log-probabilities from `reference_table`, made of the same triplets."""
+    roles = {str(role): table[role].to_numpy() for role in table.columns.drop("prompt_id")}
+    numbers = table["prompt_id"].to_numpy()
+
+    def triplet(i: int) -> Triplet:
+        found = triplets[i]
+        if found.prompt_id != numbers[i]:
+            raise ValueError(f"row {i} is of prompt {numbers[i]}, the triplet of {found.prompt_id}")
+        return replace(found, reference_logps={role: float(of[i]) for role, of in roles.items()})
+
+    return View(len(triplets), triplet)
 
 
 class TripletCollator:

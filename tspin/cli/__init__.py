@@ -275,11 +275,11 @@ def sample_command(
     Example: tspin sample --model my-model --data my-data.jsonl --out proto.parquet --set sampling.temperature=0
     """
     go_offline(offline)
-    from tspin import stages
     from tspin.experiment import preset as experiment
+    from tspin.experiment import steps
 
     experiment.quiet_libraries()
-    facts = stages.sample_to_file(model, dataset, out, seed, settings or [])
+    facts = steps.sample_to_file(steps.Step(model, dataset, out, seed=seed, overrides=settings or []))
     typer.echo(f"{out}: " + ", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
 
 
@@ -304,12 +304,23 @@ def train(
     --proto y0.parquet --iteration 1 --out runs/step
     """
     go_offline(offline)
-    from tspin import stages
     from tspin.experiment import preset as experiment
+    from tspin.experiment import steps
 
     experiment.quiet_libraries()
-    facts = stages.train_from_files(
-        model, dataset, out, method, iteration, synthetic, proto, reference, seed, settings or []
+    facts = steps.train_from_files(
+        steps.Step(
+            model,
+            dataset,
+            out,
+            method,
+            iteration,
+            seed,
+            settings or [],
+            synthetic=synthetic,
+            proto=proto,
+            reference=reference,
+        )
     )
     typer.echo(f"{out}: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['training_seconds']:.0f} s")
 
@@ -338,12 +349,24 @@ def diagnose_command(
     --synthetic y1.parquet --out diagnostics.parquet
     """
     go_offline(offline)
-    from tspin import stages
     from tspin.experiment import preset as experiment
+    from tspin.experiment import steps
 
     experiment.quiet_libraries()
-    facts = stages.diagnose_to_file(
-        model, dataset, out, method, iteration, before, reference, synthetic, proto, seed, settings or []
+    facts = steps.diagnose_to_file(
+        steps.Step(
+            model,
+            dataset,
+            out,
+            method,
+            iteration,
+            seed,
+            settings or [],
+            synthetic=synthetic,
+            proto=proto,
+            before=before,
+            reference=reference,
+        )
     )
     for name, value in facts.items():
         typer.echo(f"{name}: {value:.4g}")
@@ -369,11 +392,11 @@ def evaluate(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: float32 or bfloat16")
     go_offline(offline)
-    from tspin import stages
     from tspin.experiment import preset as experiment
+    from tspin.experiment import steps
 
     experiment.quiet_libraries()
-    typer.echo(stages.evaluate_to_file(model, suite, out, batch_size, limit, dtype).to_string(index=False))
+    typer.echo(steps.evaluate_to_file(model, suite, out, batch_size, limit, dtype).to_string(index=False))
 
 
 @app.command("fetch")

@@ -1,12 +1,10 @@
-"""One iteration's stages as functions: encode the data, score the reference, train."""
+"""Training and scoring in this process, which may be one of several that train together."""
 
 import copy
-import dataclasses
-import hashlib
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -16,7 +14,6 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch.utils.tensorboard import SummaryWriter
-from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,93 +24,141 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from tspin.data import templates as data
-from tspin.data.formats import Rows, set_key, validate_rows
-from tspin.data.tables import Examples, View, open_table
 from tspin.devices import peak_bytes, reset_peak
+from tspin.engines.callbacks import AtTrainBegin, KeepState, StepBar
 from tspin.errors import UserError
-from tspin.models import tokenizer_fingerprint
 from tspin.objectives import METHODS
-from tspin.runs.locks import owned
-from tspin.runs.signals import Asked, Stopped, stopping_when_asked
-from tspin.runs.stages import (
-    DamagedStage,
-    atomic_path,
-    check_stage,
-    fingerprint,
-    remove_stage,
-    run_stage,
-    stage_record,
-)
+from tspin.runs.seeds import stage_seed
+from tspin.runs.signals import Stopped, stopping_when_asked
+from tspin.runs.stages import atomic_path
+from tspin.runs.unfinished import Unfinished
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.trainer import AtTrainBegin, TripletTrainer
+from tspin.trainer import TripletTrainer
 from tspin.triplet_logps import compute_logps
 from tspin.triplets import Triplet, TripletCollator, collator_for
 
 
-def encode_dataset(
-    dataset: Rows | Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
-) -> Examples:
-    """Rows {"prompt", "completion"} as examples; an integer "prompt_id" replaces the row's number. Raises UserError.
+@dataclass(frozen=True)
+class Training:
+    """One iteration's training: on what, with which settings, and where its files go.
 
-    What is made of large data sets (`Rows.key`, `set_key`) is kept in args.shared_dir, or the run's folder, and read
-    from there the next time. Rows of note are told on stderr.
+    checkpoint: the folder of the trained policy. log_folder: gets steps.parquet and TensorBoard's events.
     """
-    settings: dict[str, Any] = dict(
-        template=args.template,
-        max_prompt_tokens=args.max_prompt_tokens,
-        max_response_tokens=args.max_response_tokens,
-        long_prompts=args.long_prompts,
+
+    triplets: Sequence[Triplet]
+    tokenizer: PreTrainedTokenizerBase
+    args: SelfPlayConfig
+    iteration: int
+    checkpoint: Path
+    log_folder: Path
+
+    @cached_property
+    def arguments(self) -> SelfPlayConfig:
+        """The run's settings with this iteration's learning rate, seed and folder in them."""
+        arguments = copy.copy(self.args)
+        arguments.output_dir = str(self.log_folder)
+        arguments.seed = stage_seed(self.args.seed, "training", self.iteration)
+        rates = self.args.learning_rates or [self.args.learning_rate]
+        arguments.learning_rate = rates[min(self.iteration, len(rates) - 1)]
+        arguments.dataloader_pin_memory = torch.cuda.is_available()
+        arguments.report_to = [target for target in self.args.report_to if target != "tensorboard"]
+        return arguments
+
+
+def train(
+    model: PreTrainedModel,
+    training: Training,
+    callbacks: Sequence[TrainerCallback] = (),
+    unfinished: Unfinished | None = None,
+) -> dict[str, Any]:
+    """Train `model` in place, and write its checkpoint and step log.
+
+    unfinished: where SIGTERM or Ctrl-C, and every args.checkpoint_steps steps, keep the training's state, and where
+    it goes on from if there is one. A training that went on ends with the same weights and step log, bit by bit.
+    Raises Stopped at a signal, after the step in hand; without `unfinished` nothing of it is kept.
+
+    Returns steps, training_seconds, tokens, peak_memory_bytes (see tspin.devices: on a CPU, that of the whole process;
+    of several processes, the first one's), and of several processes their number. Raises UserError when the loss is no
+    longer finite.
+    """
+    step, state, seconds_before = unfinished.newest() if unfinished else (0, None, 0.0)
+    set_seed(training.arguments.seed)  # adapters start from random numbers, the same after a restart
+    adapters = add_adapters(model, training.args.lora) if training.args.lora else None
+    trainer = _trainer(model, training, [*callbacks, *_reports(training, step)])
+    if state is not None:
+        trainer.add_callback(AtTrainBegin(lambda: trainer.restore_unlogged(state)))
+    reset_peak()
+    start = time.perf_counter() - seconds_before
+    if unfinished is None:
+        trainer.train()
+    else:
+        trainer.keep_state = lambda step, write: unfinished.keep(step, round(time.perf_counter() - start, 2), write)
+        _train_until_asked(trainer, unfinished, state, training.args.checkpoint_steps)
+    seconds = round(time.perf_counter() - start, 2)
+    if adapters is not None:
+        trainer.model = adapters.merge_and_unload()
+    return {**_written(trainer, training), "training_seconds": seconds, "peak_memory_bytes": peak_bytes()}
+
+
+def _trainer(model: PreTrainedModel, training: Training, callbacks: list[TrainerCallback]) -> TripletTrainer:
+    method = METHODS[training.args.method]
+    trainer = TripletTrainer(
+        model,
+        training.arguments,
+        training.triplets,
+        _collator(model, training.triplets, training.tokenizer, training.args),
+        training.tokenizer,
+        method,
+        method.coefficients_at(training.iteration, training.args.coefficients),
+        callbacks=callbacks,
     )
-    if isinstance(dataset, Rows):
-        key, rows = dataset.key, dataset.numbered()
-    else:
-        key, rows = set_key(dataset), _numbered(dataset)
-    if key is None:
-        examples = data.encode_examples(rows, tokenizer, **settings)
-    else:
-        examples = _encoded_once(key, rows, tokenizer, settings, Path(args.shared_dir or str(args.output_dir)))
-    for remark in examples.remarks:
-        sys.stderr.write(f"tspin: {remark}\n")
-    return examples
+    # Every step's metrics go to the log; the terminal gets one bar with an estimate.
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def _numbered(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    given: list[Any] = []  # the row that the check is at: it reads one at a time
-
-    def rows() -> Iterator[Mapping[str, Any]]:
-        for row in dataset:
-            given[:] = [row.get("prompt_id") if isinstance(row, Mapping) else None]
-            yield row
-
-    for number, row in enumerate(validate_rows(rows(), "train_dataset")):
-        yield given[0] if isinstance(given[0], int) else number, row
-
-
-def _encoded_once(
-    key: Any,
-    rows: Iterable[tuple[int, dict[str, Any]]],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: dict[str, Any],
-    folder: Path,
-) -> Examples:
-    inputs = {"rows": key, "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
-    path = folder / f"examples-{fingerprint(inputs)}.arrow"
-
-    def produce(target: Path) -> dict[str, Any]:
-        made = data.encode_examples(rows, tokenizer, **settings, path=target)
-        prints = {"fingerprint": made.fingerprint, "prompts_fingerprint": made.prompts_fingerprint}
-        return {**prints, "noted": made.noted, "remarks": made.remarks}
-
-    with owned(folder, wait=True):
-        facts = run_stage(path, inputs, produce)["facts"]
-    examples = Examples(open_table(path), facts["noted"], facts["remarks"])
-    # As properties they would be computed, from every token.
-    examples.__dict__.update({name: facts[name] for name in ("fingerprint", "prompts_fingerprint")})
-    return examples
+def _reports(training: Training, step: int) -> list[TrainerCallback]:
+    """The progress bar and TensorBoard's events, as the settings ask; step: where the training goes on."""
+    args = training.args
+    callbacks: list[TrainerCallback] = []
+    if not args.disable_tqdm:
+        callbacks.append(StepBar(f"training, iteration {training.iteration}"))
+    if "tensorboard" in args.report_to:
+        events = training.log_folder / "tensorboard"
+        if not step:
+            rmtree(events, ignore_errors=True)  # what a killed try at the same iteration left
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(events), purge_step=step + 1 if step else None)))
+    return callbacks
 
 
-def response_logps(
+def _train_until_asked(trainer: TripletTrainer, unfinished: Unfinished, state: Path | None, every: int | None) -> None:
+    """Train to the end, or to the end of the step in which a signal comes; then keep the state and raise Stopped."""
+    with stopping_when_asked() as asked:
+        trainer.add_callback(KeepState(asked, every))
+        trainer.train(resume_from_checkpoint=str(state) if state else None)
+        step = trainer.state.global_step
+        if asked.number is not None:
+            if step not in unfinished.steps():  # the signal came after the last step
+                trainer._save_checkpoint(trainer.model, None)
+            raise Stopped(asked.number, f"training is kept at step {step} of {trainer.state.max_steps}")
+
+
+def _written(trainer: TripletTrainer, training: Training) -> dict[str, Any]:
+    """Write the step log and the checkpoint; returns their facts."""
+    steps = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
+    if training.args.process_index == 0:
+        with atomic_path(training.log_folder / "steps.parquet") as temporary:
+            steps.to_parquet(temporary, index=False)
+    trainer.save_model(str(training.checkpoint))
+    # A pickle of the settings, which the run's config.json holds as text: nothing here is unpickled.
+    (training.checkpoint / "training_args.bin").unlink(missing_ok=True)
+    facts = {"steps": trainer.state.global_step, "tokens": int(steps["tokens"].sum())}
+    processes = training.args.world_size
+    return facts | ({"processes": processes} if processes > 1 else {})
+
+
+def score(
     model: PreTrainedModel,
     triplets: Sequence[Triplet],
     tokenizer: PreTrainedTokenizerBase,
@@ -131,11 +176,6 @@ def response_logps(
     return compute_logps(model, triplets, collator, autocast, f"log-probabilities of {of}")
 
 
-def reference_table(triplets: Sequence[Triplet], logps: Mapping[str, list[float]]) -> pd.DataFrame:
-    """prompt_id and a column a role, in nats: what a reference policy's log-probabilities are kept as."""
-    return pd.DataFrame({"prompt_id": [t.prompt_id for t in triplets], **logps})
-
-
 def _collator(
     model: PreTrainedModel, triplets: Sequence[Triplet], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
 ) -> TripletCollator:
@@ -143,154 +183,6 @@ def _collator(
         return collator_for(model, triplets, tokenizer, args.micro_batch_tokens, args.layout)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def with_reference(triplets: Sequence[Triplet], table: pd.DataFrame) -> Sequence[Triplet]:
-    """Triplets with their reference log-probabilities from `reference_table`, made of the same triplets."""
-    roles = {str(role): table[role].to_numpy() for role in table.columns.drop("prompt_id")}
-    numbers = table["prompt_id"].to_numpy()
-
-    def triplet(i: int) -> Triplet:
-        found = triplets[i]
-        if found.prompt_id != numbers[i]:
-            raise ValueError(f"row {i} is of prompt {numbers[i]}, the triplet of {found.prompt_id}")
-        return dataclasses.replace(found, reference_logps={role: float(of[i]) for role, of in roles.items()})
-
-    return View(len(triplets), triplet)
-
-
-@dataclass(frozen=True)
-class Unfinished:
-    """The states that a training keeps before its end, `folder`/step-<n>, each a stage made from `inputs`."""
-
-    folder: Path
-    inputs: Any
-
-    def steps(self) -> list[int]:
-        """The optimizer steps that states were written after, newest first, whole or not."""
-        return sorted((int(path.name[5:]) for path in self.folder.glob("step-*") if path.suffix == ""), reverse=True)
-
-    def newest(self) -> tuple[int, Path, float] | None:
-        """(step, Trainer's checkpoint, seconds trained until then) of the newest whole state of these inputs."""
-        for step in self.steps():
-            output = self.folder / f"step-{step}"
-            record = stage_record(output, self.inputs)
-            try:
-                check_stage(output)
-            except DamagedStage:
-                continue
-            if record is not None:
-                return step, output / f"checkpoint-{step}", record["facts"]["training_seconds"]
-        return None
-
-    def keep(self, step: int, seconds: float, write: Callable[[Path], None]) -> None:
-        """Write a state, and then remove the older ones."""
-
-        def produce(target: Path) -> dict[str, float]:
-            write(target)
-            return {"training_seconds": seconds}
-
-        older = self.steps()
-        remove_stage(self.folder / f"step-{step}")
-        run_stage(self.folder / f"step-{step}", self.inputs, produce)
-        for other in older:
-            if other != step:
-                remove_stage(self.folder / f"step-{other}")
-
-
-def train_iteration(
-    model: PreTrainedModel,
-    triplets: Sequence[Triplet],
-    tokenizer: PreTrainedTokenizerBase,
-    args: SelfPlayConfig,
-    iteration: int,
-    *,
-    checkpoint: Path,
-    log_folder: Path,
-    callbacks: Sequence[TrainerCallback] = (),
-    unfinished: Unfinished | None = None,
-) -> dict[str, Any]:
-    """Train `model` in place, save it to `checkpoint`, the steps to log_folder/steps.parquet.
-
-    unfinished: where SIGTERM or Ctrl-C, and every args.checkpoint_steps steps, keep the training's state, and where
-    it goes on from if there is one. A training that went on ends with the same weights and step log, bit by bit.
-    Raises Stopped at a signal, after the step in hand; without `unfinished` nothing of it is kept.
-
-    TensorBoard's events go to log_folder/tensorboard. Returns steps, training_seconds, tokens and
-    peak_memory_bytes (see tspin.devices: on a CPU, that of the whole process; of several processes, the first one's),
-    and of several processes their number (tspin.engines.launch starts them). Raises UserError when
-    the loss is no longer finite.
-    """
-    first = args.process_index == 0  # of several that train together, which all run this function
-    method = METHODS[args.method]
-    arguments = copy.copy(args)
-    arguments.output_dir = str(log_folder)
-    arguments.seed = stage_seed(args.seed, "training", iteration)
-    rates = args.learning_rates or [args.learning_rate]
-    arguments.learning_rate = rates[min(iteration, len(rates) - 1)]
-    arguments.dataloader_pin_memory = torch.cuda.is_available()
-    kept = unfinished.newest() if unfinished else None
-    first_step, state, seconds_before = kept or (0, None, 0.0)
-    all_callbacks = [*callbacks, *([] if args.disable_tqdm else [StepBar(f"training, iteration {iteration}")])]
-    if "tensorboard" in args.report_to:
-        arguments.report_to = [target for target in args.report_to if target != "tensorboard"]
-        events = log_folder / "tensorboard"
-        if state is None:
-            rmtree(events, ignore_errors=True)  # what a killed try at the same iteration left
-        writer = SummaryWriter(str(events), purge_step=first_step + 1 if state else None)
-        all_callbacks.append(TensorBoardCallback(writer))
-    set_seed(arguments.seed)  # adapters start from random numbers, the same after a restart
-    adapters = add_adapters(model, args.lora) if args.lora else None
-    trainer = TripletTrainer(
-        model,
-        arguments,
-        triplets,
-        _collator(model, triplets, tokenizer, args),
-        tokenizer,
-        method,
-        method.coefficients_at(iteration, args.coefficients),
-        callbacks=all_callbacks,
-    )
-    # Every step's metrics go to the log; the terminal gets one bar with an estimate.
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    reset_peak()
-    start = time.perf_counter()
-
-    def seconds() -> float:
-        return round(seconds_before + time.perf_counter() - start, 2)
-
-    if state is not None:
-        trainer.add_callback(AtTrainBegin(lambda: trainer.restore_unlogged(state)))
-    if unfinished is None:
-        trainer.train()
-    else:
-        trainer.keep_state = lambda step, write: unfinished.keep(step, seconds(), write)
-        with stopping_when_asked() as asked:
-            trainer.add_callback(KeepState(asked, args.checkpoint_steps))
-            trainer.train(resume_from_checkpoint=str(state) if state else None)
-            step = trainer.state.global_step
-            if asked.number is not None:
-                if step not in unfinished.steps():  # the signal came after the last step
-                    trainer._save_checkpoint(trainer.model, None)
-                raise Stopped(asked.number, f"training is kept at step {step} of {trainer.state.max_steps}")
-    trained_seconds = seconds()
-    steps = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
-    if first:
-        with atomic_path(log_folder / "steps.parquet") as temporary:
-            steps.to_parquet(temporary, index=False)
-    if adapters is not None:
-        trainer.model = adapters.merge_and_unload()
-    trainer.save_model(str(checkpoint))
-    # A pickle of the settings, which the run's config.json holds as text: nothing here is unpickled.
-    (checkpoint / "training_args.bin").unlink(missing_ok=True)
-    facts = {
-        "steps": trainer.state.global_step,
-        "training_seconds": trained_seconds,
-        "tokens": int(steps["tokens"].sum()),
-        "peak_memory_bytes": peak_bytes(),
-    }
-    return facts | ({"processes": args.world_size} if args.world_size > 1 else {})
 
 
 def add_adapters(model: PreTrainedModel, settings: dict[str, Any]) -> LoraModel:
@@ -305,44 +197,4 @@ def add_adapters(model: PreTrainedModel, settings: dict[str, Any]) -> LoraModel:
     try:
         return LoraModel(model, {"default": config}, "default")
     except ValueError as error:
-        raise UserError(f"training.lora.target_modules: {str(error).splitlines()[0]}") from error
-
-
-class KeepState(TrainerCallback):
-    """Has the state kept every `every` steps, and at the end of the step in which a signal came, which is the last."""
-
-    def __init__(self, asked: Asked, every: int | None):
-        self.asked = asked
-        self.every = every
-
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
-        if self.asked.number is not None:
-            control.should_save = control.should_training_stop = True
-        elif self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            control.should_save = True
-
-
-class StepBar(TrainerCallback):
-    """A progress bar over optimizer steps that shows the loss."""
-
-    def __init__(self, description: str):
-        self.description = description
-
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.description, unit="step")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
-        if "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
-        self.bar.update()
-
-    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
-        self.bar.close()
-
-
-def stage_seed(seed: int, *labels: Any) -> int:
-    """A seed of its own for every stage, so that no stage's randomness depends on another's."""
-    digest = hashlib.sha256(repr((seed, *labels)).encode()).digest()
-    return int.from_bytes(digest[:4], "big") % 2**31
+        raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from error

@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import yaml
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from tspin.data.tables import Response, TableWriter, View, open_table
+from tspin.engines.here import Training
 from tspin.engines.workers import Worker, run_workers
 from tspin.errors import UserError
 from tspin.models import dtype_name
@@ -66,42 +66,34 @@ def trains_in_bfloat16(args: SelfPlayConfig) -> bool:
     return kind in ("FSDP", "DEEPSPEED")
 
 
-def launch_training(
-    policy: str,
-    model_arguments: Mapping[str, Any],
-    triplets: Sequence[Triplet],
-    tokenizer: PreTrainedTokenizerBase,
-    args: SelfPlayConfig,
-    iteration: int,
-    *,
-    checkpoint: Path,
-    log_folder: Path,
-) -> dict[str, Any]:
-    """tspin.engines.here.train_iteration of the policy in the folder `policy`, in the processes of args.launcher.
+def launch_training(policy: str, loading: Mapping[str, Any], training: Training) -> dict[str, Any]:
+    """tspin.engines.here.train of the policy in the folder `policy`, in the processes of args.launcher.
 
     A step has the same triplets, and its loss is the same mean over them, whatever the number of processes. Returns
-    train_iteration's facts and "processes". Raises UserError, with the processes' own line, when one of them fails.
+    train's facts and "processes". Raises UserError, with the processes' own line, when one of them fails.
     """
+    args = training.args
     assert args.launcher is not None
-    log_folder.mkdir(parents=True, exist_ok=True)
+    training.log_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="tspin-training-") as temporary:
         folder = Path(temporary)
-        write_triplets(folder / TRIPLETS, triplets)
-        tokenizer.save_pretrained(folder / TOKENIZER)
+        write_triplets(folder / TRIPLETS, training.triplets)
+        training.tokenizer.save_pretrained(folder / TOKENIZER)
         job = {
             "policy": policy,
-            "loading": {**model_arguments, "dtype": dtype_name(dict(model_arguments))},
+            "loading": {**loading, "dtype": dtype_name(dict(loading))},
             "arguments": plain_arguments(args),
-            "iteration": iteration,
-            "checkpoint": str(checkpoint.resolve()),
-            "log_folder": str(log_folder.resolve()),
+            "iteration": training.iteration,
+            "checkpoint": str(training.checkpoint.resolve()),
+            "log_folder": str(training.log_folder.resolve()),
         }
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", args.launcher]
         # The settings decide, not the file: scores of this process and the record have the same arithmetic.
         command += ["--mixed_precision", "bf16" if args.bf16 else "no", "-m", "tspin.engines.training_worker"]
         # Each process is given its part of the cores: on a CPU they would otherwise all use every one.
         environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
-        progress = Progress(folder / PROGRESS, f"training, iteration {iteration}", disable=bool(args.disable_tqdm))
+        description = f"training, iteration {training.iteration}"
+        progress = Progress(folder / PROGRESS, description, disable=bool(args.disable_tqdm))
         try:
             run_workers("training", [Worker(folder, command, environment)], [job], progress.show)
         finally:

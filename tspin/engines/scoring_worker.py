@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from tspin.engines.here import response_logps
+from tspin.engines.here import score
 from tspin.engines.launch import TOKENIZER, TRIPLETS, read_triplets
 from tspin.engines.scoring import LOGPS
 from tspin.engines.workers import FAILURE, read_job
@@ -23,7 +23,7 @@ def main() -> None:
         loading = {**job["loading"], "dtype": getattr(torch, job["loading"]["dtype"])}
         model, tokenizer = load_model(job["policy"], loading), load_tokenizer(str(folder / TOKENIZER))
         args = SelfPlayConfig(**job["arguments"])
-        logps = response_logps(model, read_triplets(folder / TRIPLETS), tokenizer, args, job["of"], job["autocast"])
+        logps = score(model, read_triplets(folder / TRIPLETS), tokenizer, args, job["of"], job["autocast"])
     except UserError as error:
         write_text(folder / FAILURE, str(error))
         sys.exit(1)

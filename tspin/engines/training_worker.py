@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
-from tspin.engines.here import train_iteration
+from tspin.engines.here import Training, train
 from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS, read_triplets
 from tspin.engines.workers import FAILURE, read_job
 from tspin.errors import UserError
@@ -39,16 +39,16 @@ def _train(folder: Path) -> None:
         args.report_to, args.disable_tqdm = [], True
     shard_on_cpu()
     loading = {**job["loading"], "dtype": getattr(torch, job["loading"]["dtype"])}
-    facts = train_iteration(
-        load_model(job["policy"], loading),
+    training = Training(
         read_triplets(folder / TRIPLETS),
         load_tokenizer(str(folder / TOKENIZER)),
         args,
         job["iteration"],
-        checkpoint=Path(job["checkpoint"]),
-        log_folder=Path(job["log_folder"]),
-        callbacks=[WriteProgress(folder / PROGRESS)] if first else [],
+        Path(job["checkpoint"]),
+        Path(job["log_folder"]),
     )
+    callbacks = [WriteProgress(folder / PROGRESS)] if first else []
+    facts = train(load_model(job["policy"], loading), training, callbacks)
     if first:
         write_text(folder / FACTS, json.dumps(facts))
 

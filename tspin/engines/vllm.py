@@ -18,6 +18,7 @@ import pyarrow as pa
 from tspin.data.tables import TableWriter, View, open_table
 from tspin.engines.workers import Worker, gpu_environment, run_workers
 from tspin.errors import UserError
+from tspin.sampling import Decoding
 
 PROMPT_SCHEMA = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("seed", pa.int64())])
 DRAWN_SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("logprobs", pa.list_(pa.float64()))])
@@ -51,9 +52,7 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     end_tokens: Sequence[int],
     *,
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
+    decoding: Decoding,
     dtype: str,
     engine: Engine,
     seed: int,
@@ -74,11 +73,11 @@ def generate_tokens(
         "engine": asdict(engine),
         "trust_remote_code": trust_remote_code,
         "end_tokens": list(end_tokens),
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p,
+        "max_new_tokens": decoding.max_new_tokens,
         # Of the longest prompt of all, so that every copy is the same engine.
-        "max_model_len": max(map(len, prompts)) + max_new_tokens,
+        "max_model_len": max(map(len, prompts)) + decoding.max_new_tokens,
         "logprobs": logprobs,
     }
     copies = min(engine.data_parallel, len(prompts))

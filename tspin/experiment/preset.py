@@ -161,9 +161,7 @@ def collect_texts(
     if not METHODS[method].self_play:
         collected.add("responses", responses(last_path), method, seed, None)
         return
-    proto = {
-        row["prompt_id"]: row["text"] for row in responses(trainer.response_path("proto", None)).to_dict("records")
-    }
+    proto = {row["prompt_id"]: row["text"] for row in responses(trainer.response_path("proto")).to_dict("records")}
     prompts = [
         {"prompt_id": e.prompt_id, "prompt": e.prompt, "labelled": e.labelled.text, "proto": proto[e.prompt_id]}
         for e in shown.values()
