@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tspin.config import load_config
 from tspin.data import templates as data
-from tspin.engines.here import encode_dataset, reference_table, response_logps, train_iteration, with_reference
+from tspin.data.encoding import encode_dataset
+from tspin.engines.here import Training, score, train
 from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.hub import offline as hub
 from tspin.objectives import PROTO, SYNTHETIC
 from tspin.planning.architectures import find_config, shape_of
 from tspin.planning.plan import plan
-from tspin.triplets import make_triplets
+from tspin.triplets import make_triplets, with_reference
 
 PRESETS = ["zephyr-7b", "mistral-7b"]
 ROWS = 40
@@ -126,11 +127,12 @@ def test_one_step_on_two_layers_of_7b_width(preset, method, offline, stand_in):
     }
     triplets = make_triplets(examples, sampled if method == "tspin" else {SYNTHETIC: sampled[SYNTHETIC]})
     if method == "spin":
-        logps = response_logps(model, triplets, stand_in, args, "the reference")
-        triplets = with_reference(triplets, reference_table(triplets, logps))
+        logps = score(model, triplets, stand_in, args, "the reference")
+        reference = pd.DataFrame({"prompt_id": [t.prompt_id for t in triplets], **logps})
+        triplets = with_reference(triplets, reference)
     before = model.model.layers[1].mlp.down_proj.weight[:4].clone()
     folder = offline / "run"
-    facts = train_iteration(model, triplets, stand_in, args, 0, checkpoint=folder / "model", log_folder=folder)
+    facts = train(model, Training(triplets, stand_in, args, 0, checkpoint=folder / "model", log_folder=folder))
     steps = pd.read_parquet(folder / "steps.parquet")
     assert facts["steps"] == 1
     assert torch.isfinite(torch.tensor(steps[["loss", "grad_norm"]].to_numpy())).all()

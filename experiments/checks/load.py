@@ -70,7 +70,7 @@ def start_trainer(folder: Path, rows: int) -> None:
 def sample_and_train(folder: Path, rows: int) -> None:
     """Responses written, read and made triplets, and STEPS steps on them; the log-probabilities of a few."""
     from tspin.data.tables import View, read_responses, response_statistics, write_responses
-    from tspin.engines.here import train_iteration
+    from tspin.engines.here import Training, train
     from tspin.models import load_model
     from tspin.objectives import PROTO, SYNTHETIC
     from tspin.triplets import make_triplets
@@ -85,10 +85,9 @@ def sample_and_train(folder: Path, rows: int) -> None:
     responses = read_responses(path)
     triplets = make_triplets(trainer.examples, {SYNTHETIC: responses, PROTO: responses})
     trainer.args.max_steps = STEPS
-    model = load_model(trainer.source, trainer.model_arguments)
-    train_iteration(
-        model, triplets, trainer.tokenizer, trainer.args, 0, checkpoint=folder / "model", log_folder=folder / "log"
-    )
+    engine = trainer.run.engine
+    training = Training(triplets, engine.tokenizer, trainer.args, 0, folder / "model", folder / "log")
+    train(load_model(trainer.source, engine.loading), training)
 
 
 def _trainer(folder: Path, rows: int):

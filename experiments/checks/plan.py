@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from tspin.data.tables import Example, Response
 from tspin.devices import resident
-from tspin.engines.here import train_iteration
+from tspin.engines.here import Training, train
 from tspin.models import POCKET_MODEL, load_tokenizer
 from tspin.planning.architectures import find_config, shape_of
 from tspin.planning.peaks import MicroBatch, Precision, training_parts
@@ -113,8 +113,8 @@ def step(name: str, tokens: int, checkpointing: bool) -> tuple[PreTrainedConfig,
         before = resident("VmRSS") or 0
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        arguments = {"checkpoint": Path(folder) / "model", "log_folder": Path(folder)}
-        facts = train_iteration(model, triplets, load_tokenizer(str(POCKET_MODEL)), args, 1, **arguments)
+        tokenizer, place = load_tokenizer(str(POCKET_MODEL)), Path(folder)
+        facts = train(model, Training(triplets, tokenizer, args, 1, place / "model", place))
     return config, args, facts["peak_memory_bytes"] - before
 
 

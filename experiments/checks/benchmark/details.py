@@ -12,7 +12,7 @@ from workload import MIXES, build, triplets
 
 import tspin.sampling
 from tspin.config import load_config
-from tspin.engines.here import encode_dataset
+from tspin.data.encoding import encode_dataset
 from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.logprobs import LOGITS_PER_CHUNK
 from tspin.models import POCKET_MODEL, load_model, load_tokenizer, multiplies_bfloat16

@@ -105,7 +105,7 @@ class Campaign:
             good = stopped.code == 128 + sig and said and resumed.code == 0 and again == self.trainings * STEPS - step
             self.row(f"{sig.name} in training", f"in step {step}", place, good, stopped.lines[-1][:100])
         for sig in (signal.SIGTERM, signal.SIGINT):
-            for owner, name in ((selfplay, "sample_policy"), (experiment, "evaluate")):
+            for owner, name in ((selfplay, "sample"), (experiment, "evaluate")):
                 if self.short and (sig, name) != (signal.SIGTERM, "evaluate"):
                     continue
                 place = self.shop.place()
