@@ -139,7 +139,7 @@ def test_a_full_disk_is_refused(tmp_path, model_folder, data_file, monkeypatch, 
     def full(*_):
         raise error
 
-    monkeypatch.setattr("tspin.selfplay.write_responses", full)
+    monkeypatch.setattr("tspin.iteration.write_responses", full)
     out = tmp_path / "out.parquet"
     out.write_text("kept")
     result = call("sample", "--model", model_folder, "--data", data_file, "--out", out, *SMALL)

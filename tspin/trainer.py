@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,37 +81,28 @@ class TripletTrainer(Trainer):
         self.collator = collator
         collator.process, collator.processes = args.process_index, args.world_size
         self.keep_state: Callable[[int, Callable[[Path], None]], None] | None = None
-        self._sums: dict[str, float] = defaultdict(float)
-        self._weight = 0.0
-        self._last_log = time.perf_counter()
-        self._step: tuple[int, list[Sequence[Triplet]], dict[str, float], float] = (-1, [], {}, 0.0)
+        self.means = Means()
+        self._triplets: Sequence[Triplet] = []  # of the step in hand
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """The gradients of a batch, micro-batch by micro-batch; smaller ones from here on where memory runs out."""
-        if self._step[0] != self.state.global_step:
-            self._step = (self.state.global_step, [], dict(self._sums), self._weight)
-        _, earlier, sums, weight = self._step  # what this optimizer step has done and where its means began
+        """The gradients of a step, micro-batch by micro-batch; smaller ones from here on where memory runs out."""
         triplets, micro_batches = inputs["triplets"], inputs["micro_batches"]
+        self._triplets, means = triplets, self.means.state()
         if self.collator is not self.data_collator:  # collated before memory ran out
             micro_batches = self.collator(triplets)["micro_batches"]
         if self.args.world_size > 1:
             micro_batches = self._as_many_everywhere(micro_batches)
         while True:
             try:
-                loss = self._accumulate(model, micro_batches)
-                earlier.append(triplets)
-                return loss
+                return self._accumulate(model, micro_batches)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or self.args.world_size > 1:
                     raise
             # Here the error is gone, and with it the activations that its frames held. A backward pass may have added
-            # half of its gradients, so the optimizer step starts anew.
+            # half of its gradients, so the step starts anew.
             self._use_less_memory(triplets)
-            self._sums, self._weight = defaultdict(float, sums), weight
+            self.means.restore(means)
             model.zero_grad()
-            for batch in earlier:
-                with self._keeping_gradients(model):
-                    self._accumulate(model, self.collator(batch)["micro_batches"])
             micro_batches = self.collator(triplets)["micro_batches"]
 
     def _accumulate(self, model: torch.nn.Module, micro_batches: Sequence[dict[str, Any]]) -> Tensor:
@@ -172,7 +163,7 @@ class TripletTrainer(Trainer):
         """The gradients' norm, before the optimizer uses them. Raises UserError where it is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not math.isfinite(float(norm)):
-            raise self._diverged(f"the gradients' norm is {float(norm)}", sum(map(list, self._step[1]), []))
+            raise self._diverged(f"the gradients' norm is {float(norm)}", self._triplets)
         return norm
 
     def _diverged(self, what: str, triplets: Sequence[Triplet] | Sequence[int]) -> UserError:
@@ -200,7 +191,7 @@ class TripletTrainer(Trainer):
                 self.args.output_dir = place
             (checkpoint,) = target.iterdir()
             (checkpoint / "training_args.bin").unlink(missing_ok=True)
-            unlogged = {"sums": dict(self._sums), "weight": self._weight, "loss": self._tr_loss.item()}
+            unlogged = {**self.means.state(), "loss": self._tr_loss.item()}
             unlogged |= {"logged": self._globalstep_last_logged, "columns": [list(e) for e in self.state.log_history]}
             (checkpoint / UNLOGGED).write_text(json.dumps(unlogged))
 
@@ -209,12 +200,11 @@ class TripletTrainer(Trainer):
     def restore_unlogged(self, checkpoint: Path) -> None:
         """Go on with the means of a logging interval that a kept state was in the middle of; after training began."""
         unlogged = json.loads((checkpoint / UNLOGGED).read_text())
-        self._sums, self._weight = defaultdict(float, unlogged["sums"]), unlogged["weight"]
+        self.means.restore(unlogged)
         self._tr_loss += unlogged["loss"]
         self._globalstep_last_logged = unlogged["logged"]
         history = zip(self.state.log_history, unlogged["columns"], strict=True)
         self.state.log_history = [{name: entry[name] for name in names} for entry, names in history]  # read sorted
-        self._last_log = time.perf_counter()
 
     def _issue_warnings_after_load(self, load_result):
         """Trainer only warns when a kept state lacks weights; going on from it would give other numbers."""
@@ -244,38 +234,62 @@ class TripletTrainer(Trainer):
         values = torch.stack([loss, *step.values()]).tolist()  # one transfer from the device
         if not math.isfinite(values[0]):
             raise self._diverged(f"the {self.coefficients.loss} loss is {values[0]}", prompt_ids)
-        for name, value in zip(step, values[1:], strict=True):
-            self._sums[name] += value * share
-        self._sums["tokens"] += tokens
-        self._weight += share
+        self.means.add(dict(zip(step, values[1:], strict=True)), tokens, share)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to what Trainer logs."""
-        if self._weight or self.args.world_size > 1:
-            self._sum_over_processes()
-        if self._weight:
-            tokens = self._sums.pop("tokens")
-            now = time.perf_counter()
-            logs = {
-                **logs,
-                **{name: total / self._weight for name, total in self._sums.items()},
-                "tokens": tokens,
-                "tokens_per_second": tokens / (now - self._last_log),
-            }
-            self._sums.clear()
-            self._weight = 0.0
-            self._last_log = now
-        super().log(logs, start_time)
-
-    def _sum_over_processes(self) -> None:
         if self.args.world_size > 1:
-            names = list(self._sums)  # in one order everywhere: all run the same code
-            sums = torch.tensor([self._weight, *(self._sums[name] for name in names)], dtype=torch.float64)
-            if self.args.device.type != "cpu":
-                sums = sums.to(self.args.device)
-            torch.distributed.all_reduce(sums)
-            self._weight, *values = sums.tolist()
-            self._sums = defaultdict(float, zip(names, values, strict=True))
+            self.means.sum_over_processes(self.args.device)
+        super().log({**logs, **self.means.pop()}, start_time)
+
+
+class Means:
+    """Means over triplets since the last log, and tokens per second.
+
+    A micro-batch counts by its share of its step's triplets.
+    """
+
+    _sums: dict[str, float]
+    _tokens: float
+    _weight: float
+
+    def __init__(self) -> None:
+        self.restore({"sums": {}, "tokens": 0.0, "weight": 0.0})
+
+    def add(self, values: Mapping[str, float], tokens: int, share: float) -> None:
+        """A micro-batch's own means, its tokens, and its share of the step's triplets."""
+        for name, value in values.items():
+            self._sums[name] += value * share
+        self._tokens += tokens
+        self._weight += share
+
+    def pop(self) -> dict[str, float]:
+        """The means by name, "tokens" and "tokens_per_second"; nothing where nothing was added. Starts anew."""
+        if not self._weight:
+            return {}
+        means = {name: total / self._weight for name, total in self._sums.items()}
+        means |= {"tokens": self._tokens, "tokens_per_second": self._tokens / (time.perf_counter() - self._since)}
+        self.restore({"sums": {}, "tokens": 0.0, "weight": 0.0})
+        return means
+
+    def sum_over_processes(self, device: torch.device) -> None:
+        """Add up what all processes that train together have added."""
+        names = list(self._sums)  # in one order everywhere: all run the same code
+        sums = [self._weight, self._tokens, *(self._sums[name] for name in names)]
+        total = torch.tensor(sums, dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(total)
+        self._weight, self._tokens, *values = total.tolist()
+        self._sums = defaultdict(float, zip(names, values, strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """As JSON values, for `restore`."""
+        return {"sums": dict(self._sums), "tokens": self._tokens, "weight": self._weight}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        self._sums = defaultdict(float, state["sums"])
+        self._tokens, self._weight = state["tokens"], state["weight"]
+        self._since = time.perf_counter()
 
 
 def _ids(triplets: Sequence[Triplet] | Sequence[int]) -> str:

@@ -71,7 +71,7 @@ def _encoded_once(
         return {**prints, "noted": made.noted, "remarks": made.remarks}
 
     with owned(folder, wait=True):
-        facts = run_stage(path, inputs, produce)["facts"]
+        facts = run_stage(path, inputs, produce).facts
     examples = Examples(open_table(path), facts["noted"], facts["remarks"])
     # As properties they would be computed, from every token.
     examples.__dict__.update({name: facts[name] for name in ("fingerprint", "prompts_fingerprint")})

@@ -12,19 +12,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tspin import selfplay
+from tspin import iteration as steps
 from tspin.config import RunSettings, build_config
 from tspin.data.encoding import encode_dataset
 from tspin.engines.engine import Engine
 from tspin.errors import UserError
 from tspin.evaluation.suites import evaluate, load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
+from tspin.iteration import Iteration, Run
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import PROTO, SYNTHETIC
 from tspin.runs.locks import owned
 from tspin.runs.stages import atomic_path, write_text
 from tspin.runs.unfinished import Unfinished
-from tspin.selfplay import Iteration, Run
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Step:
 def sample_to_file(step: Step) -> dict[str, float]:
     """Sample one response per prompt into a Parquet file; returns response_statistics."""
     with _new_file(step.out) as target:
-        return selfplay.sample(step.run, step.policy, step.run.examples, step.seed, target)
+        return steps.sample(step.run, step.policy, step.run.examples, step.seed, target)
 
 
 def train_from_files(step: Step) -> dict[str, Any]:
@@ -108,9 +108,9 @@ def train_from_files(step: Step) -> dict[str, Any]:
                 raise UserError(f"{step.out} exists: another command has made it meanwhile; nothing is written over")
             reference = Path(folder) / "reference.parquet" if method.uses_reference else None
             if reference:
-                selfplay.score_reference(iteration, reference)
+                steps.score_reference(iteration, reference)
             with atomic_path(step.out) as target:
-                return selfplay.train(iteration, reference, target, log_folder=target, unfinished=unfinished)
+                return steps.train(iteration, reference, target, log_folder=target, unfinished=unfinished)
         finally:
             if step.out.exists() or not unfinished.steps():
                 unfinished.forget()
@@ -119,7 +119,7 @@ def train_from_files(step: Step) -> dict[str, Any]:
 def diagnose_to_file(step: Step) -> dict[str, float]:
     """Rewards and log-likelihoods of the labelled and the given responses, as a Parquet file; returns the summary."""
     with _new_file(step.out) as target:
-        return selfplay.diagnose(step.iteration(), None, step.policy, target)
+        return steps.diagnose(step.iteration(), None, step.policy, target)
 
 
 def evaluate_to_file(

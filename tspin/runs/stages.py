@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -188,6 +189,22 @@ def _set_aside(path: Path, consequence: str) -> None:
     sys.stderr.write(f"tspin: {path} is damaged (its checksum is another): kept as {aside.name}, {consequence}\n")
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage. facts: what its producer told. fingerprint: of what it was made from. seconds: it took."""
+
+    output: Path
+    fingerprint: str
+    seconds: float
+    facts: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @classmethod
+    def of(cls, output: Path, record: Mapping[str, Any]) -> "Stage":
+        """From the stage's record."""
+        return cls(output, *(record[name] for name in ("fingerprint", "seconds", "facts", "provenance")))
+
+
 def stage_record(output: Path, inputs: Any) -> dict[str, Any] | None:
     """The record of a finished stage made from exactly these inputs, else None."""
     content = _read_record(output) if output.exists() else None
@@ -226,19 +243,19 @@ def run_stage(
     *,
     beside: Sequence[str] = (),
     check: bool = True,
-) -> dict[str, Any]:
+) -> Stage:
     """Make `output` by `produce(temporary path)` unless it is there, whole, made from the same inputs.
 
     `produce` may return facts worth keeping with it (mean lengths, tokens). beside: names of further files that it
     writes into the output's folder. check: compare the checksums of an output that is there; without, those beside
     it only, and whoever reads it calls `check_stage` (for checkpoints of gigabytes, of which most are not read
-    again). Returns the stage's record: {"fingerprint", "inputs", "seconds", "facts", "files", "provenance"}.
+    again).
     """
     found = stage_record(output, inputs)
     if found is not None:
         try:
             check_stage(output, whole=check)
-            return found
+            return Stage.of(output, found)
         except DamagedStage:
             pass
     _record_path(output).unlink(missing_ok=True)
@@ -254,7 +271,7 @@ def run_stage(
         "provenance": provenance(),
     }
     _write_sealed(_record_path(output), record)
-    return record
+    return Stage.of(output, record)
 
 
 def remove_stage(output: Path) -> None:
