@@ -1,0 +1,139 @@
+"""The numbers in README files, from results/: `make readme` fills the places that are marked
+
+    <!-- fill NAME -->…<!-- end -->
+
+and a test fails when one of them is stale. A place that stands on lines of its own is filled with lines of its own.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+FILES = ("README.md", "results/benchmarks/README.md")
+PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
+VERDICTS = ("replicated", "contradicted", "inconclusive at this scale")
+
+
+def average(results: Path, method: str, iteration: int | None = None) -> str:
+    """The average of a method at an iteration with its interval, such as 40.8 [39.7, 41.9]."""
+    table = pd.read_csv(results / "pocket" / "intervals.csv", dtype={"iteration": "Int64"})
+    table = table[(table["benchmark"] == "Avg") & (table["method"] == method)]
+    row = table[table["iteration"].isna() if iteration is None else table["iteration"] == iteration].iloc[0]
+    return f"{row['mean']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+
+
+def averages(results: Path) -> str:
+    """SPIN and T-SPIN by iteration, as a table."""
+    rows = {
+        label: [average(results, method, iteration) for iteration in range(5)]
+        for label, method in (("SPIN, 1,000 labels", "spin"), ("T-SPIN, 1,000 labels", "tspin"))
+    }
+    return _table(["iteration", *map(str, range(5))], [[label, *cells] for label, cells in rows.items()])
+
+
+def verdicts(results: Path) -> str:
+    """How many of the claims have which verdict, in words."""
+    claims = pd.read_json(results / "pocket" / "claims.json")["claims"].map(lambda claim: claim["verdict"])
+    counts = [f"{(claims == verdict).sum()} {verdict}" for verdict in VERDICTS]
+    return f"{counts[0]}, {counts[1]} in at least one part, {counts[2]}"
+
+
+def misaligned_spin(results: Path) -> str:
+    """The share of SPIN's samples at iteration 1 that have the higher reward and the lower likelihood."""
+    claims = pd.read_json(results / "pocket" / "claims.json")["claims"]
+    ours = next(claim["ours"][0] for claim in claims if claim["claim"] == "C3")
+    share = re.search(r"share ([\d.]+)%", ours)
+    assert share is not None, ours
+    return f"{share[1]} %"
+
+
+def steps(results: Path, step: str, over: str = "tspin shared") -> float:
+    """Seconds of a training step of the benchmark's even mix, as a multiple of another's."""
+    table = pd.read_csv(results / "benchmarks" / "cpu" / "steps.csv")
+    seconds = table[table["mix"] == "even 1:1"].set_index("step")["seconds"]
+    return float(seconds[step] / seconds[over])
+
+
+def memory_ratio(results: Path) -> str:
+    """T-SPIN's peak memory over that of TRL's trainer."""
+    peak = pd.read_csv(results / "benchmarks" / "cpu" / "memory.csv").set_index("step")["peak_bytes"]
+    return f"{peak['tspin shared'] / peak['TRL DPO']:.2f}"
+
+
+def faults(results: Path) -> str:
+    """How many faults were injected. Raises ValueError where a number was lost: the sentence would be untrue."""
+    table = pd.read_csv(results / "faults" / "summary.csv")
+    if table["numbers_lost"].any() or (table["survived"] < table["injected"]).any():
+        raise ValueError("a fault was not survived: the README says that all were")
+    return str(table.loc[table["fault"] != "none", "injected"].sum())
+
+
+def times(results: Path) -> str:
+    """How long the README's commands take on two kinds of CPU, as a table."""
+    table = pd.read_csv(results / "benchmarks" / "times" / "times.csv")
+    kinds = {True: "bfloat16 in hardware", False: "without"}
+    rows = []
+    for command, group in table.groupby("command", sort=False):
+        seconds = group.groupby("bfloat16")["seconds"].last()
+        rows.append([f"`{command}`", *(_minutes(seconds.get(kind)) for kind in kinds)])
+    return _table(["command", *kinds.values()], rows)
+
+
+def example(results: Path) -> str:
+    """The worked example: its commands and what they printed."""
+    return f"```console\n{(results / 'example' / 'transcript.txt').read_text(encoding='utf-8').rstrip()}\n```"
+
+
+PLACES: dict[str, Callable[[Path], str]] = {
+    "times": times,
+    "base": lambda results: average(results, "base").split()[0],
+    "sft": lambda results: average(results, "sft"),
+    "averages": averages,
+    "verdicts": verdicts,
+    "misaligned_spin": misaligned_spin,
+    "example": example,
+    "step_ratio": lambda results: f"{steps(results, 'tspin shared', 'TRL DPO'):.2f}",
+    "memory_ratio": memory_ratio,
+    "over_padded": lambda results: f"{steps(results, 'tspin padded'):.2f}",
+    "over_concatenated": lambda results: f"{steps(results, 'tspin concatenated'):.1f}",
+    "over_live": lambda results: f"{steps(results, 'tspin shared', 'SPIN, live reference'):.2f}",
+    "faults": faults,
+}
+
+
+def filled(text: str, results: Path) -> str:
+    """`text` with every place filled from `results`. Raises KeyError for a place that no function fills."""
+
+    def fill(place: re.Match[str]) -> str:
+        content = PLACES[place[1]](results)
+        if place[2].startswith("\n"):
+            content = f"\n{content}\n"
+        return f"<!-- fill {place[1]} -->{content}<!-- end -->"
+
+    return PLACE.sub(fill, text)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def _minutes(seconds: float | None) -> str:
+    return "not measured" if seconds is None else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def main() -> None:
+    """Fill the places of every file below the current folder."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    arguments = parser.parse_args()
+    for name in FILES:
+        text = Path(name).read_text(encoding="utf-8")
+        Path(name).write_text(filled(text, arguments.results), encoding="utf-8")
+        print(f"filled {len(PLACE.findall(text))} places of {name}")
+
+
+if __name__ == "__main__":
+    main()
