@@ -47,7 +47,7 @@ claims: $(READY)
 
 # STUDY: a file of experiments/studies/, drawn as the figure of its name (or FIGURE).
 study: $(READY)
-	$(VENV)/bin/python experiments/study.py experiments/studies/$(STUDY).yaml
+	$(TSPIN) sweep experiments/studies/$(STUDY).yaml
 	$(TSPIN) figure $(or $(FIGURE),$(STUDY)) --preset $(PRESET)
 
 studies: $(READY)
@@ -57,7 +57,7 @@ notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab
 
 sweep: $(READY)
-	$(VENV)/bin/python experiments/sweep.py experiments/$(PRESET)/sweep.yaml
+	$(TSPIN) sweep experiments/studies/sweep.yaml
 
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python experiments/checks/benchmark/run.py

@@ -17,8 +17,10 @@ from analysis.figures import BASE_X
 from analysis.style import COLUMN_WIDTH, METHODS, RC
 from analysis.tables import grid
 from tspin.errors import UserError
+from tspin.schema import RUN, STUDY_MEASURES
 
-KEYS = {"method", "seed", "iteration", "avg", "avg_se"}
+NO_SETTINGS = {*RUN, *STUDY_MEASURES}  # every other column of a study is a setting
+NEEDED = {*RUN, "avg", "avg_se"}
 SEQUENCE = ["#440154", "#31688E", "#35B779", "#B5DE2B"]  # settings in order: dark to light, apart without colour too
 MARKERS = "osv^"
 
@@ -43,12 +45,12 @@ STUDIES = {
 
 
 def study(name: str, preset: str, results: Path = Path("results")) -> pd.DataFrame:
-    """A study's table: its settings' columns, then method, seed, iteration, avg, avg_se (percent). Raises UserError."""
+    """A study's table, as tspin.experiment.gathering writes it. Raises UserError."""
     path = results / preset / "studies" / f"{name}.csv"
     if not path.is_file():
         raise UserError(f"{path}: not run; make it with: make study STUDY={name}")
     table = pd.read_csv(path)
-    if absent := KEYS - set(table):
+    if absent := NEEDED - set(table):
         raise UserError(f"{path}: lacks the columns {', '.join(sorted(absent))}; make it with: make study STUDY={name}")
     return table
 
@@ -149,7 +151,7 @@ def by_iteration(name: str, preset: str, results: Path = Path("results")) -> Fig
 def markdown(name: str, preset: str, results: Path = Path("results")) -> str:
     """A study as Markdown: a row a method and setting, a column an iteration, mean ± half of a 95 % interval."""
     table = study(name, preset, results)
-    settings = [str(column) for column in table if column not in KEYS]
+    settings = [str(column) for column in table if column not in NO_SETTINGS]
     means = averaged(table, ["method", *settings, "iteration"])
     means["cell"] = [f"{row['avg']:.1f} ± {row['half']:.1f}" for row in load.records(means)]
     means["iteration"] = ["after" if pd.isna(t) else f"iteration {int(t)}" for t in means["iteration"]]

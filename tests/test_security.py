@@ -5,13 +5,9 @@ import pickle
 import re
 from pathlib import Path
 
-import pytest
 from test_cli import SMALL, assert_refused, call
 
 from tspin.config import Config
-from tspin.errors import UserError
-from tspin.experiment import grid as sweep
-from tspin.experiment.grid import Cell
 from tspin.experiment.preset import training_arguments
 from tspin.runs.redaction import redacted
 
@@ -98,23 +94,3 @@ def test_a_token_is_no_setting(tmp_path, model_folder, data_file):
         Config(training={"trainer": {"include_num_input_tokens_seen": "all"}}).for_method("sft"), tmp_path, seed=0
     ).include_num_input_tokens_seen
     assert not (tmp_path / "run").exists()
-
-
-def test_a_sweeps_records_have_no_secrets(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "s3cret-value-of-a-token")
-    place = f"https://me:{'hunter2-' * 2}@example.org/rows.jsonl"
-    given = (f"data.path={place}", "training.batch_size=4")
-    cell = Cell(
-        "pocket", "sft", 0, given, (), str(tmp_path / "cell"), str(tmp_path / "runs"), str(tmp_path / "results")
-    )
-    monkeypatch.setattr(sweep, "run_cell", lambda cell: None)
-    cell()
-
-    def fails(cell):
-        raise UserError(f"{place}: no such file for s3cret-value-of-a-token")
-
-    monkeypatch.setattr(sweep, "run_cell", fails)
-    with pytest.raises(UserError):
-        cell()
-    written = "".join(path.read_text() for path in (tmp_path / "cell").iterdir())
-    assert "hunter2" not in written and "s3cret" not in written and written.count("[redacted]") >= 3

@@ -178,7 +178,7 @@ def run(
 @app.command()
 @command
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML: preset, methods, seeds, grid; see experiments/slurm/")],
+    file: Annotated[Path, typer.Argument(help="YAML, or its name in experiments/studies/, whose README has all keys")],
     executor: Annotated[str, typer.Option(help="local or slurm")] = "local",
     profile: Annotated[
         Path | None, typer.Option(help="YAML: what to ask the queue for, the launcher, the offline folder")
@@ -187,13 +187,15 @@ def sweep(
     retry: Annotated[bool, typer.Option(help="run what failed again")] = False,
     wait: Annotated[bool, typer.Option(help="with slurm: until all have ended, or leave them in the queue")] = True,
     runs: Annotated[Path, typer.Option(help="checkpoints, responses, logs")] = Path("runs"),
-    results: Annotated[Path, typer.Option(help="tidy numbers, of a sweep without a grid")] = Path("results"),
+    results: Annotated[Path, typer.Option(help="tidy numbers, in PRESET/studies/")] = Path("results"),
 ) -> None:
-    """Run methods × seeds × settings, each a run in a job of its own; what is finished is not run again.
+    """Run methods × seeds × settings, each a run of its own; gather what is finished, which is not run again.
 
     Exit code 1 when some failed: why, and the last lines of their logs, are printed.
 
-    Example: tspin sweep experiments/slurm/zephyr-7b.yaml --executor slurm --profile experiments/slurm/h100.yaml
+    Example: tspin sweep experiments/studies/scale.yaml --jobs 2
+
+    Example: tspin sweep experiments/studies/zephyr-7b.yaml --executor slurm --profile experiments/slurm/h100.yaml
     """
     if executor not in ("local", "slurm"):
         raise UserError(f"--executor {executor}: local or slurm")
@@ -201,7 +203,8 @@ def sweep(
         raise UserError(f"--jobs {jobs}: at least 1")
     from rich.console import Console
 
-    from tspin.experiment.grid import load_sweep, run_sweep
+    from tspin.experiment.grid import load_sweep
+    from tspin.experiment.jobs import run_sweep
 
     loaded = load_sweep(file, profile, runs, results)
     cells = run_sweep(loaded, executor, jobs, retry, wait, Console(stderr=True).print)

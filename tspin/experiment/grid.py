@@ -1,46 +1,102 @@
-"""Sweeps: methods × seeds × settings, each cell an ordinary run in a job of its own, by submitit, here or on Slurm."""
+"""A study: a file that names methods × seeds × settings of a preset, and its cells, each a run of its own.
+
+runs/<preset>-studies/<name>/shared/        responses of the initial policy, which settings with equal decoding share
+runs/<preset>-studies/<name>/<setting>/     checkpoints, responses and logs at one setting, as `tspin run` leaves them
+runs/<preset>-studies/<name>/cells/<cell>/  finished.json or failed.json, job.json, results/
+runs/<preset>-studies/<name>/jobs/          what jobs printed
+results/<preset>/studies/<name>.csv, …      see tspin.experiment.gathering
+"""
 
 import itertools
-import logging
-import os
-import signal
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+import json
+import shlex
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from shutil import which
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from rich.table import Table
-from rich.text import Text
+from pydantic import Field, ValidationError, field_validator
+from submitit.helpers import Checkpointable
 
-from tspin.config import load_config, read_yaml, unknown
+from tspin.config import Section, explain, find_yaml, load_config, read_yaml, unknown
 from tspin.errors import UserError
+from tspin.evaluation.suites import load_suite
+from tspin.experiment.results import BASE
 from tspin.objectives import METHODS
 from tspin.runs.redaction import redacted
 from tspin.runs.signals import stopping_at_once
-from tspin.runs.stages import fingerprint, read_json, write_json
+from tspin.runs.stages import fingerprint, write_json
+from tspin.schema import RUN, STUDY_MEASURES
 
-State = Literal["finished", "running", "queued", "failed", "missing"]
-STATES: tuple[State, ...] = ("finished", "running", "queued", "failed", "missing")
-LISTS = {"methods": "[spin, tspin]", "seeds": "[0, 1]", "overrides": "[iterations=2]"}
-KEYS = {"preset", "methods", "seeds", "overrides", "grid", "runs", "prepare"}
-PROFILE_KEYS = {"launcher", "offline", "submitit"}
-WAITING = {"PENDING", "REQUEUED", "UNKNOWN"}  # as Slurm and submitit say
-POLL_SECONDS = 2.0
-LAST_LINES = 5
-NO_LIMIT_MINUTES = 60 * 24 * 365  # of a job on this machine; on Slurm the queue's own limit holds
+Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**15)]  # results keep seeds in 16 bits
+Content = TypeVar("Content", bound=Section)
+
+
+class Choice(Section):
+    """How a study chooses a setting for each method, by averages over seeds.
+
+    First the settings in `common`: the values at which the methods in `over` have the highest mean, each at its best.
+    Then the best setting of each method among those with these values.
+    """
+
+    metric: Literal["avg"] = "avg"  # over the suite's columns
+    iteration: Literal["last"] = "last"
+    common: list[str] = []  # by the last part of their keys
+    over: list[str] = []
+
+
+class Study(Section):
+    """A file of experiments/studies/, or one like it."""
+
+    preset: str
+    methods: Annotated[list[str], Field(min_length=1)]  # base is run at the first seed alone
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    overrides: list[str] = []  # key.path=value, as `tspin run --set` takes them
+    # A key of the config, or several separated by commas that change together → its values. All combinations are run.
+    grid: Grid = {}
+    grids: dict[str, Grid] = {}  # a method → its grid, in place of `grid`
+    suite: str | None = None  # in place of the preset's
+    # Whose folders runs and results are in: the study's, or those of `tspin run`, so that what the main experiment has
+    # trained is not trained again, and tables and figures draw from the results.
+    runs: Literal["study", "runs"] = "study"
+    results: Literal["study", "results"] = "study"  # of a study without a grid
+    prepare: dict[str, str] = {}  # a folder → the command, python …, that makes it where it is missing
+    choose: Choice | None = None
+    rule: str = ""  # `choose` in words, for the report
+
+    @field_validator("prepare")
+    @classmethod
+    def _python(cls, prepare: dict[str, str]) -> dict[str, str]:
+        for command in prepare.values():
+            if shlex.split(command)[:1] not in (["python"], ["python3"]):
+                raise ValueError("a command begins with python")
+        return prepare
+
+    def settings(self, method: str) -> list[dict[str, Any]]:
+        """The settings of a method's grid, each from its keys to values; an empty one without a grid."""
+        grid = self.grids.get(method, self.grid)
+        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+class Profile(Section):
+    """What cells run on: paths as `tspin run` takes them, and parameters of submitit's AutoExecutor."""
+
+    launcher: str | None = None
+    offline: str | None = None
+    submitit: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of a sweep, and a job for submitit: text only, so that what is pickled on the way names nothing else.
+class Cell(Checkpointable):
+    """A run of a study, and a job for submitit: text only, so that what is pickled on the way names nothing else.
 
-    preset, method, seed, overrides (key.path=value): as `tspin run` takes them. folder: where its state and logs are.
-    runs, results: as `tspin run` takes them. launcher, offline: paths, or None.
+    study: its file. setting: (name, value) of what its grid sets. folder: of its state. shared: see build_trainer.
+    The others are as `tspin run` takes them. Checkpointable: Slurm queues it again when its time is up or it is
+    preempted, and the same run goes on where it was.
     """
 
+    study: str
     preset: str
     method: str
     seed: int
@@ -49,109 +105,93 @@ class Cell:
     folder: str
     runs: str
     results: str
+    shared: str | None = None
     launcher: str | None = None
     offline: str | None = None
 
     def __call__(self) -> None:
-        """Run it, here. An error is written to failed.json, its good end to finished.json; a signal leaves neither."""
-        marker = Path(self.folder)
+        """Run it as a job: its stages' provenance names the command that sent it, not submitit's."""
+        sys.argv = ["tspin", "sweep", self.study]
+        self.run()
+
+    def run(self) -> None:
+        """Run it in this process. An error leaves failed.json, its good end finished.json; a signal leaves neither."""
         try:
             with stopping_at_once():  # scancel and the end of the sweep send SIGTERM
                 run_cell(self)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else repr(error)
-            write_json(marker / "failed.json", {"reason": redacted(reason)})
+            write_json(Path(self.folder, "failed.json"), {"reason": redacted(reason)})
             raise
-        (marker / "failed.json").unlink(missing_ok=True)
-        told = {name: value for name, value in asdict(self).items() if name != "overrides"}
-        write_json(marker / "finished.json", {**told, "overrides": [redacted(text) for text in self.overrides]})
-
-    def checkpoint(self) -> Any:
-        """What Slurm queues again when the job's time is up or it is preempted: the same run goes on where it was."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
+        settings = [redacted(text) for text in self.overrides]
+        note = {"preset": self.preset, "method": self.method, "seed": self.seed, "overrides": settings}
+        write_json(Path(self.folder, "finished.json"), note)
 
     @property
     def title(self) -> str:
-        return " ".join([self.method, f"seed {self.seed}", *(f"{key}={value}" for key, value in self.setting)])
+        return " ".join([self.method, f"seed {self.seed}", *(f"{name}={value}" for name, value in self.setting)])
+
+    @property
+    def results_folder(self) -> Path:
+        return Path(self.results, Path(self.preset).stem)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to a good end and its results are still there."""
+        return Path(self.folder, "finished.json").exists() and (self.results_folder / "evaluations.csv").exists()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sweep:
-    """A sweep file's cells, and how they are to be run."""
+    """A study as it was read, with its cells. folder: of runs, states and logs. target: of results, without suffix."""
 
-    name: str
+    path: Path
+    study: Study
     cells: list[Cell]
-    submitit: dict[str, Any] = field(default_factory=dict)
+    submitit: dict[str, Any]
+    folder: Path
+    target: Path
 
 
-def load_sweep(path: Path, profile: Path | None, runs: Path, results: Path) -> Sweep:
-    """Read a sweep file (preset, methods, seeds; optional overrides, grid, runs) and a profile of machines.
+def load_sweep(file: Path, profile: Path | None, runs: Path, results: Path) -> Sweep:
+    """Read a study, by its file or its name in experiments/studies, and a profile of machines.
 
-    grid: from a key of the config, or several separated by commas that change together, to values; cells are all
-    combinations. Each setting of the grid has folders of its own below `runs`/<preset>-studies/<name>/, as
-    `make study` has them; without a grid, cells are runs of the preset itself in `runs` and `results`.
-    profile: YAML with launcher (a file for `accelerate launch`), offline (a folder of `tspin fetch`) and submitit
-    (parameters of its AutoExecutor). Raises UserError for unknown keys, methods, and settings.
+    Raises UserError for unknown keys, methods, settings and suites, and for values of another type.
     """
-    sweep = _mapping(path, KEYS, required={"preset", "methods", "seeds"})
-    machines = _mapping(profile, PROFILE_KEYS, required=set()) if profile else {}
-    grid: dict[str, list[Any]] = sweep.get("grid") or {}
-    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
-        raise UserError(f"{path}: grid: a mapping is expected, in which each key has a list of values")
-    for key in ("methods", "seeds", "overrides"):
-        given = sweep.get(key, [""])
-        if not isinstance(given, list) or not all(isinstance(value, str) for value in given if key != "seeds"):
-            raise UserError(f"{path}: {key}: a list is expected, such as {LISTS[key]}")
-        if not given and key != "overrides":
-            raise UserError(f"{path}: {key} is empty")
-    if not all(isinstance(seed, int) and 0 <= seed < 2**15 for seed in sweep["seeds"]):
-        raise UserError(f"{path}: seeds: whole numbers from 0 to {2**15 - 1} are expected")
-    place = runs / f"{Path(sweep['preset']).stem}-studies" / path.stem
-    cells = []
-    for values in itertools.product(*grid.values()):
-        setting = dict(zip(grid, values, strict=True))
-        given = [*sweep.get("overrides", []), *(f"{k}={v}" for keys, v in setting.items() for k in keys.split(","))]
-        config = load_config(sweep["preset"], given)
-        if config.evaluation is None:
-            raise UserError(f"{path}: {sweep['preset']} names no evaluation suite, so its runs have no results")
-        own = place / fingerprint(setting) if setting else None
-        for method in sweep["methods"]:
-            if method != "base" and method not in METHODS:
-                raise UserError(f"{path}: {unknown('method', method, ['base', *METHODS])}")
-            for seed in sweep["seeds"][:1] if method == "base" else sweep["seeds"]:
-                own_settings = config if method == "base" else config.for_method(method)
-                identity = fingerprint(
-                    [own_settings.model_dump(mode="json"), config.evaluation.model_dump(), method, seed]
-                )
-                cells.append(
-                    Cell(
-                        preset=str(sweep["preset"]),
-                        method=method,
-                        seed=int(seed),
-                        overrides=tuple(given),
-                        setting=tuple((keys.rsplit(".", 1)[-1], str(value)) for keys, value in setting.items()),
-                        folder=str(place / "cells" / f"{method}-{seed}-{identity[:12]}"),
-                        runs=str(sweep["runs"] if "runs" in sweep else own or runs),
-                        results=str(own / "results" if own else results),
-                        launcher=machines.get("launcher"),
-                        offline=machines.get("offline"),
-                    )
-                )
-    return Sweep(path.stem, cells, dict(machines.get("submitit") or {}))
+    path = find_yaml(str(file), "experiments/studies", "study")
+    study, machines = _read(path, Study), _read(profile, Profile) if profile else Profile()
+    preset = Path(study.preset).stem
+    place = runs / f"{preset}-studies" / path.stem
 
+    def cell(method: str, setting: dict[str, Any], seed: int) -> Cell:
+        overrides = _overrides(study, setting)
+        folder = place / "cells" / f"{method}-{seed}-{_identity(study.preset, overrides, method)}"
+        return Cell(
+            study=str(path),
+            preset=study.preset,
+            method=method,
+            seed=seed,
+            overrides=overrides,
+            setting=tuple((column(keys), redacted(_text(value))) for keys, value in setting.items()),
+            folder=str(folder),
+            runs=str(runs if study.runs == "runs" else place / fingerprint(setting)),
+            results=str(results if study.results == "results" else folder / "results"),
+            shared=None if study.runs == "runs" else str(place / "shared"),
+            launcher=machines.launcher,
+            offline=machines.offline,
+        )
 
-def _mapping(path: Path, keys: set[str], required: set[str]) -> dict[str, Any]:
-    found = read_yaml(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: a mapping is expected here, this is a {type(found).__name__}")
-    for key in found:
-        if key not in keys:
-            raise UserError(f"{path}: {unknown('key', key, sorted(keys))}")
-    for key in sorted(required - found.keys()):
-        raise UserError(f"{path}: {key} is missing")
-    return found
+    try:
+        _check(study)
+        cells = [
+            cell(method, setting, seed)
+            for method in study.methods
+            for setting in study.settings(method)
+            for seed in (study.seeds[:1] if method == BASE else study.seeds)
+        ]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return Sweep(path, study, cells, machines.submitit, place, results / preset / "studies" / path.stem)
 
 
 def run_cell(cell: Cell) -> None:
@@ -170,155 +210,64 @@ def run_cell(cell: Cell) -> None:
         Path(cell.runs),
         Path(cell.results),
         launcher=Path(cell.launcher) if cell.launcher else None,
+        shared=Path(cell.shared) if cell.shared else None,
     )
 
 
-class Fleet:
-    """The jobs of a sweep's cells. executor: "local" or "slurm". jobs: at once on this machine."""
-
-    def __init__(self, sweep: Sweep, executor: str, jobs: int):
-        import submitit
-
-        # submitit names every job on the way; the table says the same in one place.
-        logging.getLogger("submitit").setLevel(logging.ERROR)
-        self.sweep, self.executor, self.limit = sweep, executor, jobs
-        self.folder = Path(sweep.cells[0].folder).parent.parent / "jobs"
-        self.jobs: dict[Cell, Any] = {}
-        self._submitit = submitit
-
-    def submit(self, cells: Sequence[Cell]) -> None:
-        """Hand cells to the executor: to Slurm all of them in an array, here while fewer than `limit` are at work."""
-        if self.executor == "local":
-            cells = cells[: max(self.limit - len(self.active()), 0)]
-        if not cells:
-            return
-        for cell in cells:
-            Path(cell.folder).mkdir(parents=True, exist_ok=True)
-            (Path(cell.folder) / "failed.json").unlink(missing_ok=True)
-        executor = self._executor()
-        if self.executor == "slurm":
-            with executor.batch():
-                jobs = [executor.submit(cell) for cell in cells]
-        else:
-            jobs = [executor.submit(cell) for cell in cells]
-        for cell, job in zip(cells, jobs, strict=True):
-            left = {"id": job.job_id, "executor": self.executor, "log": str(job.paths.stderr)}
-            write_json(Path(cell.folder) / "job.json", left)
-            self.jobs[cell] = job
-
-    def adopt(self, cells: Sequence[Cell]) -> None:
-        """Take over the jobs that an earlier command left in Slurm's queue, so that nothing is sent twice."""
-        for cell in cells:
-            left = _read(cell, "job.json")
-            if self.executor == "slurm" == left.get("executor"):
-                job: Any = self._submitit.SlurmJob(folder=self.folder, job_id=left["id"])
-                if not job.done(force_check=True):
-                    self.jobs[cell] = job
-
-    def state(self, cell: Cell) -> State:
-        folder = Path(cell.folder)
-        if (folder / "finished.json").exists():
-            return "finished"
-        job = self.jobs.get(cell)
-        if job is not None and not job.done():
-            return "queued" if job.state.upper() in WAITING else "running"
-        if (folder / "finished.json").exists():  # it ended between the two looks
-            return "finished"
-        return "failed" if job is not None or (folder / "failed.json").exists() else "missing"
-
-    def active(self) -> list[Cell]:
-        return [cell for cell in self.jobs if self.state(cell) in ("queued", "running")]
-
-    def stop(self) -> None:
-        """End the jobs on this machine."""
-        for job in self.jobs.values():
-            if not job.done():
-                os.kill(int(job.job_id), signal.SIGTERM)  # submitit's own way leaves a traceback on the terminal
-        for job in self.jobs.values():
-            with suppress(Exception):  # how it ended is in its folder
-                job.wait()
-
-    def reason(self, cell: Cell) -> str:
-        """Why a cell failed, and the last lines of its log."""
-        killed = "the job ended without a word: killed, out of time or out of memory"
-        reason = _read(cell, "failed.json").get("reason", killed)
-        log = Path(_read(cell, "job.json").get("log", "no log"))
-        if not log.is_file():
-            return str(reason)
-        lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
-        tail = [f"    {redacted(line)}" for line in lines if line.strip()][-LAST_LINES:]
-        return "\n".join([str(reason), *tail, f"    ({log})"])
-
-    def _executor(self) -> Any:
-        executor = self._submitit.AutoExecutor(folder=self.folder, cluster=self.executor)
-        if self.executor == "slurm":
-            given = {"name": f"tspin-{self.sweep.name}", **self.sweep.submitit}
-        else:  # the profile is of other machines; here every job sees every GPU
-            import torch
-
-            given = {"timeout_min": NO_LIMIT_MINUTES, "gpus_per_node": torch.cuda.device_count()}
-        try:
-            executor.update_parameters(**given)
-        except (NameError, ValueError, AssertionError, TypeError) as error:
-            raise UserError(f"submitit: {str(error).splitlines()[0]}") from error
-        return executor
+def column(keys: str) -> str:
+    """What a grid's keys are called in tables: the last part of the last one."""
+    return keys.rsplit(".", 1)[-1]
 
 
-def run_sweep(
-    sweep: Sweep, executor: str, jobs: int, retry: bool, wait: bool, show: Callable[[Any], None]
-) -> dict[str, list[Cell]]:
-    """Run what is missing of a sweep; returns its cells by state.
-
-    jobs: how many run at once on this machine. retry: run what failed again. wait: until everything has ended; without,
-    Slurm's jobs are left in the queue. show: is given a table whenever a state changes. Ctrl-C ends the jobs on this
-    machine, and leaves Slurm's: the same command finds them again.
-    """
-    if executor == "slurm" and which("srun") is None:
-        raise UserError("--executor slurm: there is no srun on this machine; call it where you would call sbatch")
-    fleet = Fleet(sweep, executor, jobs)
-    fleet.adopt([cell for cell in sweep.cells if fleet.state(cell) != "finished"])
-    again: set[State] = {"missing", "failed"} if retry else {"missing"}
-    waiting = [cell for cell in sweep.cells if cell not in fleet.jobs and fleet.state(cell) in again]
-    last: dict[State, int] = {}
+def _read(path: Path, section: type[Content]) -> Content:
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a mapping is expected here, this is a {type(content).__name__}")
     try:
-        while True:
-            fleet.submit(waiting)
-            waiting = [cell for cell in waiting if cell not in fleet.jobs]
-            states = {cell: fleet.state(cell) for cell in sweep.cells}
-            states |= {cell: "queued" for cell in waiting}
-            counts = {name: list(states.values()).count(name) for name in STATES}
-            if counts != last:
-                show(table_of(sweep, states))
-                last = counts
-            if not (waiting or fleet.active()) or not (wait or executor == "local"):
-                break
-            time.sleep(POLL_SECONDS)
-    except BaseException:
-        if executor == "local":
-            fleet.stop()
-        raise
-    for cell, state in states.items():
-        if state == "failed":
-            show(Text(f"{cell.title}: {fleet.reason(cell)}"))
-    return {name: [cell for cell, state in states.items() if state == name] for name in STATES}
+        return section.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, section)}") from error
 
 
-def _read(cell: Cell, name: str) -> dict[str, Any]:
-    """A file of the cell's folder, empty where there is none."""
-    try:
-        found: dict[str, Any] = read_json(Path(cell.folder) / name)
-    except (OSError, ValueError):
-        return {}
-    return found
+def _check(study: Study) -> None:
+    """Raise UserError for names that do not fit together."""
+    choice = study.choose or Choice()
+    known = {"methods": [BASE, *METHODS], "grids": study.methods, "choose.over": study.methods}
+    for key, names in {"methods": study.methods, "grids": study.grids, "choose.over": choice.over}.items():
+        for method in names:
+            if method not in known[key]:
+                raise UserError(f"{key}: {unknown('method', method, known[key])}")
+    if study.results == "results" and (study.grid or study.grids):
+        raise UserError("results: the settings of a grid have results of their own; leave this key out")
+    if choice.common and not choice.over:
+        raise UserError("choose.common: name the methods that decide in choose.over")
+    for method in study.methods:
+        names = [column(keys) for keys in study.settings(method)[0]]
+        for name in names:
+            if names.count(name) > 1 or name in (*RUN, *STUDY_MEASURES):
+                raise UserError(f"{method}'s grid: two columns of the results would be called {name}")
+        for name in choice.common if method in choice.over else ():
+            if name not in names:
+                raise UserError(f"choose.common: {unknown(f'setting of {method}', name, names)}")
 
 
-def table_of(sweep: Sweep, states: Mapping[Cell, State]) -> Table:
-    """How many cells of each method are in which state."""
-    table = Table(title=f"sweep {sweep.name}: {len(sweep.cells)} cells")
-    table.add_column("method")
-    for state in STATES:
-        table.add_column(state, justify="right")
-    for method in dict.fromkeys(cell.method for cell in sweep.cells):
-        own = [state for cell, state in states.items() if cell.method == method]
-        table.add_row(method, *(str(own.count(state)) for state in STATES))
-    return table
+def _overrides(study: Study, setting: dict[str, Any]) -> tuple[str, ...]:
+    suite = [f"evaluation.suite={study.suite}"] if study.suite else []
+    keyed = [f"{key}={_text(value)}" for keys, value in setting.items() for key in keys.split(",")]
+    return (*study.overrides, *suite, *keyed)
+
+
+def _text(value: Any) -> str:
+    """A YAML value as --set takes it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _identity(preset: str, overrides: tuple[str, ...], method: str) -> str:
+    """Fingerprint of what decides a method's numbers besides the seed. Raises UserError for what the config refuses."""
+    config = load_config(preset, overrides)
+    if config.evaluation is None:
+        raise UserError(f"{preset} names no evaluation suite, so its runs have no results")
+    suite = load_suite(config.evaluation.suite)
+    settings: Any = config if method == BASE else config.for_method(method)
+    parts = [part.model_dump(mode="json") for part in (settings, config.evaluation, suite)]
+    return fingerprint([*parts, suite.definition()])[:12]

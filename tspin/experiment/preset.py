@@ -28,7 +28,7 @@ from tspin.experiment.results import BASE, EXAMPLES, TEXTS, Collected, problems_
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS
 from tspin.runs.locks import owned
-from tspin.runs.stages import DamagedStage, check_stage, claim_folder, note_damage, run_stage
+from tspin.runs.stages import DamagedStage, check_stage, claim_folder, fingerprint, note_damage, run_stage
 from tspin.selfplay import IterationResult, SelfPlayTrainer
 from tspin.selfplay_config import SelfPlayConfig
 
@@ -42,11 +42,12 @@ def run_experiment(
     results: Path,
     console: Console | None = None,
     launcher: Path | None = None,
+    shared: Path | None = None,
 ) -> Path:
     """Run what is missing of `methods` × `seeds`, evaluate every checkpoint, write results/<preset>/.
 
     methods: keys of METHODS, and "base" for the initial policy as it is. launcher: a file for `accelerate launch`, to
-    train in several processes. Returns the results folder.
+    train in several processes. shared: see build_trainer. Returns the results folder.
     Raises UserError before any work for unknown methods, and for folders of another config.
     """
     for method in methods:
@@ -63,7 +64,7 @@ def run_experiment(
     quiet_libraries()
     # Everything that can be wrong with settings, model and data is found before anything is written.
     trainers = {
-        (method, seed): build_trainer(config.for_method(method), runs / preset / f"seed-{seed}", seed, launcher)
+        (method, seed): build_trainer(config.for_method(method), runs / preset / f"seed-{seed}", seed, launcher, shared)
         for seed in seeds
         for method in methods
         if method != BASE
@@ -182,12 +183,22 @@ def spread(items: Sequence[Example], count: int) -> list[Example]:
     return list(items[:: max(len(items) // count, 1)][:count])
 
 
-def build_trainer(settings: RunSettings, folder: Path, seed: int, launcher: Path | None = None) -> SelfPlayTrainer:
-    """A SelfPlayTrainer for one method's settings, in `folder`/<method>, sharing `folder`/shared."""
+def build_trainer(
+    settings: RunSettings, folder: Path, seed: int, launcher: Path | None = None, shared: Path | None = None
+) -> SelfPlayTrainer:
+    """A SelfPlayTrainer for one method's settings, in `folder`/<method>, sharing `folder`/shared with other methods.
+
+    shared: a folder for what runs of several settings share, in place of `folder`/shared.
+    """
     model, model_arguments = model_source(settings.model)
+    if shared is None:
+        shared = folder / "shared"
+    else:  # what is sampled from the initial policy is the same for settings that agree in these
+        sampled = [section.model_dump(mode="json") for section in (settings.model, settings.data, settings.sampling)]
+        shared = shared / fingerprint([*sampled, seed])
     return SelfPlayTrainer(
         model,
-        args=training_arguments(settings, folder / settings.method, seed, folder / "shared", launcher),
+        args=training_arguments(settings, folder / settings.method, seed, shared, launcher),
         train_dataset=load_dataset(settings.data),
         model_arguments=model_arguments,
     )

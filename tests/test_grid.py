@@ -1,0 +1,387 @@
+"""Studies: their files, their cells (here, in submitit's jobs, on a stand-in Slurm), what is gathered and chosen."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from analysis import studies
+from tspin.config import REPOSITORY
+from tspin.errors import UserError
+from tspin.experiment import gathering
+from tspin.experiment.grid import Cell, Choice, load_sweep
+from tspin.experiment.jobs import prepare, run_sweep
+from tspin.runs.stages import read_json
+from tspin.schema import RUN, STUDY_MEASURES
+
+TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=1", "training.batch_size=8"]
+FILES = sorted((REPOSITORY / "experiments" / "studies").glob("*.yaml"))
+
+
+def write_study(path: Path, **changes) -> Path:
+    study = {"preset": "pocket", "methods": ["sft"], "seeds": [0], "overrides": TINY, **changes}
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    return path
+
+
+def load(tmp_path: Path, profile: Path | None = None, **changes):
+    path = write_study(tmp_path / "tiny.yaml", **changes)
+    return load_sweep(path, profile, tmp_path / "runs", tmp_path / "results")
+
+
+def run(sweep, executor: str = "local", jobs: int = 1, retry: bool = False, wait: bool = True):
+    """How many cells are in which state, and all that was shown."""
+    shown: list[str] = []
+    cells = run_sweep(sweep, executor, jobs, retry, wait, lambda thing: shown.append(str(thing)))
+    return {state: len(there) for state, there in cells.items() if there}, "\n".join(shown)
+
+
+def logs(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "runs").rglob("*_log.err"))
+
+
+def test_cells_are_methods_by_settings_by_seeds(tmp_path):
+    grid = {"methods.spin.lam": [0.1, 1.0], "iterations": [2]}
+    sweep = load(tmp_path, methods=["base", "spin"], seeds=[0, 1], grid=grid)
+    bases = [f"base seed 0 lam={lam} iterations=2" for lam in (0.1, 1.0)]
+    runs = [f"spin seed {seed} lam={lam} iterations=2" for lam in (0.1, 1.0) for seed in (0, 1)]
+    assert [cell.title for cell in sweep.cells] == bases + runs
+    assert len({cell.folder for cell in sweep.cells}) == 6
+    # Another setting of the preset makes other cells; the same one, the same.
+    again, changed = (
+        load(tmp_path, overrides=[*TINY, *more]).cells[0].folder for more in ([], ["methods.sft.training.epochs=7"])
+    )
+    assert again == load(tmp_path).cells[0].folder != changed
+
+
+def test_methods_may_have_grids_of_their_own_and_keys_may_change_together(tmp_path):
+    grids = {"spin": {"methods.spin.lam,methods.tspin.alpha": [0.1, 1.0]}}
+    sweep = load(tmp_path, methods=["spin", "tspin"], grid={"data.labels": [4, None]}, grids=grids)
+    titles = ["spin seed 0 alpha=0.1", "spin seed 0 alpha=1.0", "tspin seed 0 labels=4", "tspin seed 0 labels=null"]
+    assert [cell.title for cell in sweep.cells] == titles
+    assert sweep.cells[0].overrides == (*TINY, "methods.spin.lam=0.1", "methods.tspin.alpha=0.1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": ["sft"]}, "method: unknown key 'method': did you mean 'methods'"),
+        ({"methods": ["spinn"]}, "methods: unknown method 'spinn': did you mean 'spin'"),
+        ({"methods": []}, "methods: list should have at least 1 item"),
+        ({"methods": "spin"}, "methods: input should be a valid list"),
+        ({"grid": {"iterations": 3}}, "grid.iterations: input should be a valid list"),
+        ({"grid": {"iterations": []}}, "grid.iterations: list should have at least 1 item"),
+        ({"grid": ["iterations"]}, "grid: input should be a valid dictionary"),
+        ({"grid": {"methods.sft.data.labels": [1], "data.labels": [2]}}, "two columns .* called labels"),
+        ({"grid": {"a.method": [1]}}, "called method"),
+        ({"grids": {"spin": {"iterations": [2]}}}, "grids: unknown method 'spin'"),
+        ({"seeds": 0}, "seeds: input should be a valid list"),
+        ({"seeds": [-1]}, "seeds.0: input should be greater than or equal to 0"),
+        ({"seeds": [2**15]}, "seeds.0: input should be less than 32768"),
+        ({"seeds": [True]}, "seeds.0: input should be a valid integer"),
+        ({"overrides": ["iteration=3"]}, "iteration: unknown key"),
+        ({"suite": "pockets"}, "unknown suite 'pockets'"),
+        ({"prepare": {"runs/x": "rm -r runs"}}, "prepare: value error, a command begins with python"),
+        ({"choose": {"iteration": 1}}, "choose.iteration: input should be 'last'"),
+        ({"choose": {"common": ["heat"]}}, "name the methods that decide"),
+        ({"choose": {"over": ["tspin"]}}, "choose.over: unknown method 'tspin'"),
+        ({"choose": {"common": ["heat"], "over": ["sft"]}}, "choose.common: unknown setting of sft 'heat'"),
+        ({"results": "results", "grid": {"iterations": [2]}}, "results: the settings of a grid"),
+        ({"runs": "/elsewhere"}, "runs: input should be 'study' or 'runs'"),
+    ],
+)
+def test_a_study_that_cannot_run_is_refused_before_anything_runs(changes, message, tmp_path):
+    with pytest.raises(UserError, match=f"tiny.yaml: .*{message}") as error:
+        load(tmp_path, **changes)
+    assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
+
+
+def test_a_grid_from_its_file_to_its_report(tmp_path, data_file, model_folder):
+    given = [*TINY, f"model.path={model_folder}", f"data.path={data_file}", "iterations=2"]
+    temperature = {"sampling.temperature": [1.0, 0.0]}
+    changes = {
+        "methods": ["base", "sft", "spin"],
+        "overrides": [*given, "sampling.max_new_tokens=4"],
+        "grids": {"spin": {**temperature, "methods.spin.training.learning_rate": [1e-5, 1e-3]}},
+        "choose": {"common": ["temperature"], "over": ["spin"]},
+        "rule": "The best.",
+    }
+    sweep = load(tmp_path, **changes)
+    states, shown = run(sweep)
+    assert states == {"finished": 1 + 1 + 4} and f"wrote {sweep.target}.csv" in shown
+    table = pd.read_csv(sweep.target.with_suffix(".csv"))
+    assert list(table) == ["temperature", "learning_rate", *RUN, *STUDY_MEASURES]
+    assert len(table) == 1 + 1 + 4 * 2
+    spin = table[table["method"] == "spin"]
+    assert spin[["temperature", "learning_rate", "iteration", *STUDY_MEASURES]].notna().all(axis=None)
+    assert table[table["method"] != "spin"][["temperature", "iteration", "mean_tokens"]].isna().all(axis=None)
+    # A cell is an ordinary run; its average is that of its columns.
+    cell = sweep.cells[-1]
+    scores = pd.read_csv(cell.results_folder / "evaluations.csv")
+    columns = read_json(cell.results_folder / "suite.json")["columns"]
+    last = scores[scores["iteration"] == 1].merge(pd.DataFrame(columns)[["benchmark", "metric"]])
+    assert len(last) == len(columns) and table["avg"].iloc[-1] == pytest.approx(last["value"].mean(), abs=1e-4)
+    # y0 and the first y′: once per decoding, whatever the learning rate.
+    assert len(list((sweep.folder / "shared").rglob("proto.parquet"))) == 2
+    assert not list(sweep.folder.glob("*/pocket/*/shared"))
+    record = read_json(sweep.target.with_name("tiny_provenance.json"))
+    stages = [read_json(path) for path in sweep.folder.rglob("*.stage.json")]
+    assert sum(entry["stages"] for entry in record["provenance"]) == len(stages)
+    assert record["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages), abs=1)
+    assert record["cells"] == {"finished": 6, "missing": []} and "date" in record
+    report = sweep.target.with_suffix(".md").read_text()
+    assert "Settings per method: sft 1, spin 4." in report and "The best." in report
+    assert report.count("**") >= 2 * 2 and "after the last iteration" in report
+    # Called again, nothing runs. A cell whose results are gone is missing, and the rule waits for it.
+    assert "cell 1 of" not in run(sweep)[1]
+    (cell.results_folder / "evaluations.csv").unlink()
+    done = [cell for cell in sweep.cells if cell.finished]
+    assert gathering.gather(sweep, done).endswith(f"missing: {cell.title}")
+    assert "nothing is chosen yet" in sweep.target.with_suffix(".md").read_text()
+    assert f"cell 1 of 1: {cell.title}" in run(sweep)[1]
+    assert pd.read_csv(sweep.target.with_suffix(".csv")).equals(table)
+
+
+def test_finished_cells_are_skipped_and_failed_ones_retried_on_demand(tmp_path, data_file):
+    late = tmp_path / "late.jsonl"
+    sweep = load(tmp_path, grid={"data.path": [str(data_file), str(late)]})
+    states, shown = run(sweep, jobs=2)
+    assert states == {"finished": 1, "failed": 1} and "late.jsonl: no such file" in shown and "_log.err)" in shown
+    finished = next(cell for cell in sweep.cells if cell.finished)
+    [record] = read_json(sweep.target.with_name("tiny_provenance.json"))["provenance"]
+    assert record["command"] == "tspin sweep tiny.yaml"
+    before = logs(tmp_path)
+    assert len(before) == 2 and len(pd.read_csv(finished.results_folder / "evaluations.csv")) > 0
+    # Called again: nothing runs, and the failure is told again.
+    states, shown = run(sweep, jobs=2)
+    assert states == {"finished": 1, "failed": 1} and "late.jsonl: no such file" in shown
+    # In this process too, where it leaves no log.
+    states, shown = run(sweep, retry=True)
+    assert states == {"finished": 1, "failed": 1} and "late.jsonl: no such file" in shown and "_log.err" not in shown
+    assert logs(tmp_path) == before
+    late.write_text(data_file.read_text())
+    assert run(sweep, retry=True)[0] == {"finished": 2}
+
+
+def test_an_error_that_is_nobodys_fault_is_shown_whole_and_the_next_cell_runs(tmp_path, monkeypatch):
+    sweep = load(tmp_path, seeds=[0, 1])
+    monkeypatch.setattr("tspin.experiment.grid.run_cell", lambda cell: 1 / 0)
+    states, shown = run(sweep)
+    assert states == {"failed": 2} and shown.count("Traceback") == 2 and "seed 1: division by zero" in shown
+    assert "there is nothing to gather" in shown and not sweep.target.parent.exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupted_sweep_ends_its_cells_and_goes_on(jobs, tmp_path, data_file):
+    path = write_study(tmp_path / "tiny.yaml", overrides=[*TINY, f"data.path={data_file}", "training.epochs=3"])
+    command = [sys.executable, "-c", "from tspin.cli import main; main()", "sweep", str(path), "--jobs", str(jobs)]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "runs").rglob("config.json")):  # the cell is at work
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert not list(tmp_path.rglob("f*ed.json"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results" / "pocket" / "studies" / "tiny.csv").exists()
+
+
+def test_what_is_missing_is_prepared_first_and_once(tmp_path):
+    made, half = tmp_path / "made", tmp_path / "half"
+    makes = f"python -c 'import pathlib; pathlib.Path(\"{made}\").mkdir()'"
+    prepare({str(made): makes}, print)
+    prepare({str(made): "python -c 'raise SystemExit(3)'"}, print)
+    fails = f"python -c 'import pathlib; pathlib.Path(\"{half}\").mkdir(); raise SystemExit(3)'"
+    with pytest.raises(UserError, match="prepare: .*half: its command ended with code 3: python -c"):
+        prepare({str(half): fails}, print)
+    assert made.exists() and not half.exists()
+    with pytest.raises(UserError, match="its command did not make it"):
+        run(load(tmp_path, prepare={str(half): "python -c pass"}))
+
+
+def test_a_cells_records_have_no_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "s3cret-value-of-a-token")
+    place = f"https://me:{'hunter2-' * 2}@example.org/rows.jsonl"
+    given = (f"data.path={place}", "training.batch_size=4")
+    folders = (str(tmp_path / name) for name in ("cell", "runs", "results"))
+    cell = Cell("study.yaml", "pocket", "sft", 0, given, (), *folders)
+    monkeypatch.setattr("tspin.experiment.grid.run_cell", lambda cell: None)
+    cell.run()
+
+    def fails(cell):
+        raise UserError(f"{place}: no such file for s3cret-value-of-a-token")
+
+    monkeypatch.setattr("tspin.experiment.grid.run_cell", fails)
+    with pytest.raises(UserError):
+        cell.run()
+    written = "".join(path.read_text() for path in (tmp_path / "cell").iterdir())
+    assert "hunter2" not in written and "s3cret" not in written and written.count("[redacted]") >= 3
+
+
+SWEPT = {  # (method, temperature, rate): averages after iterations 0 and 1
+    ("spin", 1.0, 0.1): (30, 33),
+    ("spin", 1.0, 0.3): (50, 39),  # best for SPIN, and the best of all after iteration 0
+    ("spin", 0.0, 0.1): (30, 36),
+    ("spin", 0.0, 0.3): (30, 31),
+    ("tspin", 1.0, 0.1): (30, 38),
+    ("tspin", 1.0, 0.3): (30, 38),
+    ("tspin", 0.0, 0.1): (30, 40),  # best for T-SPIN, but the means of the best are 38.5 and 38
+    ("tspin", 0.0, 0.3): (30, 20),
+    ("dpo", 1.0, 0.1): (30, 20),  # does not decide, and takes the common temperature
+    ("dpo", 0.0, 0.1): (30, 60),
+    ("sft", None, 0.1): (None, 45),
+    ("sft", None, 0.3): (None, 44),
+}
+
+
+def swept() -> pd.DataFrame:
+    rows = [
+        {"temperature": t, "rate": r, "method": m, "seed": seed, "iteration": i, "avg": avg + seed, "avg_se": 1.0}
+        for (m, t, r), averages in SWEPT.items()
+        for i, avg in enumerate(averages)
+        for seed in (0, 1)
+        if avg is not None
+    ]
+    table = pd.DataFrame(rows).astype({"iteration": "Int64"})
+    table.loc[table["method"] == "sft", "iteration"] = pd.NA
+    return table
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (
+            {"common": ["temperature"], "over": ["spin", "tspin"]},
+            [("spin", 1.0, 0.3), ("tspin", 1.0, 0.1), ("tspin", 1.0, 0.3), ("dpo", 1.0, 0.1), ("sft", None, 0.1)],
+        ),
+        ({}, [("spin", 1.0, 0.3), ("tspin", 0.0, 0.1), ("dpo", 0.0, 0.1), ("sft", None, 0.1)]),
+        (
+            {"common": ["temperature", "rate"], "over": ["spin"]},
+            [("spin", 1.0, 0.3), ("tspin", 1.0, 0.3), ("sft", None, 0.3)],
+        ),
+    ],
+)
+def test_the_rule_of_choice(choice, expected):
+    scores = gathering.scores_of(swept(), ["temperature", "rate"])
+    marked = scores[gathering.chosen(scores, Choice(**choice))]
+    found = [tuple(row) for row in marked[["method", "temperature", "rate"]].astype(object).to_numpy()]
+    assert [(m, None if pd.isna(t) else t, r) for m, t, r in found] == expected
+    assert scores["path"].iloc[0] == "30.5 → 33.5"
+
+
+def test_the_pocket_sweeps_rule_chooses_what_the_preset_has():
+    old = pd.read_csv(REPOSITORY / "results" / "pocket" / "studies" / "sweep.csv")
+    if "avg" not in old:  # as the evidence of 2026-11 has it
+        old = old.rename(columns={"validation_avg": "avg", "stderr": "avg_se"}).assign(seed=1000)
+        old["temperature"] = old["temperature"].where(old["method"] != "sft")
+        old["epochs"] = old["epochs"].where(old["method"] == "sft")
+    choice = load_sweep(Path("sweep"), None, Path("runs"), Path("results")).study.choose
+    assert choice is not None
+    scores = gathering.scores_of(old, ["temperature", "learning_rate", "epochs"])
+    marked = scores[gathering.chosen(scores, choice)].set_index("method")
+    assert marked["learning_rate"]["spin"] == marked["learning_rate"]["tspin"] == 3e-5
+    assert marked["temperature"]["spin"] == marked["temperature"]["tspin"] == 1.0
+    assert 3e-4 in set(marked["learning_rate"]["sft"]) and set(marked["epochs"]["sft"]) == {2.0}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_committed_study_is_whole(path):
+    """Loading one checks every setting against the config, and its suite."""
+    sweep = load_sweep(path, None, Path("runs"), Path("results"))
+    counts = {method: len(sweep.study.settings(method)) for method in sweep.study.methods}
+    assert sweep.study.choose is None or len(set(counts.values())) == 1  # the same budget for every method
+
+
+def test_studies_are_drawn():
+    drawn = {name for name, _ in studies.FIGURES.values()}
+    assert {path.stem for path in FILES} == drawn | {"sweep", "zephyr-7b"}
+
+
+# What Slurm's commands do for one machine: a job is a process, its state is in a file.
+FAKE = {
+    "sbatch": """#!/bin/bash
+echo $(( $(cat $QUEUE/count 2>/dev/null || echo 100) + 1 )) > $QUEUE/count
+id=$(cat $QUEUE/count)
+cp "${@: -1}" $QUEUE/$id.sh
+echo PENDING > $QUEUE/$id.state
+( while [ -e $QUEUE/closed ]; do sleep 0.1; done
+  echo RUNNING > $QUEUE/$id.state
+  export SLURM_JOB_ID=$id SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+  export SLURM_JOB_NODELIST=here
+  if bash $QUEUE/$id.sh; then echo COMPLETED; else echo FAILED; fi > $QUEUE/$id.state ) >$QUEUE/$id.out 2>&1 &
+echo "Submitted batch job $id"
+""",
+    "srun": """#!/bin/bash
+while [[ $1 == -* ]]; do
+  case $1 in --output|--error) name=${1#--}; declare $name="$2"; shift;; esac
+  shift
+done
+output=${output//%j/$SLURM_JOB_ID}; error=${error//%j/$SLURM_JOB_ID}
+exec "$@" >${output//%t/0} 2>${error//%t/0}
+""",
+    "sacct": """#!/bin/bash
+echo "JobID|State|NodeList"
+for state in $QUEUE/*.state; do echo "$(basename $state .state)|$(cat $state)|here"; done
+""",
+    "scontrol": "#!/bin/bash\necho here\n",
+    "scancel": "#!/bin/bash\n",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    tools, queue = tmp_path / "tools", tmp_path / "queue"
+    tools.mkdir()
+    queue.mkdir()
+    for name, text in FAKE.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("QUEUE", str(queue))
+    return queue
+
+
+def test_slurm_runs_what_is_missing_and_nothing_twice(slurm, tmp_path, data_file):
+    profile = tmp_path / "machines.yaml"
+    profile.write_text(yaml.safe_dump({"submitit": {"slurm_partition": "gpu", "timeout_min": 90, "mem_gb": 8}}))
+    sweep = load(tmp_path, profile, overrides=[*TINY, f"data.path={data_file}"])
+    (slurm / "closed").touch()
+    assert run(sweep, "slurm", wait=False)[0] == {"queued": 1}
+    script = (slurm / "101.sh").read_text()
+    assert "#SBATCH --partition=gpu" in script and "#SBATCH --mem=8GB" in script and "#SBATCH --time=90" in script
+    # The same command while it waits, and until it has ended: the one job.
+    assert run(sweep, "slurm", wait=False)[0] == {"queued": 1}
+    (slurm / "closed").unlink()
+    assert run(sweep, "slurm")[0] == {"finished": 1}
+    assert [path.name for path in slurm.glob("*.sh")] == ["101.sh"]
+    assert json.loads(next((tmp_path / "runs").rglob("finished.json")).read_text())["method"] == "sft"
+
+
+def test_without_slurm_the_command_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no srun on this machine"):
+        run(load(tmp_path), "slurm")
+
+
+def test_the_profile_is_checked(tmp_path):
+    profile = tmp_path / "machines.yaml"
+    profile.write_text("gpus: 8\n")
+    with pytest.raises(UserError, match="unknown key"):
+        load(tmp_path, profile)
+
+
+def test_the_committed_sweep_is_the_papers_table():
+    profile = REPOSITORY / "experiments" / "slurm" / "h100.yaml"
+    sweep = load_sweep(Path("zephyr-7b"), profile, Path("my-runs"), Path("my-results"))
+    assert len(sweep.cells) == 1 + 3 * 3
+    assert {(cell.runs, cell.results, cell.shared) for cell in sweep.cells} == {("my-runs", "my-results", None)}
+    assert (REPOSITORY / str(sweep.cells[0].launcher)).exists()

@@ -1,0 +1,206 @@
+"""`tspin sweep`: the missing cells of a study, in this process, in jobs beside it, or on Slurm, both by submitit."""
+
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import submitit
+from rich.table import Table
+from rich.text import Text
+
+from tspin.errors import UserError
+from tspin.experiment.gathering import gather
+from tspin.experiment.grid import Cell, Sweep
+from tspin.runs.redaction import redacted
+from tspin.runs.stages import read_json, write_json
+
+State = Literal["finished", "running", "queued", "failed", "missing"]
+STATES: tuple[State, ...] = ("finished", "running", "queued", "failed", "missing")
+WAITING = {"PENDING", "REQUEUED", "UNKNOWN"}  # as Slurm and submitit say
+POLL_SECONDS = 2.0
+LAST_LINES = 5
+NO_LIMIT_MINUTES = 60 * 24 * 365  # of a job on this machine; on Slurm the queue's own limit holds
+Show = Callable[[Any], None]
+
+
+def run_sweep(sweep: Sweep, executor: str, jobs: int, retry: bool, wait: bool, show: Show) -> dict[State, list[Cell]]:
+    """Run what is missing of a study, gather what is finished; returns the cells by state.
+
+    executor: "local" or "slurm". jobs: how many run at once on this machine; a single one runs in this process.
+    retry: run what failed again. wait: until everything has ended; without, Slurm's jobs are left in the queue.
+    show: prints tables and lines as things happen.
+    Ctrl-C ends the jobs on this machine, and leaves Slurm's: the same command takes them over.
+    """
+    if executor == "slurm" and shutil.which("srun") is None:
+        raise UserError("--executor slurm: there is no srun on this machine; call it where you would call sbatch")
+    prepare(sweep.study.prepare, show)
+    fleet = Fleet(sweep, executor, jobs)
+    again = ("missing", "failed") if retry else ("missing",)
+    waiting = [cell for cell in sweep.cells if fleet.state(cell) in again]
+    for cell in waiting:
+        for left in ("failed.json", "job.json"):
+            Path(cell.folder, left).unlink(missing_ok=True)
+    if executor == "local" and jobs == 1:
+        run_here(waiting, show)
+    else:
+        fleet.run(waiting, wait, show)
+    states = {cell: fleet.state(cell) for cell in sweep.cells}
+    show(table_of(sweep, states))
+    by_state = {name: [cell for cell, state in states.items() if state == name] for name in STATES}
+    for cell in by_state["failed"]:
+        show(Text(f"{cell.title}: {reason(cell)}"))
+    show(Text(gather(sweep, by_state["finished"])))
+    return by_state
+
+
+def prepare(commands: Mapping[str, str], show: Show) -> None:
+    """Run the commands that make folders which are missing, with this Python.
+
+    Raises UserError where one fails; what it left of its folder by then is removed.
+    """
+    for folder, command in commands.items():
+        if Path(folder).exists():
+            continue
+        show(Text(f"making {folder}: {command}"))
+        try:
+            code = subprocess.run([sys.executable, *shlex.split(command)[1:]]).returncode
+            if code or not Path(folder).exists():
+                how = f"ended with code {code}" if code else "did not make it"
+                raise UserError(f"prepare: {folder}: its command {how}: {command}")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def run_here(cells: Sequence[Cell], show: Show) -> None:
+    """Run cells one after another in this process; when one fails, the next one runs all the same."""
+    for number, cell in enumerate(cells, start=1):
+        show(Text(f"cell {number} of {len(cells)}: {cell.title}", style="bold"))
+        try:
+            cell.run()
+        except UserError:
+            continue  # failed.json has its line
+        except Exception:
+            show(Text(redacted(traceback.format_exc())))
+
+
+class Fleet:
+    """The jobs of a study's cells. executor: "local" or "slurm". limit: of jobs at once on this machine."""
+
+    def __init__(self, sweep: Sweep, executor: str, limit: int):
+        # submitit names every job on the way; the table says the same in one place.
+        logging.getLogger("submitit").setLevel(logging.ERROR)
+        self.sweep, self.executor, self.limit = sweep, executor, limit
+        self.folder = sweep.folder / "jobs"
+        self.jobs: dict[Cell, Any] = {}
+        for cell in sweep.cells if executor == "slurm" else ():
+            left = _read(cell, "job.json")  # by an earlier command, in the queue still: nothing is sent twice
+            if left.get("executor") == "slurm" and not cell.finished:
+                job: Any = submitit.SlurmJob(folder=self.folder, job_id=left["id"])
+                if not job.done(force_check=True):
+                    self.jobs[cell] = job
+
+    def run(self, waiting: Sequence[Cell], wait: bool, show: Show) -> None:
+        """Submit cells and follow all jobs until they have ended or, without `wait`, are in Slurm's queue."""
+        shown: dict[Cell, State] = {}
+        try:
+            while True:
+                self.submit(waiting)
+                waiting = [cell for cell in waiting if cell not in self.jobs]
+                states = {cell: self.state(cell) for cell in self.sweep.cells} | dict.fromkeys(waiting, "queued")
+                if not self.active() or not (wait or self.executor == "local"):
+                    return
+                if states != shown:
+                    show(table_of(self.sweep, states))
+                    shown = states
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            if self.executor == "local":
+                self.stop()
+            raise
+
+    def submit(self, cells: Sequence[Cell]) -> None:
+        """Hand cells to the executor: to Slurm all of them in an array, here while fewer than `limit` are at work."""
+        if self.executor == "local":
+            cells = cells[: self.limit - len(self.active())]
+        if not cells:
+            return
+        executor = self._executor()
+        with executor.batch():
+            jobs = [executor.submit(cell) for cell in cells]
+        for cell, job in zip(cells, jobs, strict=True):
+            note = {"id": job.job_id, "executor": self.executor, "log": str(job.paths.stderr)}
+            write_json(Path(cell.folder, "job.json"), note)
+            self.jobs[cell] = job
+
+    def _executor(self) -> Any:
+        import torch
+
+        executor = submitit.AutoExecutor(folder=self.folder, cluster=self.executor)
+        if self.executor == "slurm":
+            parameters = {"name": f"tspin-{self.sweep.path.stem}", **self.sweep.submitit}
+        else:  # the profile is of other machines; here every job sees every GPU
+            parameters = {"timeout_min": NO_LIMIT_MINUTES, "gpus_per_node": torch.cuda.device_count()}
+        try:
+            executor.update_parameters(**parameters)
+        except (NameError, ValueError, AssertionError, TypeError) as error:
+            raise UserError(f"submitit: {str(error).splitlines()[0]}") from error
+        return executor
+
+    def state(self, cell: Cell) -> State:
+        job = self.jobs.get(cell)
+        # Before the files, which it may write between two looks.
+        active = "" if job is None or job.done() else job.state.upper()
+        if cell.finished:
+            return "finished"
+        if active:
+            return "queued" if active in WAITING else "running"
+        return "failed" if job is not None or Path(cell.folder, "failed.json").exists() else "missing"
+
+    def active(self) -> list[Cell]:
+        return [cell for cell, job in self.jobs.items() if not job.done()]
+
+    def stop(self) -> None:
+        """End the jobs on this machine."""
+        for cell in self.active():
+            os.kill(int(self.jobs[cell].job_id), signal.SIGTERM)  # submitit's own way leaves a traceback here
+        for job in self.jobs.values():
+            with suppress(Exception):  # how it ended is in its folder
+                job.wait()
+
+
+def reason(cell: Cell) -> str:
+    """Why a cell failed, and the last lines of its job's log."""
+    killed = "the job ended without a word: killed, out of time or out of memory"
+    line = str(_read(cell, "failed.json").get("reason", killed))
+    log = Path(_read(cell, "job.json").get("log", "no log"))
+    if not log.is_file():
+        return line
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+    last = [f"    {redacted(line)}" for line in lines if line.strip()][-LAST_LINES:]
+    return "\n".join([line, *last, f"    ({log})"])
+
+
+def _read(cell: Cell, name: str) -> dict[str, Any]:
+    """A file of the cell's folder, empty where there is none."""
+    path = Path(cell.folder, name)
+    return read_json(path) if path.exists() else {}
+
+
+def table_of(sweep: Sweep, states: Mapping[Cell, State]) -> Table:
+    """How many cells of each method are in which state."""
+    table = Table("method", *STATES, title=f"{sweep.path.stem}: {len(sweep.cells)} cells")
+    for method in sweep.study.methods:
+        of_method = [state for cell, state in states.items() if cell.method == method]
+        table.add_row(method, *(str(of_method.count(state)) for state in STATES))
+    return table
