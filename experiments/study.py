@@ -22,7 +22,8 @@ import yaml
 from tspin.config import load_config
 from tspin.evaluation.suites import load_suite, tabulated
 from tspin.experiment.preset import run_experiment
-from tspin.runs.stages import fingerprint, provenance, write_json, write_text
+from tspin.runs.files import fingerprint, write_json, write_text
+from tspin.runs.provenance import provenance
 
 
 def main() -> None:

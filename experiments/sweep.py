@@ -18,7 +18,7 @@ from rich.console import Console
 from tspin.config import load_config
 from tspin.evaluation.suites import load_suite, tabulated
 from tspin.experiment.preset import build_trainer, evaluate_checkpoint, model_source, quiet_libraries
-from tspin.runs.stages import fingerprint, read_json, write_json, write_text
+from tspin.runs.files import fingerprint, read_json, write_json, write_text
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tspin import cli
+from tspin.runs.claims import claim_folder
 from tspin.trainer import TripletTrainer
 
 SMALL = [
@@ -115,8 +116,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, model_folder, dat
 
 def test_results_of_another_config_are_refused(tmp_path):
     folder = tmp_path / "results" / "pocket"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"config": {"iterations": 3}}')
+    claim_folder(folder, {"config": {"iterations": 3}})
     places = ["--runs", tmp_path / "runs", "--results", tmp_path / "results"]
     assert_refused(call("run", "--preset", "pocket", *places), "holds a result of another config", "choose another")
     assert [path.name for path in folder.iterdir()] == ["config.json"] and not (tmp_path / "runs").exists()

@@ -47,17 +47,10 @@ from tspin.errors import UserError
 from tspin.guards import measure, warnings
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
+from tspin.runs.claims import claim_folder
+from tspin.runs.files import atomic_path, folder_fingerprint, write_json
 from tspin.runs.locks import owned
-from tspin.runs.stages import (
-    DamagedStage,
-    atomic_path,
-    check_stage,
-    claim_folder,
-    folder_fingerprint,
-    note_damage,
-    run_stage,
-    write_json,
-)
+from tspin.runs.stages import DamagedStage, check_stage, note_damage, run_stage
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import Triplet, make_triplets
 

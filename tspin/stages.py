@@ -27,8 +27,8 @@ from tspin.evaluation.suites import evaluate, load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC
+from tspin.runs.files import atomic_path, sha256, write_text
 from tspin.runs.locks import owned
-from tspin.runs.stages import atomic_path, sha256, write_text
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import make_triplets
 

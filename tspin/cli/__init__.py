@@ -436,7 +436,7 @@ def plan_command(
     from tspin import config
     from tspin.experiment import preset as experiment
     from tspin.planning import plan
-    from tspin.runs.stages import write_json
+    from tspin.runs.files import write_json
 
     experiment.quiet_libraries()
     loaded = config.load_config(preset, settings or [])

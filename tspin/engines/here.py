@@ -34,17 +34,10 @@ from tspin.devices import peak_bytes, reset_peak
 from tspin.errors import UserError
 from tspin.models import tokenizer_fingerprint
 from tspin.objectives import METHODS
+from tspin.runs.files import atomic_path, fingerprint
 from tspin.runs.locks import owned
 from tspin.runs.signals import Asked, Stopped, stopping_when_asked
-from tspin.runs.stages import (
-    DamagedStage,
-    atomic_path,
-    check_stage,
-    fingerprint,
-    remove_stage,
-    run_stage,
-    stage_record,
-)
+from tspin.runs.stages import DamagedStage, check_stage, remove_stage, run_stage, stage_record
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import AtTrainBegin, TripletTrainer
 from tspin.triplet_logps import compute_logps

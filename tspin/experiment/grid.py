@@ -18,9 +18,9 @@ from rich.text import Text
 from tspin.config import load_config, read_yaml, unknown
 from tspin.errors import UserError
 from tspin.objectives import METHODS
+from tspin.runs.files import fingerprint, read_json, write_json
 from tspin.runs.redaction import redacted
 from tspin.runs.signals import stopping_at_once
-from tspin.runs.stages import fingerprint, read_json, write_json
 
 State = Literal["finished", "running", "queued", "failed", "missing"]
 STATES: tuple[State, ...] = ("finished", "running", "queued", "failed", "missing")

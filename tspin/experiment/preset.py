@@ -27,8 +27,9 @@ from tspin.evaluation.suites import Suite, evaluate, load_suite
 from tspin.experiment.results import BASE, EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS
+from tspin.runs.claims import claim_folder
 from tspin.runs.locks import owned
-from tspin.runs.stages import DamagedStage, check_stage, claim_folder, note_damage, run_stage
+from tspin.runs.stages import DamagedStage, check_stage, note_damage, run_stage
 from tspin.selfplay import IterationResult, SelfPlayTrainer
 from tspin.selfplay_config import SelfPlayConfig
 
@@ -70,7 +71,7 @@ def run_experiment(
     }
     policy = policy_fingerprint(model_source(config.model)[0])
     target = results / preset
-    claim_folder(target, results_config(config, suite, policy), what="result", upgrade=upgraded)
+    claim_folder(target, results_config(config, suite, policy), what="result")
     read_results(target)
     with ExitStack() as locks:
         for trainer in trainers.values():
@@ -344,15 +345,6 @@ def results_config_tree(config: Config) -> dict[str, Any]:
         mode="json",
         exclude={"iterations": True, "training": {"micro_batch_tokens", "checkpoint_steps"}, "engine": True},
     )
-
-
-def upgraded(found: Any) -> Any:
-    """A results_config as this version writes it: settings that came later have their defaults."""
-    try:
-        config, suite = Config.model_validate(found["config"]), Suite.model_validate(found["suite"])
-    except (KeyError, TypeError, ValueError):
-        return found  # of no version that this one knows: the comparison says what differs
-    return {**found, "config": results_config_tree(config), "suite": suite.model_dump(mode="json")}
 
 
 def describe(result: IterationResult) -> str:

@@ -25,7 +25,8 @@ from details import head_rows, profile_rows, sampling_rows  # noqa: E402
 from workload import MIXES, SHAPES, build, flops, triplets  # noqa: E402
 
 from tspin.experiment.preset import quiet_libraries  # noqa: E402
-from tspin.runs.stages import provenance, write_json, write_text  # noqa: E402
+from tspin.runs.files import write_json, write_text  # noqa: E402
+from tspin.runs.provenance import provenance  # noqa: E402
 
 TOKENS = 128  # of a prompt with its response, in the mean
 BATCH, MEMORY_BATCH, ROUNDS = 8, 16, 2

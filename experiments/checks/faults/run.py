@@ -23,7 +23,8 @@ from campaign import PARTS, Campaign  # noqa: E402
 from workshop import forked, in_child  # noqa: E402
 
 from tspin import experiment  # noqa: E402
-from tspin.runs.stages import provenance, write_json, write_text  # noqa: E402
+from tspin.runs.files import write_json, write_text  # noqa: E402
+from tspin.runs.provenance import provenance  # noqa: E402
 
 
 def run(folder: Path, short: bool = False, only: list[str] | None = None, jobs: int = 2) -> pd.DataFrame:
