@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tspin.config import load_config
 from tspin.evaluation.suites import load_suite, tabulated
-from tspin.experiment.preset import build_trainer, evaluate_checkpoint, model_source, quiet_libraries
+from tspin.experiment.preset import build_trainer, evaluate_checkpoint, model_source
 from tspin.runs.files import fingerprint, read_json, write_json, write_text
 
 
@@ -28,7 +28,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     arguments = parser.parse_args()
     sweep = yaml.safe_load(arguments.sweep.read_text())
-    quiet_libraries()
     console = Console(stderr=True)
     rows = []
     settings = [

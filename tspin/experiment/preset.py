@@ -7,7 +7,6 @@ runs/<preset>/seed-<s>/<method>/iteration-<t>/      synthetic.parquet, model/, s
 results/<preset>/                                   see tspin.experiment.results
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -61,7 +60,6 @@ def run_experiment(
         require_vllm("evaluation.backend", Engine(**config.engine.model_dump()), evaluates=True)
     report = (console or Console(stderr=True)).print
     suite = load_suite(config.evaluation.suite)
-    quiet_libraries()
     # Everything that can be wrong with settings, model and data is found before anything is written.
     trainers = {
         (method, seed): build_trainer(config.for_method(method), runs / preset / f"seed-{seed}", seed, launcher)
@@ -357,15 +355,3 @@ def describe(result: IterationResult) -> str:
             f"{synthetic['duplicate_share']:.0%} duplicates, {synthetic['equal_to_labelled_share']:.0%} equal to y"
         )
     return line
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to the progress bars: libraries say only what is wrong."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in ("httpx", "huggingface_hub", "lm_eval", "absl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
