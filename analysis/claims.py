@@ -16,7 +16,7 @@ import pandas as pd
 from analysis import reading as load
 from analysis.intervals import Estimate, estimate, of_seeds
 from analysis.scores import Comparison, Policy, Scores, scores_of
-from tspin.runs.stages import read_json
+from tspin.runs.files import read_json
 
 Verdict = Literal["replicated", "contradicted", "inconclusive at this scale"]
 REPLICATED: Verdict = "replicated"

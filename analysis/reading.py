@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from tspin.errors import UserError
-from tspin.runs.stages import atomic_path
+from tspin.runs.files import atomic_path
 
 PAPER = Path(__file__).parent / "paper"
 KEY = ["method", "seed", "iteration", "benchmark", "metric"]

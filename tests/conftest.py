@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tspin.cli.guard import quiet_libraries
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+quiet_libraries()
 
 
 @pytest.fixture(scope="session")

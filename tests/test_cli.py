@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tspin import cli
+from tspin.cli.guard import one_line_errors
+from tspin.runs.claims import claim_folder
 from tspin.trainer import TripletTrainer
 
 SMALL = [
@@ -115,8 +117,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, model_folder, dat
 
 def test_results_of_another_config_are_refused(tmp_path):
     folder = tmp_path / "results" / "pocket"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"config": {"iterations": 3}}')
+    claim_folder(folder, {"config": {"iterations": 3}})
     places = ["--runs", tmp_path / "runs", "--results", tmp_path / "results"]
     assert_refused(call("run", "--preset", "pocket", *places), "holds a result of another config", "choose another")
     assert [path.name for path in folder.iterdir()] == ["config.json"] and not (tmp_path / "runs").exists()
@@ -191,10 +192,20 @@ def test_the_installed_command_exits_with_2(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("tspin: unknown preset") and done.stderr.count("\n") == 1
 
 
-def test_errors_of_ours_are_not_swallowed_elsewhere():
-    @cli.command
-    def broken():
+def test_errors_of_ours_are_not_swallowed():
+    with pytest.raises(ValueError), one_line_errors():
         raise ValueError("a bug")
 
-    with pytest.raises(ValueError):
-        broken()
+
+def test_help_and_mistakes_in_options_do_not_wait_for_torch():
+    script = """
+import sys
+from typer.testing import CliRunner
+from tspin.cli import app
+for arguments in (["--help"], ["run", "--help"], ["table", "--help"], ["run"], ["evaluate", "--seeds", "x"]):
+    CliRunner().invoke(app, arguments)
+heavy = {"torch", "transformers", "datasets", "pandas", "matplotlib"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,15 +1,10 @@
 """The config tree: presets load, mistakes are named."""
 
-import json
-
 import pytest
 
 from tspin.config import REPOSITORY, build_config, load_config
 from tspin.errors import UserError
 from tspin.evaluation.suites import load_suite
-from tspin.experiment.preset import results_config, upgraded
-from tspin.models import POCKET_MODEL, policy_fingerprint
-from tspin.runs.stages import read_json
 
 
 def test_presets_load():
@@ -57,28 +52,6 @@ def test_unknown_presets_and_broken_files(tmp_path):
     broken.write_text("- 1")
     with pytest.raises(UserError, match="a config is a mapping"):
         load_config(str(broken))
-
-
-def test_results_of_an_earlier_version_are_known():
-    """A setting that came later had its default then; a setting that was another stays another."""
-    config, suite = load_config("pocket"), load_suite("pocket")
-    now = json.loads(json.dumps(results_config(config, suite, "p"), default=str))
-    earlier = json.loads(json.dumps(now))
-    del earlier["config"]["sampling"]["backend"], earlier["config"]["training"]["lora"]
-    for column in earlier["suite"]["columns"]:
-        del column["limit"]
-    assert upgraded(earlier) == now
-    earlier["config"]["sampling"]["temperature"] = 0.5
-    assert upgraded(earlier)["config"] != now["config"]
-    assert upgraded({"config": {"no such section": 1}}) == {"config": {"no such section": 1}}
-
-
-def test_the_committed_results_can_be_added_to():
-    """In a fresh clone `make reproduce-table1` puts its rows beside the committed ones: no setting stands between."""
-    found = upgraded(read_json(REPOSITORY / "results" / "pocket" / "config.json"))
-    policy = policy_fingerprint(str(POCKET_MODEL))
-    wanted = results_config(load_config("pocket"), load_suite("pocket"), policy)
-    assert found == json.loads(json.dumps(wanted, default=str))
 
 
 @pytest.mark.parametrize("name", ["zephyr-7b", "mistral-7b"])

@@ -18,7 +18,7 @@ from tspin.errors import UserError
 from tspin.experiment import gathering
 from tspin.experiment.grid import Cell, Choice, load_sweep
 from tspin.experiment.jobs import prepare, run_sweep
-from tspin.runs.stages import read_json
+from tspin.runs.files import read_json
 from tspin.schema import RUN, STUDY_MEASURES
 
 TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=1", "training.batch_size=8"]

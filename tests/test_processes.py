@@ -19,7 +19,7 @@ from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin.config import REPOSITORY
 from tspin.engines.launch import check_launcher, read_triplets, write_triplets
 from tspin.errors import UserError
-from tspin.runs.stages import folder_fingerprint
+from tspin.runs.files import folder_fingerprint
 
 FILES = REPOSITORY / "experiments" / "accelerate"
 # float32 in both; only the order of additions differs, and RMSProp divides small gradients by their own size.

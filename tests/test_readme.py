@@ -7,7 +7,13 @@ import pytest
 from tspin_analysis.readme import FILES, filled
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "experiments/README.md", "results/README.md", "results/benchmarks/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "experiments/README.md",
+    "results/README.md",
+    "results/benchmarks/README.md",
+]
 
 
 @pytest.mark.parametrize("name", FILES)

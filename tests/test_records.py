@@ -12,7 +12,7 @@ from tspin.data import templates as data
 from tspin.data.tables import RESPONSE_SCHEMA, Responses, TableWriter, View
 from tspin.errors import UserError
 from tspin.experiment.preset import load_dataset
-from tspin.runs.stages import fingerprint, fingerprint_of
+from tspin.runs.files import fingerprint, fingerprint_of
 
 
 @pytest.fixture

@@ -2,25 +2,21 @@
 
 import errno
 import fcntl
+import os
+import signal
+import socket
 import subprocess
 import sys
+from threading import Timer
 
 import pytest
 
 from tspin.errors import UserError
+from tspin.runs.claims import claim_folder
+from tspin.runs.files import HOST, atomic_path, fingerprint, read_json
 from tspin.runs.locks import owned
-from tspin.runs.stages import (
-    HOST,
-    DamagedStage,
-    atomic_path,
-    check_stage,
-    claim_folder,
-    fingerprint,
-    provenance,
-    read_json,
-    run_stage,
-    stage_record,
-)
+from tspin.runs.provenance import provenance
+from tspin.runs.stages import DamagedStage, check_stage, run_stage, stage_record
 
 
 def produce(text):
@@ -111,6 +107,15 @@ def test_damage_is_found_kept_aside_and_made_again(tmp_path, capsys, victim):
     assert len(lines) == 1 and str(tmp_path / victim) in lines[0] and f"{victim}.damaged" in lines[0]
 
 
+def test_an_output_that_is_gone_is_made_again(tmp_path):
+    run_stage(tmp_path / "out", {}, produce("one"))
+    (tmp_path / "out").unlink()
+    with pytest.raises(DamagedStage):
+        check_stage(tmp_path / "out")
+    run_stage(tmp_path / "out", {}, produce("two"))
+    assert (tmp_path / "out").read_text() == "two"
+
+
 def test_files_beside_an_output_are_part_of_it(tmp_path, capsys):
     def both(path):
         (tmp_path / "log.txt").write_text("log")
@@ -129,19 +134,70 @@ def test_files_beside_an_output_are_part_of_it(tmp_path, capsys):
     check_stage(tmp_path / "out")
 
 
-def test_a_folder_has_one_owner_until_it_dies(tmp_path):
+@pytest.fixture
+def other_owner(tmp_path):
+    """A process that holds tmp_path."""
     hold = "with owned(Path(sys.argv[1])): print('held', flush=True); input()"
     hold = f"import sys; from pathlib import Path; from tspin.runs.locks import owned\n{hold}"
-    other = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"in use by process {other.pid} "), owned(tmp_path):
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_folder_has_one_owner_until_it_dies(tmp_path, other_owner):
+    with pytest.raises(UserError, match=f"in use by process {other_owner.pid} "), owned(tmp_path):
         pass
-    other.kill()
-    other.communicate()
-    with owned(tmp_path), owned(tmp_path):  # its own folder, again
-        assert (tmp_path / ".lock").read_text().startswith("process ")
+    other_owner.kill()
+    other_owner.wait()
+    with owned(tmp_path), owned(tmp_path / "." / ""):  # its own folder, again
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
+
+
+def test_who_waits_says_so_once(tmp_path, other_owner, capsys):
+    Timer(0.2, other_owner.kill).start()
+    with owned(tmp_path, wait=True):
+        other_owner.wait()
+    line = f"tspin: {tmp_path} is in use by process {other_owner.pid} on {socket.gethostname()}; waiting for it\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_forked_child_neither_shares_the_lock_nor_keeps_it(tmp_path):
+    told, tell = os.pipe()
+    with owned(tmp_path):
+        child = os.fork()
+        if not child:
+            try:
+                with owned(tmp_path):
+                    os.write(tell, b"entered")
+            except UserError as error:
+                os.write(tell, str(error).encode())
+            signal.pause()
+        try:
+            assert f"in use by process {os.getpid()} " in os.read(told, 1000).decode()
+        finally:
+            os.close(told)
+            os.close(tell)
+    try:  # the child lives on
+        entered = "from pathlib import Path; from tspin.runs.locks import owned\nwith owned(Path(sys.argv[1])): pass"
+        subprocess.run([sys.executable, "-c", f"import sys; {entered}", str(tmp_path)], check=True)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_locked(tmp_path, monkeypatch):
+    def read_only(path, flags, mode=0o777, real=os.open):
+        if str(path).endswith(".lock"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with owned(tmp_path), owned(tmp_path):
+        assert not (tmp_path / ".lock").exists()
 
 
 def test_provenance_names_no_place_of_this_machine(monkeypatch):
@@ -155,6 +211,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with owned(tmp_path):
+    with owned(tmp_path), owned(tmp_path):
         pass
-    assert "has no locks" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "has no locks" in lines[0]

@@ -54,7 +54,7 @@ def test_secrets_are_neither_written_nor_said(tmp_path, model_folder, data_file,
         monkeypatch.setenv(name, value)
     login = "https://me:hunter2-hunter2@example.org/model"
     monkeypatch.setattr("sys.argv", ["tspin", "run", *secrets.values(), login])
-    from tspin.runs.stages import provenance
+    from tspin.runs.provenance import provenance
 
     provenance.cache_clear()
     out = tmp_path / "run"

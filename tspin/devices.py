@@ -1,4 +1,4 @@
-"""Peak memory: a GPU's, or without one this process's resident memory where Linux tells it; running out of it."""
+"""What this machine's GPU, or without one its CPU, can do and has left: memory, and the lack of it; bfloat16."""
 
 import gc
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 PROCESS = Path("/proc/self")
+PROCESSORS = Path("/proc/cpuinfo")
 
 
 def reset_peak() -> None:
@@ -25,6 +26,15 @@ def peak_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
 
 
+def resident(field: str) -> int | None:
+    """A field of /proc/self/status in bytes: VmRSS is resident memory now, VmHWM its peak. None where not Linux."""
+    try:
+        lines = (PROCESS / "status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), None)
+
+
 def give_back() -> None:
     """Return the GPU memory of what this process no longer uses, which PyTorch keeps, for other processes to take."""
     gc.collect()  # a Trainer and its model refer to each other
@@ -39,10 +49,12 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
-def resident(field: str) -> int | None:
-    """A field of /proc/self/status in bytes: VmRSS is resident memory now, VmHWM its peak. None where not Linux."""
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's GPU, or without one its CPU, has bfloat16 matrix instructions."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
-        lines = (PROCESS / "status").read_text().splitlines()
+        flags = PROCESSORS.read_text()
     except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), None)
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -26,7 +26,7 @@ from tspin.engines.here import Training
 from tspin.engines.launch import trains_in_bfloat16
 from tspin.models import Policy
 from tspin.objectives import METHODS, PROTO, SYNTHETIC, Coefficients, Method
-from tspin.runs.stages import sha256, write_json
+from tspin.runs.files import sha256, write_json
 from tspin.runs.unfinished import Unfinished
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import Triplet, make_triplets, with_reference

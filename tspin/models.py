@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from tspin.devices import out_of_memory
 from tspin.errors import UserError
 from tspin.hub.offline import limit_waiting, offline_folder, offline_model
-from tspin.runs.stages import fingerprint, folder_fingerprint
+from tspin.runs.files import fingerprint, folder_fingerprint
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,3 @@ def _load(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this machine's GPU, or without one its CPU, has bfloat16 matrix instructions."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags

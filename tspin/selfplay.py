@@ -26,20 +26,11 @@ from tspin.errors import UserError
 from tspin.iteration import Iteration, Run, diagnose, measure, sample, score_reference, train
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import PROTO, SYNTHETIC
+from tspin.runs.claims import claim_folder
+from tspin.runs.files import atomic_path, folder_fingerprint, sha256, write_json
 from tspin.runs.locks import owned
 from tspin.runs.seeds import stage_seed
-from tspin.runs.stages import (
-    DamagedStage,
-    Stage,
-    atomic_path,
-    check_stage,
-    claim_folder,
-    folder_fingerprint,
-    note_damage,
-    run_stage,
-    sha256,
-    write_json,
-)
+from tspin.runs.stages import DamagedStage, Stage, check_stage, note_damage, run_stage
 from tspin.runs.unfinished import Unfinished
 from tspin.selfplay_config import SelfPlayConfig
 

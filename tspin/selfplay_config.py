@@ -8,9 +8,9 @@ import torch
 from transformers import TrainingArguments
 
 from tspin.config import unknown
+from tspin.devices import multiplies_bfloat16
 from tspin.errors import UserError
 from tspin.logprobs import Layout
-from tspin.models import multiplies_bfloat16
 from tspin.objectives import LOSSES, METHODS, Coefficients
 from tspin.sampling import Decoding
 

@@ -20,7 +20,8 @@ import torch
 from tspin.engines.vllm import Engine, generate_tokens
 from tspin.hub.offline import offline_model
 from tspin.models import POCKET_MODEL, load_model, load_tokenizer
-from tspin.runs.stages import provenance, write_json, write_text
+from tspin.runs.files import write_json, write_text
+from tspin.runs.provenance import provenance
 from tspin.sampling import Decoding, end_tokens, sample
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tspin.runs.provenance import provenance
 from tspin.runs.files import write_json, write_text
+from tspin.runs.provenance import provenance
 
 COMMANDS = [
     "head -n 2 my-data.jsonl",

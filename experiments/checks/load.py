@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tspin.runs.stages import provenance, write_json, write_text
+from tspin.runs.files import write_json, write_text
+from tspin.runs.provenance import provenance
 
 OUT = Path("results/benchmarks/load")
 SIZES = (10_000, 100_000, 1_000_000)

@@ -24,7 +24,8 @@ from tspin.engines.here import Training, train
 from tspin.models import POCKET_MODEL, load_tokenizer
 from tspin.planning.architectures import find_config, shape_of
 from tspin.planning.peaks import MicroBatch, Precision, training_parts
-from tspin.runs.stages import provenance, write_json, write_text
+from tspin.runs.files import write_json, write_text
+from tspin.runs.provenance import provenance
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import make_triplets
 

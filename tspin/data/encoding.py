@@ -11,8 +11,9 @@ from tspin.data import templates as data
 from tspin.data.formats import Rows, set_key, validate_rows
 from tspin.data.tables import Examples, open_table
 from tspin.models import tokenizer_fingerprint
+from tspin.runs.files import fingerprint
 from tspin.runs.locks import owned
-from tspin.runs.stages import fingerprint, run_stage
+from tspin.runs.stages import run_stage
 from tspin.selfplay_config import SelfPlayConfig
 
 

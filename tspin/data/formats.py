@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from tspin.errors import UserError
 from tspin.hub.offline import load_dataset
-from tspin.runs.stages import sha256
+from tspin.runs.files import sha256
 
 LARGE_FILE, LARGE_SET = 2**25, 20_000  # bytes and rows from which encoding takes long enough to keep what it gives
 READ = 1024  # rows of a Parquet file held at a time

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tspin.errors import UserError
-from tspin.runs.stages import fingerprint_of
+from tspin.runs.files import fingerprint_of
 
 BATCH = 1024  # rows of a record batch
 IN_MEMORY = 2**28  # bytes of a table that stays in memory

@@ -28,9 +28,9 @@ from tspin.devices import peak_bytes, reset_peak
 from tspin.engines.callbacks import AtTrainBegin, KeepState, StepBar
 from tspin.errors import UserError
 from tspin.objectives import METHODS
+from tspin.runs.files import atomic_path
 from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import Stopped, stopping_when_asked
-from tspin.runs.stages import atomic_path
 from tspin.runs.unfinished import Unfinished
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import TripletTrainer

@@ -16,7 +16,7 @@ from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS, read_trip
 from tspin.engines.workers import FAILURE, read_job
 from tspin.errors import UserError
 from tspin.models import load_model, load_tokenizer
-from tspin.runs.stages import write_text
+from tspin.runs.files import write_text
 from tspin.selfplay_config import SelfPlayConfig
 
 

@@ -21,6 +21,7 @@ from tspin.errors import UserError
 
 JOB, LOG, FAILURE = "job.json", "log.txt", "failure.txt"
 OWNER = "TSPIN_OWNER"  # the process that a worker ends with
+SECONDS_TO_END = 30
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,73 @@ class Worker:
     command: Sequence[str]
     environment: Mapping[str, str]
 
+    def start(self, job: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+        """The process, at work on `job`; what it says goes to `folder`/log.txt."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / JOB).write_text(json.dumps(job))
+        with (self.folder / LOG).open("wb") as log:
+            return subprocess.Popen(
+                [*self.command, str(self.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**self.environment, OWNER: str(os.getpid())},
+                start_new_session=True,  # Ctrl-C in a terminal comes to this process, which ends them
+            )
+
+
+def run_workers(
+    name: str, workers: Sequence[Worker], jobs: Sequence[Mapping[str, Any]], watch: Callable[[], None] = lambda: None
+) -> None:
+    """Run all at once and wait; all, with what they started, are ended when one fails or this process is to stop.
+
+    GPU memory that this process no longer uses is theirs. watch: called every half second. Raises UserError, "`name`: "
+    and the line that says why, when a worker fails; its whole log is kept where the message says.
+    """
+    give_back()
+    started: dict[subprocess.Popen[bytes], Worker] = {}
+    try:
+        for worker, job in zip(workers, jobs, strict=True):
+            started[worker.start(job)] = worker
+        running = list(started)
+        while running:
+            with suppress(subprocess.TimeoutExpired):
+                running[0].wait(timeout=0.5)
+            for process, worker in started.items():
+                if process.poll():
+                    raise UserError(f"{name}: {_reason(worker.folder)}")
+            running = [process for process in started if process.returncode is None]
+            watch()
+    finally:
+        _end(list(started))
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End workers and what they started, such as vLLM's engine: each leads a session of its own, and so a group."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=SECONDS_TO_END)
+
+
+def _reason(folder: Path) -> str:
+    """Why a worker failed, in one line: its own where it left one, else the first error of its log."""
+    if (folder / FAILURE).exists():
+        return (folder / FAILURE).read_text()
+    text = (folder / LOG).read_text(errors="replace")
+    with tempfile.NamedTemporaryFile("w", prefix="tspin-", suffix=".log", delete=False) as kept:
+        kept.write(text)
+    if killed := re.search(r"exitcode\s*:\s*-(\d+)", text):  # as torchrun reports it
+        name = signal.Signals(int(killed[1])).name
+        return f"a process was ended by {name}; SIGKILL may mean that the host's memory ran out (log: {kept.name})"
+    lines = [line.strip() for line in text.splitlines() if "Error" in line and "Traceback" not in line]
+    # An engine's failure is reported once by itself, with the cause, and then by all that waited for it.
+    first = next((line for line in lines if "Engine core initialization failed" not in line), "it ended without a word")
+    return f"{first[:300]} (log: {kept.name})"
+
 
 def gpu_environment(number: int, gpus: int) -> dict[str, str]:
     """The environment of worker `number` of several, with `gpus` GPUs to itself of those that this process may use.
@@ -38,70 +106,17 @@ def gpu_environment(number: int, gpus: int) -> dict[str, str]:
     Without GPUs, or with 0: this process's environment. Raises UserError where there are too few.
     """
     environment = dict(os.environ)
-    if gpus and torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        own = visible.split(",")[number * gpus : (number + 1) * gpus]
-        if len(own) < gpus:
-            raise UserError(
-                f"engine: {number + 1} copies of the model on {gpus} GPUs each need {(number + 1) * gpus} GPUs, "
-                f"{len(visible.split(','))} are there; lower engine.data_parallel or engine.tensor_parallel"
-            )
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    if not gpus or not torch.cuda.is_available():
+        return environment
+    visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    there, needed = visible.split(","), (number + 1) * gpus
+    if needed > len(there):
+        raise UserError(
+            f"engine: {number + 1} copies of the model on {gpus} GPUs each need {needed} GPUs, {len(there)} are there; "
+            "lower engine.data_parallel or engine.tensor_parallel"
+        )
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(there[needed - gpus : needed])
     return environment
-
-
-def run_workers(
-    name: str, workers: Sequence[Worker], jobs: Sequence[dict[str, Any]], watch: Callable[[], None] | None = None
-) -> None:
-    """Run all at once and wait; all, with what they started, are ended when one fails or this process is to stop.
-
-    GPU memory that this process no longer uses is theirs. watch: called every half second. Raises UserError, "`name`: "
-    and the line that says why, when a worker fails; its whole log is kept where the message says.
-    """
-    started: list[subprocess.Popen[bytes]] = []
-    give_back()
-    try:
-        for worker, job in zip(workers, jobs, strict=True):
-            worker.folder.mkdir(exist_ok=True)
-            (worker.folder / JOB).write_text(json.dumps(job))
-            with (worker.folder / LOG).open("wb") as log:
-                started.append(
-                    subprocess.Popen(
-                        [*worker.command, str(worker.folder)],
-                        stdout=log,
-                        stderr=log,
-                        stdin=subprocess.DEVNULL,
-                        env={**worker.environment, OWNER: str(os.getpid())},
-                        start_new_session=True,  # Ctrl-C in a terminal comes to this process, which ends them
-                    )
-                )
-        waiting = dict(zip(started, workers, strict=True))
-        while waiting:
-            for process, worker in list(waiting.items()):
-                try:
-                    code = process.wait(timeout=0.5)
-                except subprocess.TimeoutExpired:
-                    continue
-                if code != 0:
-                    raise UserError(f"{name}: {_reason(worker.folder)}")
-                del waiting[process]
-            if watch is not None:
-                watch()
-    finally:
-        for process in started:
-            if process.poll() is None:
-                _signal(process, signal.SIGTERM)
-        for process in started:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=30)
-            _signal(process, signal.SIGKILL)  # vLLM's engine is a process of its own, and outlives what started it
-            process.wait()
-
-
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """To a worker and all that it started: it leads a session, and so a group."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
 
 
 def read_job(folder: Path) -> dict[str, Any]:
@@ -118,18 +133,3 @@ def _end_with(owner: int) -> None:
         except OSError:
             os.killpg(0, signal.SIGKILL)
         time.sleep(1.0)
-
-
-def _reason(folder: Path) -> str:
-    if (folder / FAILURE).exists():
-        return (folder / FAILURE).read_text()
-    text = (folder / LOG).read_text(errors="replace")
-    with tempfile.NamedTemporaryFile("w", prefix="tspin-", suffix=".log", delete=False) as kept:
-        kept.write(text)
-    if killed := re.search(r"exitcode\s*:\s*-(\d+)", text):  # as torchrun reports it
-        name = signal.Signals(int(killed[1])).name
-        return f"a process was ended by {name}; SIGKILL may mean that the host's memory ran out (log: {kept.name})"
-    lines = [line.strip() for line in text.splitlines() if "Error" in line and "Traceback" not in line]
-    # An engine's failure is reported once by itself, with the cause, and then by all that waited for it.
-    first = next((line for line in lines if "Engine core initialization failed" not in line), "it ended without a word")
-    return f"{first[:300]} (log: {kept.name})"

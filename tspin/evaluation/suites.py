@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tspin.config import REPOSITORY, find_yaml, read_yaml, unknown
 from tspin.errors import UserError
 from tspin.hub.offline import limit_waiting, offline_benchmarks
-from tspin.runs.stages import fingerprint
+from tspin.runs.files import fingerprint
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

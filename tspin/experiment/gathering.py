@@ -18,7 +18,7 @@ import pandas as pd
 
 from tspin.experiment.grid import Cell, Choice, Study, Sweep
 from tspin.experiment.results import BASE, read_results
-from tspin.runs.stages import fingerprint, read_json, write_json, write_text
+from tspin.runs.files import fingerprint, read_json, write_json, write_text
 from tspin.schema import RUN, STUDY_MEASURES
 
 

@@ -23,9 +23,9 @@ from tspin.errors import UserError
 from tspin.evaluation.suites import load_suite
 from tspin.experiment.results import BASE
 from tspin.objectives import METHODS
+from tspin.runs.files import fingerprint, write_json
 from tspin.runs.redaction import redacted
 from tspin.runs.signals import stopping_at_once
-from tspin.runs.stages import fingerprint, write_json
 from tspin.schema import RUN, STUDY_MEASURES
 
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]

@@ -21,8 +21,8 @@ from rich.text import Text
 from tspin.errors import UserError
 from tspin.experiment.gathering import gather
 from tspin.experiment.grid import Cell, Sweep
+from tspin.runs.files import read_json, write_json
 from tspin.runs.redaction import redacted
-from tspin.runs.stages import read_json, write_json
 
 State = Literal["finished", "running", "queued", "failed", "missing"]
 STATES: tuple[State, ...] = ("finished", "running", "queued", "failed", "missing")

@@ -7,7 +7,6 @@ runs/<preset>/seed-<s>/<method>/iteration-<t>/      synthetic.parquet, model/, s
 results/<preset>/                                   see tspin.experiment.results
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,8 +26,10 @@ from tspin.evaluation.suites import Suite, evaluate, load_suite
 from tspin.experiment.results import BASE, EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS
+from tspin.runs.claims import claim_folder
+from tspin.runs.files import fingerprint
 from tspin.runs.locks import owned
-from tspin.runs.stages import DamagedStage, check_stage, claim_folder, fingerprint, note_damage, run_stage
+from tspin.runs.stages import DamagedStage, check_stage, note_damage, run_stage
 from tspin.selfplay import IterationResult, SelfPlayTrainer
 from tspin.selfplay_config import SelfPlayConfig
 
@@ -61,7 +62,6 @@ def run_experiment(
         require_vllm("evaluation.backend", Engine(**config.engine.model_dump()), evaluates=True)
     report = (console or Console(stderr=True)).print
     suite = load_suite(config.evaluation.suite)
-    quiet_libraries()
     # Everything that can be wrong with settings, model and data is found before anything is written.
     trainers = {
         (method, seed): build_trainer(config.for_method(method), runs / preset / f"seed-{seed}", seed, launcher, shared)
@@ -71,7 +71,7 @@ def run_experiment(
     }
     policy = policy_fingerprint(model_source(config.model)[0])
     target = results / preset
-    claim_folder(target, results_config(config, suite, policy), what="result", upgrade=upgraded)
+    claim_folder(target, results_config(config, suite, policy), what="result")
     read_results(target)
     with ExitStack() as locks:
         for trainer in trainers.values():
@@ -355,15 +355,6 @@ def results_config_tree(config: Config) -> dict[str, Any]:
     )
 
 
-def upgraded(found: Any) -> Any:
-    """A results_config as this version writes it: settings that came later have their defaults."""
-    try:
-        config, suite = Config.model_validate(found["config"]), Suite.model_validate(found["suite"])
-    except (KeyError, TypeError, ValueError):
-        return found  # of no version that this one knows: the comparison says what differs
-    return {**found, "config": results_config_tree(config), "suite": suite.model_dump(mode="json")}
-
-
 def describe(result: IterationResult) -> str:
     """One line on what an iteration did."""
     training, synthetic = result.training, result.synthetic
@@ -374,15 +365,3 @@ def describe(result: IterationResult) -> str:
             f"{synthetic['duplicate_share']:.0%} duplicates, {synthetic['equal_to_labelled_share']:.0%} equal to y"
         )
     return line
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to the progress bars: libraries say only what is wrong."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in ("httpx", "huggingface_hub", "lm_eval", "absl"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -28,7 +28,8 @@ import pyarrow as pa
 from tspin.errors import UserError
 from tspin.evaluation.suites import Suite
 from tspin.objectives import METHODS
-from tspin.runs.stages import atomic_path, provenance, read_json, write_json, write_text
+from tspin.runs.files import atomic_path, read_json, write_json, write_text
+from tspin.runs.provenance import provenance
 
 BASE = "base"
 EXAMPLES = 10

@@ -19,8 +19,8 @@ from tspin.errors import UserError
 from tspin.evaluation.suites import Suite, load_suite, task_manager_for
 from tspin.hub.offline import DEFAULT, EMPTY, is_revision, limit_waiting, read_manifest
 from tspin.models import HUB_FILES
+from tspin.runs.files import atomic_path, sha256, write_json
 from tspin.runs.locks import owned
-from tspin.runs.stages import atomic_path, sha256, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tspin.errors import UserError
-from tspin.runs.stages import read_json, sha256
+from tspin.runs.files import read_json, sha256
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

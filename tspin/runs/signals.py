@@ -1,7 +1,6 @@
 """SIGTERM and Ctrl-C: a training finishes its step and keeps its state; everything else stops at once.
 
-Whoever starts a run's main thread from Python gets KeyboardInterrupt (`Stopped` is one), the command line exits with
-130 or 143, as shells expect.
+In Python both raise `Stopped`, a KeyboardInterrupt; the command line exits with 130 or 143, as shells expect.
 """
 
 import signal
@@ -41,7 +40,7 @@ def stopping_at_once() -> Iterator[None]:
 
 @contextmanager
 def stopping_when_asked() -> Iterator[Asked]:
-    """While this holds, the first signal is noted for whoever looks at `Asked`; the second raises Stopped."""
+    """While this holds, the first signal is noted in the `Asked` that it yields; the second raises Stopped."""
     asked = Asked()
 
     def note(number: int, frame: FrameType | None) -> None:

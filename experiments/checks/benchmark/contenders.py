@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from tspin.models import POCKET_MODEL, load_tokenizer, multiplies_bfloat16
+from tspin.devices import multiplies_bfloat16
+from tspin.models import POCKET_MODEL, load_tokenizer
 from tspin.objectives import LABELLED, METHODS, ROLES, SYNTHETIC, Coefficients, spin_loss, tspin_loss
 from tspin.packing import pad_rows
 from tspin.trainer import TripletTrainer

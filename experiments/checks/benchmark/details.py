@@ -13,9 +13,10 @@ from workload import MIXES, build, triplets
 import tspin.sampling
 from tspin.config import load_config
 from tspin.data.encoding import encode_dataset
+from tspin.devices import multiplies_bfloat16
 from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.logprobs import LOGITS_PER_CHUNK
-from tspin.models import POCKET_MODEL, load_model, load_tokenizer, multiplies_bfloat16
+from tspin.models import POCKET_MODEL, load_model, load_tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

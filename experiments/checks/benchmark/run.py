@@ -18,14 +18,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from tspin.cli.guard import quiet_libraries  # noqa: E402
+
+quiet_libraries()
+
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 from contenders import CONTENDERS, MICRO_BATCH_TOKENS  # noqa: E402
 from details import head_rows, profile_rows, sampling_rows  # noqa: E402
 from workload import MIXES, SHAPES, build, flops, triplets  # noqa: E402
 
-from tspin.experiment.preset import quiet_libraries  # noqa: E402
-from tspin.runs.stages import provenance, write_json, write_text  # noqa: E402
+from tspin.runs.files import write_json, write_text  # noqa: E402
+from tspin.runs.provenance import provenance  # noqa: E402
 
 TOKENS = 128  # of a prompt with its response, in the mean
 BATCH, MEMORY_BATCH, ROUNDS = 8, 16, 2
@@ -133,7 +137,6 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="SmolLM2-135M")
     parser.add_argument("--memory-of", choices=CONTENDERS)
     given = parser.parse_args()
-    quiet_libraries()
     warnings.filterwarnings("ignore")
     if given.memory_of:
         print(peak_memory(given.memory_of, given.shape))

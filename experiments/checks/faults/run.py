@@ -17,19 +17,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from tspin.cli.guard import quiet_libraries  # noqa: E402
+
+quiet_libraries()
+
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 from campaign import PARTS, Campaign  # noqa: E402
 from workshop import forked, in_child  # noqa: E402
 
-from tspin import experiment  # noqa: E402
-from tspin.runs.stages import provenance, write_json, write_text  # noqa: E402
+from tspin.runs.files import write_json, write_text  # noqa: E402
+from tspin.runs.provenance import provenance  # noqa: E402
 
 
 def run(folder: Path, short: bool = False, only: list[str] | None = None, jobs: int = 2) -> pd.DataFrame:
     """Run the campaign in an empty folder, its parts side by side: fault, case, survived, numbers_lost, note."""
     torch.set_num_threads(1)
-    experiment.quiet_libraries()
     provenance()
     campaign = Campaign(folder, short)
     print(f"the undisturbed run: {campaign.seconds:.1f} s, {campaign.renames} renames", flush=True)

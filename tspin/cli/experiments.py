@@ -1,0 +1,139 @@
+"""Whole experiments: `tspin run`, `sweep` and `rerun`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tspin.cli.options import Launcher, LauncherConfig, Offline, Set, check_launcher_options, integers, names
+from tspin.errors import UserError
+
+
+def run(
+    preset: Annotated[str | None, typer.Option(help="a preset of experiments/, or a YAML file")] = None,
+    methods: Annotated[str, typer.Option(help="comma-separated; base is the initial policy")] = "base,sft,spin,tspin",
+    seeds: Annotated[str, typer.Option(help="comma-separated")] = "0",
+    model: Annotated[str | None, typer.Option(help="your model folder or hub name (without --preset)")] = None,
+    dataset: Annotated[str | None, typer.Option("--data", help="your prompt–completion data")] = None,
+    method: Annotated[str, typer.Option(help="the method, with --model")] = "tspin",
+    iterations: Annotated[int, typer.Option(help="T, with --model")] = 5,
+    out: Annotated[Path, typer.Option(help="the run's folder, with --model")] = Path("runs/mine"),
+    runs: Annotated[Path, typer.Option(help="checkpoints, responses, logs of presets")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="tidy numbers of presets")] = Path("results"),
+    launcher: Launcher = None,
+    launcher_config: LauncherConfig = None,
+    settings: Set = None,
+    offline: Offline = None,
+) -> None:
+    """Run Algorithm 1: a preset's methods with their evaluations, or one method on your model and data.
+
+    Stopped at any moment, the same command goes on where it was.
+
+    Example: tspin run --preset pocket --seeds 0,1
+
+    Example: tspin run --model my-model --data my-data.jsonl --method tspin --iterations 3 --out runs/mine
+
+    Example: tspin run --preset zephyr-7b --launcher accelerate --config experiments/accelerate/fsdp2.yaml
+    """
+    check_launcher_options(launcher, launcher_config)
+    seed, *others = integers(seeds)
+    if not preset:
+        if not (model and dataset):
+            raise UserError("run needs --preset, or --model and --data")
+        if others:
+            raise UserError(f"--seeds {seeds}: one seed a run with --model; give each its own --out")
+    from tspin.config import build_config, load_config
+    from tspin.experiment.preset import build_trainer, describe, run_experiment
+
+    if preset:
+        config = load_config(preset, settings or [])
+        run_experiment(
+            Path(preset).stem, config, names(methods), [seed, *others], runs, results, launcher=launcher_config
+        )
+        return
+    tree = {"model": {"path": model}, "data": {"path": dataset}, "iterations": iterations}
+    config = build_config(tree, settings or [])
+    for result in build_trainer(config.for_method(method), out, seed, launcher_config).iterate():
+        typer.echo(f"iteration {result.iteration}: {describe(result)} → {result.model_path}", err=True)
+        for text in result.warnings.values():
+            typer.echo(f"warning: iteration {result.iteration}: {text}", err=True)
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML, or its name in experiments/studies/, whose README has all keys")],
+    executor: Annotated[str, typer.Option(help="local or slurm")] = "local",
+    profile: Annotated[
+        Path | None, typer.Option(help="YAML: what to ask the queue for, the launcher, the offline folder")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="cells at once on this machine")] = 1,
+    retry: Annotated[bool, typer.Option(help="run what failed again")] = False,
+    wait: Annotated[bool, typer.Option(help="with slurm: until all have ended, or leave them in the queue")] = True,
+    runs: Annotated[Path, typer.Option(help="checkpoints, responses, logs")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="tidy numbers, in PRESET/studies/")] = Path("results"),
+) -> None:
+    """Run methods × seeds × settings, each a run of its own; gather what is finished, which is not run again.
+
+    Exit code 1 when some failed: why, and the last lines of their logs, are printed.
+
+    Example: tspin sweep experiments/studies/scale.yaml --jobs 2
+
+    Example: tspin sweep experiments/studies/zephyr-7b.yaml --executor slurm --profile experiments/slurm/h100.yaml
+    """
+    if executor not in ("local", "slurm"):
+        raise UserError(f"--executor {executor}: local or slurm")
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: at least 1")
+    from rich.console import Console
+
+    from tspin.experiment.grid import load_sweep
+    from tspin.experiment.jobs import run_sweep
+
+    loaded = load_sweep(file, profile, runs, results)
+    cells = run_sweep(loaded, executor, jobs, retry, wait, Console(stderr=True).print)
+    if failed := len(cells["failed"]):
+        sys.stderr.write(f"tspin: {failed} of {len(loaded.cells)} cells failed; --retry runs them again\n")
+        raise typer.Exit(1)
+
+
+def rerun(
+    record: Annotated[Path, typer.Argument(help="provenance.json of a folder in results/")],
+    methods: Annotated[str | None, typer.Option(help="comma-separated; all that were run when not given")] = None,
+    seeds: Annotated[str | None, typer.Option(help="comma-separated; all that were run when not given")] = None,
+    iterations: Annotated[int | None, typer.Option(help="of them, the first; all when not given")] = None,
+    out: Annotated[Path, typer.Option(help="a folder for the runs and results of the rerun")] = Path("reruns"),
+    strict: Annotated[bool, typer.Option(help="refuse where versions, hardware or the commit differ")] = False,
+    exact: Annotated[bool, typer.Option(help="every number must be equal: for the record's own machine")] = False,
+    launcher: Launcher = None,
+    launcher_config: LauncherConfig = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key.path=value of what changes no number, such as engine.*")
+    ] = None,
+    offline: Offline = None,
+) -> None:
+    """Run again what results hold, from their provenance, and compare every number.
+
+    Each Avg must lie within 3 standard errors of the record's; with --exact, every number must be equal, as they are on
+    the same machine with the same versions. Exit code 1 when they do not.
+
+    Example: tspin rerun results/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1
+    """
+    check_launcher_options(launcher, launcher_config)
+    from rich.console import Console
+
+    from tspin.experiment import rerun as again
+
+    recorded = again.load_recorded(
+        record, names(methods) if methods else None, integers(seeds) if seeds else None, iterations
+    )
+    differing = again.differences(recorded.provenance)
+    console = Console(stderr=True)
+    for name, (then, now) in differing.items():
+        console.print(f"{name}: {then} on record, {now} here", markup=False)
+    if strict and differing:
+        raise UserError(f"{record}: --strict, and {len(differing)} things differ here ({', '.join(differing)})")
+    table = again.compare(recorded.folder, again.rerun(recorded, out, settings or [], launcher_config))
+    console.print(again.shown(table))
+    if wrong := again.verdict(table, exact=exact):
+        console.print(*wrong, sep="\n", markup=False)
+        raise typer.Exit(1)

@@ -1,0 +1,37 @@
+"""A folder belongs to one config: what is in it was made by these settings and no others."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tspin.errors import UserError
+from tspin.runs.sealed import read_sealed, write_sealed
+
+
+def claim_folder(folder: Path, config: Mapping[str, Any], what: str = "run") -> None:
+    """Make `folder` a run (or whatever `what` says) of `config`, which is kept in its config.json.
+
+    Raises UserError if it already is one of another config, naming the first setting that differs and both values;
+    nothing is written then.
+    """
+    path = folder / "config.json"
+    wanted = json.loads(json.dumps(config, default=str))
+    there = read_sealed(path, "written anew from the settings given now")
+    if there is None:
+        write_sealed(path, wanted)
+    elif there != wanted:
+        key, old, new = first_difference(there, wanted)
+        raise UserError(
+            f"{folder} holds a {what} of another config ({key} is {old!r} there, {new!r} here): "
+            "choose another folder or delete this one"
+        )
+
+
+def first_difference(there: Any, here: Any, path: str = "") -> tuple[str, Any, Any]:
+    """(dotted key, value there, value here) of the first difference between two JSON trees."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted({*there, *here}):
+            if there.get(key) != here.get(key):
+                return first_difference(there.get(key), here.get(key), f"{path}.{key}" if path else key)
+    return path or "content", there, here
