@@ -394,17 +394,17 @@ def fetch_command(
     """
     from tspin import config
     from tspin.experiment import preset as experiment
-    from tspin.hub import fetch
     from tspin.hub import offline as hub
+    from tspin.planning import needs
 
     experiment.quiet_libraries()
     loaded = config.load_config(preset, settings or [])
     if check:
         wrong = hub.verify(out)
-        wrong += [f"{item}: not fetched" for item in fetch.needed(loaded) if not fetch.is_there(out, item)]
+        wrong += [line for item in needs.needed(loaded) if (line := hub.lacking(out, item))]
         what = "wrong with"
     else:
-        wrong = fetch.fetch(loaded, out, take or [], lambda line: typer.echo(line, err=True))
+        wrong = needs.fetch_needed(loaded, out, take or [], lambda line: typer.echo(line, err=True))
         what = "missing from"
     for line in wrong[1:]:
         typer.echo(line, err=True)
