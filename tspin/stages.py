@@ -23,7 +23,8 @@ from tspin.engines.here import (
 )
 from tspin.engines.policies import sample_policy
 from tspin.errors import UserError
-from tspin.evaluation.suites import evaluate, load_suite, tabulated
+from tspin.evaluation.harness import evaluate
+from tspin.evaluation.suites import load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, PROTO, SYNTHETIC

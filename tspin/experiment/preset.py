@@ -23,7 +23,8 @@ from tspin.data.tables import Example
 from tspin.engines.launch import check_launcher
 from tspin.engines.vllm import Engine, evaluate_folder, require_vllm
 from tspin.errors import UserError
-from tspin.evaluation.suites import Suite, evaluate, load_suite
+from tspin.evaluation.harness import evaluate
+from tspin.evaluation.suites import Suite, load_suite
 from tspin.experiment.results import BASE, EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS
