@@ -440,18 +440,11 @@ def plan_command(
 
     experiment.quiet_libraries()
     loaded = config.load_config(preset, settings or [])
-    found = plan.plan(
-        loaded,
-        gpus=gpus,
-        gpu=gpu,
-        utilisation=utilisation,
-        prompt_tokens=prompt_tokens,
-        response_tokens=response_tokens,
-        rows=rows,
-    )
+    hardware, data = plan.Hardware(gpus, gpu, utilisation), plan.Data(prompt_tokens, response_tokens, rows)
+    found = plan.plan(loaded, hardware, data)
     console = Console(highlight=False)
     console.print(f"{loaded.model.path}: {found.shape.parameters:,} parameters; {gpus} × {gpu}")
-    memory = Table("memory a GPU", "part", "GiB", box=None, padding=(0, 2, 0, 0))
+    memory = Table("memory per GPU", "part", "GiB", box=None, padding=(0, 2, 0, 0))
     for stage, parts in found.memory.items():
         memory.add_row(f"[bold]{stage}", "[bold]all", f"[bold]{sum(parts.values()) / 2**30:.2f}")
         for part, size in parts.items():

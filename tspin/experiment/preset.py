@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from tspin.config import Config, DataSettings, ModelSettings, RunSettings, unknown
+from tspin.config import Config, DataSettings, ModelSettings, RunSettings, find_yaml, unknown
 from tspin.data.formats import Rows, load_rows
 from tspin.data.tables import Example
 from tspin.engines.launch import check_launcher
@@ -213,6 +213,8 @@ def training_arguments(
 ) -> SelfPlayConfig:
     """A run's settings as SelfPlayConfig. Raises UserError for unknown arguments, and for what launcher cannot do."""
     training, own = settings.training, settings.coefficients
+    if launcher and not launcher.is_file():
+        launcher = find_yaml(str(launcher), "experiments/accelerate", "launch file")
     engine = settings.engine.model_dump()
     if settings.sampling.backend == "vllm":
         require_vllm("sampling.backend", Engine(**engine))

@@ -86,9 +86,9 @@ def _take(out: Path, item: Item, paths: Mapping[str, Path], read_rows: ReadRows)
         import datasets
 
         there = recorded(read_manifest(out), item) or {"splits": {}}
-        for split in sorted(item.required.difference(paths, there["splits"])):
-            flag = f"--take {item.name}:{item.config or DEFAULT}:{split}=FILE"
-            raise UserError(f"split {split}, which training takes, was not given: {flag}")
+        if absent := item.required.difference(paths, there["splits"]):
+            flag = f"--take {item.name}:{item.config or DEFAULT}:{min(absent)}=FILE"
+            raise UserError(f"split {min(absent)}, which training takes, was not given: {flag}")
         parts = {split: datasets.Dataset.from_list(list(read_rows(path))) for split, path in paths.items()}
         return {"revision": None, "taken": taken, "splits": _write_splits(out / item.place, parts)}
 

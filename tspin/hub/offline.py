@@ -34,20 +34,14 @@ WAITS = ("connect", "read", "write", "pool")  # what an HTTP request may wait fo
 
 @dataclass(frozen=True)
 class Item:
-    """A model, a data set or NLTK data, by its hub name.
+    """A model, a data set or NLTK data, by its hub name."""
 
-    kind: "model", "dataset" or "nltk".
-    config, split: of a data set; all its splits where `split` is None.
-    revision: the commit, branch or tag that is asked for; None for any.
-    trained: where all splits are asked for, those that training takes.
-    """
-
-    kind: str
+    kind: str  # "model", "dataset" or "nltk"
     name: str
-    config: str | None = None
-    split: str | None = None
-    revision: str | None = None
-    trained: tuple[str, ...] = ()
+    config: str | None = None  # of a data set, as `split`
+    split: str | None = None  # None: all
+    revision: str | None = None  # the commit, branch or tag that is asked for; None: any
+    trained: tuple[str, ...] = ()  # of all splits, those that training takes
 
     @property
     def place(self) -> str:
@@ -133,8 +127,8 @@ def lacking(folder: Path, item: Item, splits: Iterable[str] = ()) -> str | None:
     remedy = f"on a machine with a network, run: tspin fetch PRESET --out {folder}"
     if facts is None or not files:
         return f"{folder} has no {item}: {remedy}"
-    for split in sorted({*item.required, *splits}.difference(facts.get("splits", ()))):
-        return f"{folder} has no split {split} of data set {item.name}: {remedy}"
+    if absent := {*item.required, *splits}.difference(facts.get("splits", ())):
+        return f"{folder} has no split {min(absent)} of data set {item.name}: {remedy}"
     # What was taken from files has no revision; a branch or tag is known by the name that it was asked for.
     if item.revision and facts["revision"] and item.revision not in (facts["revision"], facts.get("asked")):
         there = f"{item} is there at revision {facts['revision']}"

@@ -59,32 +59,26 @@ def benchmark_data(suite: Suite) -> list[tuple[str, str | None]]:
 
     Raises UserError when lm-eval does not know a benchmark.
     """
-    settings = [entry.cfg or {} for entry in _tasks(suite)]
+    settings = [entry.cfg or {} for entry in _tasks_of(suite)]
     pairs = [(of["dataset_path"], of.get("dataset_name")) for of in settings if "dataset_path" in of]
     return list(dict.fromkeys(pair for pair in pairs if pair[0] not in FILE_FORMATS))
 
 
 def needs_nltk(suite: Suite) -> bool:
     """Whether a task's code uses NLTK, whose data is a download of its own (IFEval counts sentences by it)."""
-    folders = {entry.yaml_path.parent for entry in _tasks(suite) if entry.yaml_path}
+    folders = {entry.yaml_path.parent for entry in _tasks_of(suite) if entry.yaml_path}
     return any("import nltk" in path.read_text() for folder in folders for path in folder.glob("*.py"))
 
 
-def _tasks(suite: Suite) -> "Iterator[Entry]":
-    """lm-eval's entries of the tasks that the suite's benchmarks come down to: groups and tags stand for members."""
+def _tasks_of(suite: Suite) -> "Iterator[Entry]":
+    """lm-eval's entries of the suite's tasks, its groups and tags resolved into their members."""
     index = task_manager_for(suite).task_index
-
-    def leaves(names: Sequence[str]) -> "Iterator[Entry]":
-        for name in names:
-            entry = index[name]
-            if entry.kind.name == "GROUP":
-                members = (entry.cfg or {}).get("task", [])
-                yield from leaves(
-                    sorted(of if isinstance(of, str) else of.get("task", of.get("group")) for of in members)
-                )
-            elif entry.kind.name == "TAG":
-                yield from leaves(sorted(entry.tags))
-            else:
-                yield entry
-
-    return leaves([column.benchmark for column in suite.columns])
+    names = [column.benchmark for column in reversed(suite.columns)]
+    while names:
+        entry = index[names.pop()]
+        members = entry.tags if entry.kind.name == "TAG" else set()
+        if entry.kind.name == "GROUP":
+            members = {of if isinstance(of, str) else of.get("task", of.get("group")) for of in entry.cfg["task"]}
+        names += sorted(members, reverse=True)
+        if entry.kind.name.endswith("TASK"):
+            yield entry
