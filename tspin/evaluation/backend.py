@@ -11,12 +11,12 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel
 
 from tspin.sampling import end_tokens, generate_in_segments
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts; tokens of a context, of a continuation
-Answer = tuple[float, bool]  # log-probability of the continuation in nats; whether it is the greedy one
+Answer = tuple[float, bool]  # log-probability of the continuation in nats; whether it is what greedy decoding gives
 
 
 class SegmentedLM(HFLM):
@@ -94,18 +94,15 @@ class SegmentedLM(HFLM):
             pad_token_id=self.tokenizer.pad_token_id,
         )
         texts = [text for text in stop if text != self.tokenizer.decode([end])]
-
-        def stops(rows: int) -> StoppingCriteriaList:
-            return stop_sequences_criteria(self.tokenizer, texts, length, rows)
-
-        def has_stopped(tokens: list[int]) -> bool:
-            written = self.tokenizer.decode(tokens)
-            return any(text in written for text in texts)
-
-        by_text = (stops, has_stopped) if texts else (None, None)
         with self._autocast():
-            mask = generation_kwargs["attention_mask"]
-            rows = generate_in_segments(self.model, context, mask, settings, *by_text)
+            rows = generate_in_segments(
+                self.model,
+                context,
+                generation_kwargs["attention_mask"],
+                settings,
+                lambda rows: stop_sequences_criteria(self.tokenizer, texts, length, rows),
+                lambda tokens: any(text in self.tokenizer.decode(tokens) for text in texts),
+            )
         width = max(map(len, rows))
         padded = [row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows]
         return torch.cat([context, torch.tensor(padded, device=context.device)], dim=1)

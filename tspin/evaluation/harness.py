@@ -1,4 +1,4 @@
-"""Scores of a model on a suite, by lm-evaluation-harness: every number is its own, here they are put in order."""
+"""Scores of a model on a suite: every number comes from lm-evaluation-harness, here they are put in order."""
 
 import logging
 import sys
@@ -74,12 +74,14 @@ def evaluate(
 
 
 def evaluate_lm(lm: "LM", suite: Suite, *, limit: int | None = None, seed: int = 1234) -> Evaluation:
-    """The scores of one of lm-eval's own language models; see `evaluate`."""
+    """The scores of a model as lm-eval loads it; see `evaluate`."""
     import lm_eval
     from transformers import set_seed
 
     limit_waiting()
-    benchmarks = {column.benchmark: column for column in reversed(suite.columns)}  # two columns may share one
+    benchmarks = {
+        column.benchmark: column for column in reversed(suite.columns)
+    }  # two columns may show two metrics of the same
     with _lm_eval_log(logging.ERROR):  # its warnings here concern custom data sets as such
         manager = task_manager_for(suite)
         with offline_benchmarks():
@@ -119,7 +121,7 @@ def _task_manager(include_path: Path | None, include_defaults: bool) -> "TaskMan
 
 
 def task_manager_for(suite: Suite) -> "TaskManager":
-    """The index that holds every benchmark; lm-eval's own, seconds to build, only where it is needed.
+    """The index that holds every benchmark; lm-eval's, seconds to build, only where it is needed.
 
     Raises UserError when lm-eval does not know a benchmark.
     """

@@ -27,8 +27,8 @@ class Column(BaseModel):
     label: str
     group: str
     metric: str  # "<metric>,<filter>" as lm-eval reports it, such as "exact_match,flexible-extract"
-    num_fewshot: int | None = None  # None: the task's own default
-    # The first problems of each of its tasks; None: all. The evaluation's own limit may be smaller.
+    num_fewshot: int | None = None  # None: the task's default
+    # The first problems of each of its tasks; None: all. The evaluation's limit may be smaller.
     limit: int | None = Field(None, ge=1)
 
 

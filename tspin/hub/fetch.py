@@ -57,7 +57,7 @@ def local_sources(take: Sequence[str], items: Sequence[Item]) -> Sources:
 
     take: `MODEL=FOLDER or GGUF FILE`, `punkt_tab=FOLDER`, `DATASET:CONFIG:SPLIT=FILE`; a * in CONFIG and in FILE
     stands for many.
-    Raises UserError for one that is malformed, names none of the items, or leads to no file.
+    Raises UserError for an argument that is malformed, names none of the items, or leads to no file.
     """
     sources: dict[Item, dict[str, Path]] = {}
     for argument in take:
@@ -88,12 +88,12 @@ def _take(out: Path, item: Item, paths: Mapping[str, Path], read_rows: ReadRows)
         there = recorded(read_manifest(out), item) or {"splits": {}}
         if absent := item.required.difference(paths, there["splits"]):
             flag = f"--take {item.name}:{item.config or DEFAULT}:{min(absent)}=FILE"
-            raise UserError(f"split {min(absent)}, which training takes, was not given: {flag}")
+            raise UserError(f"split {min(absent)}, which training takes, is missing: {flag}")
         parts = {split: datasets.Dataset.from_list(list(read_rows(path))) for split, path in paths.items()}
         return {"revision": None, "taken": taken, "splits": _write_splits(out / item.place, parts)}
 
     def unwanted(folder: str, names: list[str]) -> list[str]:
-        """Of a model's folder, weights in other formats and folders; see MODEL_FILES."""
+        """The names in a model's folder that are no MODEL_FILES."""
         return [name for name in names if not any(fnmatch(name, pattern) for pattern in MODEL_FILES)]
 
     (path,) = paths.values()
@@ -140,17 +140,15 @@ def _enter(out: Path, item: Item, facts: dict[str, Any]) -> None:
     manifest = read_manifest(out)
     if item.kind == "model":
         manifest["models"][item.name] = facts
-        # Another revision may have other files.
-        manifest["files"] = {
-            name: of for name, of in manifest["files"].items() if not name.startswith(item.place + "/")
-        }
+        for name in [name for name in manifest["files"] if name.startswith(item.place + "/")]:
+            del manifest["files"][name]  # another revision may have other files
     elif item.kind == "dataset":
         splits = (recorded(manifest, item) or {"splits": {}})["splits"] | facts["splits"]
         manifest["datasets"].setdefault(item.name, {})[item.config or DEFAULT] = {**facts, "splits": splits}
     for path in sorted((out / item.place).rglob("*")):
         if path.is_file():
-            facts = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            manifest["files"][path.relative_to(out).as_posix()] = facts
+            contents = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            manifest["files"][path.relative_to(out).as_posix()] = contents
     write_json(out / "manifest.json", manifest)
 
 

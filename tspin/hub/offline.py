@@ -64,7 +64,7 @@ class Item:
 def use_offline(folder: Path) -> None:
     """Take everything from `folder` from now on, in child processes too. Raises UserError if it is no such folder.
 
-    To be called before the hub's libraries are imported: they read their own switch once.
+    To be called before the hub's libraries are imported: they read HF_HUB_OFFLINE once.
     """
     read_manifest(folder)
     os.environ[VARIABLE] = str(folder.resolve())

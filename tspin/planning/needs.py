@@ -76,9 +76,9 @@ def _tasks_of(suite: Suite) -> "Iterator[Entry]":
     names = [column.benchmark for column in reversed(suite.columns)]
     while names:
         entry = index[names.pop()]
-        members = entry.tags if entry.kind.name == "TAG" else set()
-        if entry.kind.name == "GROUP":
-            members = {of if isinstance(of, str) else of.get("task", of.get("group")) for of in entry.cfg["task"]}
-        names += sorted(members, reverse=True)
         if entry.kind.name.endswith("TASK"):
             yield entry
+            continue
+        listed = (entry.cfg or {}).get("task", entry.tags)  # a group's members, a tag's
+        members = {of if isinstance(of, str) else of.get("task", of.get("group")) for of in listed}
+        names += sorted(members, reverse=True)

@@ -14,14 +14,12 @@ from tspin.planning.architectures import Shape
 
 Parts = dict[str, int]  # part → bytes; they exist at once, so that their sum is the peak
 
-# Tensors of a parameter's size that the optimizer keeps, in the weight's type, as transformers builds it by that name.
-OPTIMIZER_TENSORS = {
-    **{"rmsprop": 1, "adagrad": 1, "lion_32bit": 1, "sgd": 0, "adafactor": 0},
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw", "adamw_apex_fused"), 2),
-}
-OPTIMIZER_BYTES = {  # those that keep bytes instead, whatever the weights are
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), 2),
-    **dict.fromkeys(("rmsprop_bnb_8bit", "lion_8bit", "paged_lion_8bit"), 1),
+# What optimizers keep per parameter, as transformers builds them by name: tensors of the weight's type, and bytes.
+OPTIMIZER_STATE = {
+    **{"rmsprop": (1, 0), "adagrad": (1, 0), "lion_32bit": (1, 0), "sgd": (0, 0), "adafactor": (0, 0)},
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw", "adamw_apex_fused"), (2, 0)),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), (0, 2)),
+    **dict.fromkeys(("rmsprop_bnb_8bit", "lion_8bit", "paged_lion_8bit"), (0, 1)),
 }
 FUSED = {"adamw_torch_fused", "adamw_apex_fused"}  # update in place, nothing of the parameters' size beside them
 
@@ -67,26 +65,24 @@ class Optimizer:
     foreach: bool = True  # all tensors are updated at once, as on GPUs
 
     def state_bytes(self, weight: int) -> int:
-        """Bytes of state per parameter. Raises UserError for an optimizer that is in neither table."""
-        if self.name in OPTIMIZER_BYTES:
-            return OPTIMIZER_BYTES[self.name]
-        if self.name in OPTIMIZER_TENSORS:
-            return OPTIMIZER_TENSORS[self.name] * weight
-        known = ", ".join(sorted({*OPTIMIZER_TENSORS, *OPTIMIZER_BYTES}))
-        raise UserError(f"training.optimizer {self.name!r}: plan does not know what it keeps (it knows {known})")
+        """Bytes of state per parameter. Raises UserError for an optimizer that is not in OPTIMIZER_STATE."""
+        if self.name not in OPTIMIZER_STATE:
+            known = ", ".join(sorted(OPTIMIZER_STATE))
+            raise UserError(f"training.optimizer {self.name!r}: plan does not know what it keeps (it knows {known})")
+        tensors, further = OPTIMIZER_STATE[self.name]
+        return tensors * weight + further
 
 
 def training_parts(shape: Shape, precision: Precision, batch: MicroBatch, optimizer: Optimizer) -> Parts:
     """Peak memory of an optimizer step on one GPU, by part.
 
         weights      w P / shards (adapters besides)
-        gradients    w · trained / shards
-        optimizer    state bytes · trained / shards
+        gradients    w · trained / shards; the optimizer's: state bytes · trained / shards
         activations  T · saved per token · layers; with checkpointing a layer's input alone, w T h, for each, and all
                      of one layer; embeddings' and the last norm's states
-        copies       one GPU, autocast: c bytes for each matrix of the layers, kept from forward to backward pass (with
+        copies       one shard, autocast: c per weight in the layers' matrices, from forward to backward pass (with
                      checkpointing during the forward pass, one layer's afterwards)
-        gathered     several GPUs: c bytes for two layers and for what belongs to no layer, and a layer's gradients
+        gathered     several shards: c per weight of two layers and of what belongs to no layer, and a layer's gradients
         temporary    the larger of a layer's backward pass and the head's
 
     The largest of several moments counts: forward and backward pass, which meet older gradients when a step has several
