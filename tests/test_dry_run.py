@@ -22,7 +22,7 @@ from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.hub import offline as hub
 from tspin.objectives import PROTO, SYNTHETIC
 from tspin.planning.architectures import find_config, shape_of
-from tspin.planning.plan import plan
+from tspin.planning.plan import Data, Hardware, plan
 from tspin.triplets import make_triplets, with_reference
 
 PRESETS = ["zephyr-7b", "mistral-7b"]
@@ -85,7 +85,7 @@ def test_the_whole_model_is_the_one_that_was_planned(preset):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(find_config(config.model.path))
     assert sum(p.numel() for p in model.parameters()) == shape.parameters == 7_241_732_096
-    planned = plan(config, gpus=8, gpu="h100", rows=200_000)
+    planned = plan(config, Hardware(8, "h100"), Data(rows=200_000))
     assert planned.problem is None and planned.shape == shape
 
 

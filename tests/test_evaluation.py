@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.pocket.pretrain import ANSWER_FORMATS, documents, train_tokenizer
 from tspin.errors import UserError
-from tspin.evaluation.suites import Column, Suite, evaluate, load_suite, tabulated, task_manager_for
+from tspin.evaluation.harness import evaluate, task_manager_for
+from tspin.evaluation.suites import Column, Suite, load_suite, tabulated
 from tspin.pocket.tasks import (
     LABEL_FORMAT,
     LABELS_PER_TASK,

@@ -10,9 +10,12 @@ from typer.testing import CliRunner
 from tspin.cli import app
 from tspin.config import load_config
 from tspin.errors import UserError
-from tspin.evaluation.suites import evaluate, load_suite
+from tspin.evaluation.harness import evaluate
+from tspin.evaluation.suites import load_suite
 from tspin.hub import offline as hub
-from tspin.hub.fetch import Item, benchmark_data, fetch, is_there, local_sources, needed, needs_nltk
+from tspin.hub.fetch import local_sources
+from tspin.hub.offline import Item, lacking
+from tspin.planning.needs import benchmark_data, fetch_needed, needed, needs_nltk
 
 BENCHMARKS = Path(__file__).parents[1].parent / "shared" / "benchmarks"
 real_rows = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="no benchmark rows beside the repository")
@@ -87,14 +90,14 @@ def test_what_is_missing_is_named(preset, tmp_path):
     assert result.exit_code == 2 and "manifest.json" in result.output
     # What was fetched stays: only the rest is fetched by the next call.
     lines: list[str] = []
-    assert not fetch(load_config(str(path)), out, take[1:], lines.append)
+    assert not fetch_needed(load_config(str(path)), out, take[1:], lines.append)
     assert lines[0] == f"model {MODEL}: there" and "fetched" in lines[1]
 
 
 def test_damage_is_found(preset, tmp_path):
     path, take = preset
     out = tmp_path / "offline"
-    fetch(load_config(str(path)), out, take, lambda line: None)
+    fetch_needed(load_config(str(path)), out, take, lambda line: None)
     victim = next((out / "datasets" / "openai").rglob("test.parquet"))
     content = victim.read_bytes()
     victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -161,7 +164,7 @@ def test_real_rows_through_lm_evals_own_tasks(tmp_path, tiny_model, tokenizer, m
         f"wis-k/instruction-following-eval::train={BENCHMARKS / 'ifeval.jsonl'}",
         f"punkt_tab={tmp_path / 'punkt_tab'}",
     ]
-    assert fetch(load_config(str(tmp_path / "mine.yaml")), tmp_path / "offline", take, lambda line: None) == []
+    assert fetch_needed(load_config(str(tmp_path / "mine.yaml")), tmp_path / "offline", take, lambda line: None) == []
     monkeypatch.setenv(hub.VARIABLE, str(tmp_path / "offline"))
     import nltk
 
@@ -190,11 +193,11 @@ def test_every_split_that_training_takes_is_fetched(preset, tmp_path):
     (item,) = (item for item in needed(load_config(str(path))) if item.kind == "dataset")
     assert item.split is None and item.trained == ("train",)
     out, lines = tmp_path / "offline", []
-    (missing,) = fetch(load_config(str(path)), out, [take[0], take[3]], lines.append)
+    (missing,) = fetch_needed(load_config(str(path)), out, [take[0], take[3]], lines.append)
     assert "split train, which training takes" in missing and "--take openai/gsm8k:main:train=FILE" in missing
-    assert fetch(load_config(str(path)), out, take[2:], lines.append) == []
+    assert fetch_needed(load_config(str(path)), out, take[2:], lines.append) == []
     # Further splits are added to what is there.
-    assert fetch(load_config(str(path)), out, [take[3].replace(":test=", ":more=")], lines.append) == []
+    assert fetch_needed(load_config(str(path)), out, [take[3].replace(":test=", ":more=")], lines.append) == []
     assert set(hub.offline_dataset(out, "openai/gsm8k", "main")) == {"train", "test", "more"}
 
 
@@ -202,7 +205,7 @@ def test_a_split_that_a_benchmark_lacks_is_named(preset, tmp_path, model_folder,
     out = tmp_path / "offline"
     config = tmp_path / "evaluated.yaml"
     config.write_text(f"evaluation: {{suite: {tmp_path / 'suite.yaml'}}}")
-    fetch(load_config(str(config)), out, [preset[1][3]], lambda line: None)
+    fetch_needed(load_config(str(config)), out, [preset[1][3]], lambda line: None)
     arguments = ["evaluate", "--model", str(model_folder), "--suite", str(tmp_path / "suite.yaml"), "--limit", "1"]
     result = CliRunner().invoke(app, [*arguments, "--offline", str(out)])
     assert result.exit_code == 2 and "no split train of data set openai/gsm8k" in " ".join(result.output.split())
@@ -211,15 +214,15 @@ def test_a_split_that_a_benchmark_lacks_is_named(preset, tmp_path, model_folder,
 def test_another_revision_is_fetched_anew_and_refused_until_then(preset, tmp_path):
     path, take = preset
     out = tmp_path / "offline"
-    fetch(load_config(str(path)), out, take, lambda line: None)
+    fetch_needed(load_config(str(path)), out, take, lambda line: None)
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["datasets"]["nobody/sums"]["default"] |= {"revision": "a" * 40, "asked": "v1"}
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert set(hub.offline_dataset(out, "nobody/sums", None, "v1")) == {"train"}
-    assert is_there(out, Item("dataset", "nobody/sums", None, "train", "a" * 40))
+    assert lacking(out, Item("dataset", "nobody/sums", None, "train", "a" * 40)) is None
     with pytest.raises(UserError, match="at revision aaaa.*, v2 is asked for"):
         hub.offline_dataset(out, "nobody/sums", None, "v2")
-    assert not is_there(out, Item("dataset", "nobody/sums", None, "train", "v2"))
+    assert "v2 is asked for" in (lacking(out, Item("dataset", "nobody/sums", None, "train", "v2")) or "")
 
 
 def test_a_benchmark_that_cannot_be_loaded_is_one_line(tmp_path, model_folder, monkeypatch):

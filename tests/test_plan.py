@@ -9,7 +9,9 @@ from tspin.cli import app
 from tspin.config import load_config
 from tspin.errors import UserError
 from tspin.planning.architectures import adapter_parameters, find_config, known_architectures, shape_of
-from tspin.planning.plan import plan
+from tspin.planning.plan import Data, Hardware, plan
+
+ROWS = Data(rows=200_000)
 
 
 @pytest.mark.parametrize("name", ["mistralai/Mistral-7B-v0.1", "HuggingFaceTB/SmolLM2-135M"])
@@ -30,7 +32,7 @@ def test_adapters():
 
 @pytest.mark.parametrize("name", ["zephyr-7b", "mistral-7b"])
 def test_the_papers_presets_fit_its_hardware(name):
-    found = plan(load_config(name), gpus=8, gpu="h100", rows=200_000)
+    found = plan(load_config(name), Hardware(8, "h100"), ROWS)
     assert found.problem is None and found.shape.parameters == 7_241_732_096
     parts = found.memory["training"]
     assert parts["weights"] == parts["optimizer"] == 4 * found.shape.parameters // 8  # float32, sharded
@@ -46,16 +48,16 @@ def test_the_papers_presets_fit_its_hardware(name):
 
 
 def test_what_does_not_fit_is_named():
-    found = plan(load_config("mistral-7b"), gpus=1, gpu="rtx4090", rows=200_000)
+    found = plan(load_config("mistral-7b"), Hardware(1, "rtx4090"), ROWS)
     assert found.problem and found.problem.startswith("training needs") and "weights" in found.problem
-    adapters = plan(load_config("mistral-7b", ["training.lora={rank: 16}"]), gpus=1, gpu="h100", rows=200_000)
+    adapters = plan(load_config("mistral-7b", ["training.lora={rank: 16}"]), Hardware(1), ROWS)
     assert adapters.memory["training"]["gradients"] < 1e9
-    eight = plan(load_config("mistral-7b", ["training.lora={rank: 16}"]), gpus=8, gpu="h100", rows=200_000)
+    eight = plan(load_config("mistral-7b", ["training.lora={rank: 16}"]), Hardware(8), ROWS)
     assert eight.memory["training"]["weights"] > 4 * eight.shape.parameters  # adapters are not trained in shards
     with pytest.raises(UserError, match="--rows"):
         plan(load_config("mistral-7b"))
     with pytest.raises(UserError, match="did you mean 'h100'"):
-        plan(load_config("pocket"), gpu="h10")
+        plan(load_config("pocket"), Hardware(gpu="h10"))
 
 
 def test_the_command_prints_and_writes(tmp_path):

@@ -265,14 +265,20 @@ def read_numbers(node: Any) -> Any:
     return node
 
 
+def recipes() -> Path:
+    """The folder of presets/, suites/, studies/, accelerate/ and slurm/: the package's, or the repository's."""
+    packaged = Path(__file__).parent / "recipes"  # a wheel has experiments/ there, see pyproject.toml
+    return packaged if packaged.is_dir() else REPOSITORY / "experiments"
+
+
 def find_yaml(name_or_path: str, folder: str, what: str) -> Path:
-    """A YAML file given by its path, or by its name in `folder` here or in the repository."""
+    """A YAML file: of that path, or of that name in `folder` ("experiments/presets") here or among the recipes."""
     given = Path(name_or_path)
     if given.suffix in {".yaml", ".yml"}:
         if given.is_file():
             return given
         raise UserError(f"{given}: no such file")
-    folders = [Path.cwd() / folder, REPOSITORY / folder]
+    folders = [Path.cwd() / folder, recipes() / Path(folder).name]
     for candidate in (place / f"{name_or_path}.yaml" for place in folders):
         if candidate.is_file():
             return candidate

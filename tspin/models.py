@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tspin.devices import out_of_memory
-from tspin.errors import UserError
-from tspin.hub.offline import limit_waiting, offline_folder, offline_model
+from tspin.errors import UserError, reason
+from tspin.hub.offline import model_folder
 from tspin.runs.files import fingerprint, folder_fingerprint
 
 
@@ -22,13 +22,12 @@ class Policy:
 
 
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 def resolve(path: str, revision: str | None = None) -> str:
-    """A local folder: "pocket" and folders as they are, a hub name downloaded at one commit. Raises UserError.
+    """A model's local folder: of "pocket", of a folder, or of a hub name, downloaded at one commit. Raises UserError.
 
-    Weights must be safetensors: pickled ones are not downloaded.
+    Weights must be safetensors: pickled ones are neither read nor downloaded.
     """
     if path == "pocket":
         return str(POCKET_MODEL)
@@ -37,15 +36,7 @@ def resolve(path: str, revision: str | None = None) -> str:
             raise UserError(f"{path} is no model: a model folder has a config.json, weights and a tokenizer")
         refuse_pickles(Path(path))
         return path
-    if folder := offline_folder():
-        return str(offline_model(folder, path, revision))
-    from huggingface_hub import snapshot_download
-
-    limit_waiting()
-    try:
-        return snapshot_download(path, revision=revision, allow_patterns=HUB_FILES)
-    except Exception as error:  # the hub client raises many kinds for "not there"
-        raise UserError(f"{path}: no model is in this folder or under this hub name ({_reason(error)})") from error
+    return model_folder(path, revision)
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -59,14 +50,14 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def policy_fingerprint(folder: str) -> str:
-    """Of a downloaded model: its commit, which names the folder. Of any other folder: its contents."""
+    """What identifies a policy: a downloaded model's name and commit, of any other folder its contents."""
     if Path(folder).parent.name == "snapshots":
         return f"{Path(folder).parents[1].name}@{Path(folder).name}"
     return folder_fingerprint(Path(folder))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of all that decides what a text's tokens are."""
+    """What identifies a tokenizer: all that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return fingerprint([type(tokenizer).__name__, rules, tokenizer.chat_template, str(tokenizer.special_tokens_map)])
@@ -87,7 +78,7 @@ def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> Pr
 
 
 def dtype_name(model_arguments: dict[str, Any]) -> str:
-    """What the weights are loaded as, "float32" unless told otherwise."""
+    """The name of the type that weights are loaded in, "float32" unless told otherwise."""
     return str(model_arguments.get("dtype", torch.float32)).removeprefix("torch.")
 
 
@@ -100,23 +91,6 @@ def load_tokenizer(folder: str, model_arguments: dict[str, Any] | None = None) -
     return tokenizer
 
 
-def convert_gguf(path: Path, folder: Path) -> None:
-    """Write a GGUF file as a model folder, de-quantised to bfloat16. Needs the `gguf` package; raises UserError."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise UserError(f"{path}: reading GGUF files needs one more package: pip install gguf") from None
-    arguments = {"gguf_file": path.name}
-    loaded = _load(AutoModelForCausalLM.from_pretrained, str(path.parent), {**arguments, "dtype": torch.bfloat16})
-    loaded.config.__dict__.pop("quantization_config", None)
-    # A model that came from a GGUF file refuses to be saved: its weights move into one that did not.
-    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    model.save_pretrained(folder)
-    _load(AutoTokenizer.from_pretrained, str(path.parent), arguments).save_pretrained(folder)
-
-
 def _load(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:
     try:
         return loader(folder, **arguments)
@@ -125,9 +99,4 @@ def _load(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:
     except Exception as error:  # broken files surface as whatever the library's parsers stumble over
         if isinstance(error, MemoryError) or out_of_memory(error):
             raise
-        raise UserError(f"{folder}: could not be loaded as a model with its tokenizer ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise UserError(f"{folder}: could not be loaded as a model with its tokenizer ({reason(error)})") from error

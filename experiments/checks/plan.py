@@ -23,7 +23,7 @@ from tspin.devices import resident
 from tspin.engines.here import Training, train
 from tspin.models import POCKET_MODEL, load_tokenizer
 from tspin.planning.architectures import find_config, shape_of
-from tspin.planning.peaks import MicroBatch, Precision, training_parts
+from tspin.planning.peaks import MicroBatch, Optimizer, Precision, training_parts
 from tspin.runs.files import write_json, write_text
 from tspin.runs.provenance import provenance
 from tspin.selfplay_config import SelfPlayConfig
@@ -76,11 +76,10 @@ def measure(name: str, tokens: int, checkpointing: bool) -> dict:
     """T-SPIN steps of two micro-batches of `tokens` tokens: predicted and measured peak."""
     step("pocket", ROW, False)  # what libraries load at first use is not the model's
     config, args, peak = step(name, tokens, checkpointing)
-    batch = MicroBatch(tokens=tokens, row_tokens=ROW, response_tokens=tokens * 3 * LENGTHS[1] // ROW, count=2)
+    responses = tokens * 3 * LENGTHS[1] // ROW
+    batch = MicroBatch(tokens, row_tokens=ROW, response_tokens=responses, count=2, checkpointing=checkpointing)
     precision = Precision(4, 2 if args.bf16 else 4)
-    parts = training_parts(
-        shape_of(config), precision, batch, optimizer="rmsprop", checkpointing=checkpointing, foreach=False
-    )
+    parts = training_parts(shape_of(config), precision, batch, Optimizer("rmsprop", foreach=False))
     return {
         "model": name,
         "micro_batch_tokens": tokens,

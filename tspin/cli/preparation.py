@@ -29,15 +29,15 @@ def fetch(
     Example: tspin fetch zephyr-7b --out offline && tspin run --preset zephyr-7b --offline offline
     """
     from tspin.config import load_config
-    from tspin.hub import fetch as hub
-    from tspin.hub.offline import verify
+    from tspin.hub.offline import lacking, verify
+    from tspin.planning.needs import fetch_needed, needed
 
     config = load_config(preset, settings or [])
     if check:
         wrong = verify(out)
-        wrong += [f"{item}: not fetched" for item in hub.needed(config) if not hub.is_there(out, item)]
+        wrong += [line for item in needed(config) if (line := lacking(out, item))]
     else:
-        wrong = hub.fetch(config, out, take or [], lambda line: typer.echo(line, err=True))
+        wrong = fetch_needed(config, out, take or [], lambda line: typer.echo(line, err=True))
     for line in wrong[1:]:
         typer.echo(line, err=True)
     if wrong:
@@ -64,20 +64,12 @@ def plan(
     from rich.console import Console
 
     from tspin.config import load_config
-    from tspin.planning.plan import as_dict, measured_error
+    from tspin.planning.plan import Data, Hardware, as_dict, measured_error
     from tspin.planning.plan import plan as plan_for
     from tspin.runs.files import write_json
 
     config = load_config(preset, settings or [])
-    planned = plan_for(
-        config,
-        gpus=gpus,
-        gpu=gpu,
-        utilisation=utilisation,
-        prompt_tokens=prompt_tokens,
-        response_tokens=response_tokens,
-        rows=rows,
-    )
+    planned = plan_for(config, Hardware(gpus, gpu, utilisation), Data(prompt_tokens, response_tokens, rows))
     hours = sum(stage.hours for stage in planned.stages)
     console = Console(highlight=False)
     console.print(f"{config.model.path}: {planned.shape.parameters:,} parameters; {gpus} × {gpu}")
@@ -94,7 +86,7 @@ def plan(
 def _memory_table(planned: "Plan") -> "Table":
     from rich.table import Table
 
-    table = Table("memory a GPU", "part", "GiB", box=None, padding=(0, 2, 0, 0))
+    table = Table("memory per GPU", "part", "GiB", box=None, padding=(0, 2, 0, 0))
     for stage, parts in planned.memory.items():
         table.add_row(f"[bold]{stage}", "[bold]all", f"[bold]{sum(parts.values()) / 2**30:.2f}")
         for part, size in parts.items():

@@ -110,7 +110,7 @@ def evaluate_folder(
     seed: int = 1234,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write scores.csv and samples.parquet, as tspin.evaluation.suites has them, to the folder `target`.
+    """Write scores.csv and samples.parquet, as tspin.evaluation.harness has them, to the folder `target`.
 
     model: a checkpoint's folder. suite: a Suite as JSON. lm-eval's own vLLM class runs the suite; with data_parallel,
     on Ray. Raises UserError, with the engine's last line, when it fails.

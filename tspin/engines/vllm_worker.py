@@ -61,7 +61,8 @@ def _generate(job: dict[str, Any], folder: Path) -> None:
 
 
 def _evaluate(job: dict[str, Any]) -> None:
-    from tspin.evaluation.suites import Suite, evaluate_lm
+    from tspin.evaluation.harness import evaluate_lm
+    from tspin.evaluation.suites import Suite
 
     _name_vllm()
     from lm_eval.models.vllm_causallms import VLLM

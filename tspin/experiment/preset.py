@@ -16,13 +16,14 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from tspin.config import Config, DataSettings, ModelSettings, RunSettings, unknown
+from tspin.config import Config, DataSettings, ModelSettings, RunSettings, find_yaml, unknown
 from tspin.data.formats import Rows, load_rows
 from tspin.data.tables import Example
 from tspin.engines.launch import check_launcher
 from tspin.engines.vllm import Engine, evaluate_folder, require_vllm
 from tspin.errors import UserError
-from tspin.evaluation.suites import Suite, evaluate, load_suite
+from tspin.evaluation.harness import evaluate
+from tspin.evaluation.suites import Suite, load_suite
 from tspin.experiment.results import BASE, EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS
@@ -221,6 +222,8 @@ def training_arguments(
 ) -> SelfPlayConfig:
     """A run's settings as SelfPlayConfig. Raises UserError for unknown arguments, and for what launcher cannot do."""
     training, own = settings.training, settings.coefficients
+    if launcher and not launcher.is_file():
+        launcher = find_yaml(str(launcher), "experiments/accelerate", "launch file")
     engine = settings.engine.model_dump()
     if settings.sampling.backend == "vllm":
         require_vllm("sampling.backend", Engine(**engine))

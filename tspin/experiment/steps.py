@@ -17,7 +17,8 @@ from tspin.config import RunSettings, build_config
 from tspin.data.encoding import encode_dataset
 from tspin.engines.engine import Engine
 from tspin.errors import UserError
-from tspin.evaluation.suites import evaluate, load_suite, tabulated
+from tspin.evaluation.harness import evaluate
+from tspin.evaluation.suites import load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
 from tspin.iteration import Iteration, Run
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve

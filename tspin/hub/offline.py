@@ -12,13 +12,14 @@ of a network.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tspin.errors import UserError
+from tspin.errors import UserError, reason
 from tspin.runs.files import read_json, sha256
 
 if TYPE_CHECKING:
@@ -26,19 +27,54 @@ if TYPE_CHECKING:
 
 VARIABLE = "TSPIN_OFFLINE"
 DEFAULT = "default"  # a data set's configuration when none is named
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]  # weights in safetensors alone
+FILE_FORMATS = ("json", "parquet", "csv")  # what load_dataset reads from files, no names of data sets
 WAITS = ("connect", "read", "write", "pool")  # what an HTTP request may wait for
-EMPTY: dict[str, Any] = {"models": {}, "datasets": {}, "files": {}}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A model, a data set or NLTK data, by its hub name."""
+
+    kind: str  # "model", "dataset" or "nltk"
+    name: str
+    config: str | None = None  # of a data set, as `split`
+    split: str | None = None  # None: all
+    revision: str | None = None  # the commit, branch or tag that is asked for; None: any
+    trained: tuple[str, ...] = ()  # of all splits, those that training takes
+
+    @property
+    def place(self) -> str:
+        """Its folder within an offline folder."""
+        if self.kind == "dataset":
+            return f"datasets/{self.name}/{self.config or DEFAULT}"
+        return f"models/{self.name}" if self.kind == "model" else f"nltk_data/tokenizers/{self.name}"
+
+    @property
+    def required(self) -> set[str]:
+        """The splits without which the item is of no use."""
+        return {self.split} if self.split else {*self.trained}
+
+    def __str__(self) -> str:
+        parts = [part for part in (self.config, self.split) if part]
+        kind = "data set" if self.kind == "dataset" else self.kind
+        return f"{kind} {self.name}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def use_offline(folder: Path) -> None:
     """Take everything from `folder` from now on, in child processes too. Raises UserError if it is no such folder.
 
-    To be called before the hub's libraries are imported: they read their own switch once.
+    To be called before the hub's libraries are imported: they read HF_HUB_OFFLINE once.
     """
     read_manifest(folder)
     os.environ[VARIABLE] = str(folder.resolve())
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["NLTK_DATA"] = str(folder.resolve() / "nltk_data")
+
+
+def offline_folder() -> Path | None:
+    """The offline folder in use, if there is one."""
+    return Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
 
 
 @cache
@@ -51,23 +87,16 @@ def limit_waiting() -> None:
     from huggingface_hub.utils._http import default_client_factory
 
     def limit(request: Any) -> None:
-        given = request.extensions.get("timeout", {})
-        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        limited = {kind: seconds if given.get(kind) is None else given[kind] for kind in WAITS}
-        request.extensions = {**request.extensions, "timeout": limited}
+        asked, limits = request.extensions.get("timeout", {}), dict.fromkeys(WAITS, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        limits |= {kind: seconds for kind, seconds in asked.items() if seconds is not None}
+        request.extensions = {**request.extensions, "timeout": limits}
 
     def limited_client() -> Any:
         client = default_client_factory()
-        hooks = client.event_hooks
-        client.event_hooks = {**hooks, "request": [*hooks["request"], limit]}
+        client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], limit]}
         return client
 
     set_client_factory(limited_client)
-
-
-def offline_folder() -> Path | None:
-    """The offline folder in use, if there is one."""
-    return Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -75,36 +104,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.is_file():
         raise UserError(f"{folder}: no offline folder (it has no manifest.json); make it with: tspin fetch PRESET")
-    return {**EMPTY, **read_json(path)}
+    return {"models": {}, "datasets": {}, "files": {}, **read_json(path)}
 
 
-def offline_model(folder: Path, name: str, revision: str | None) -> Path:
-    """The folder of a model. Raises UserError for one that is not there, incomplete or of another revision."""
-    found = read_manifest(folder)["models"].get(name)
-    if found is None:
-        raise _lacking(folder, f"model {name}")
-    _check_revision(folder, f"model {name}", found, revision)
-    place = folder / "models" / name
-    _check_sizes(folder, f"models/{name}/")
-    return place
+def recorded(manifest: dict[str, Any], item: Item) -> dict[str, Any] | None:
+    """What a manifest says of an item; None where it does not have it."""
+    if item.kind == "dataset":
+        facts: dict[str, Any] | None = manifest["datasets"].get(item.name, {}).get(item.config or DEFAULT)
+        return facts
+    return manifest["models"].get(item.name) if item.kind == "model" else {}
 
 
-def offline_dataset(folder: Path, name: str, config: str | None, revision: str | None = None) -> "DatasetDict":
-    """All splits of a data set's configuration. Raises UserError for one that is not there or of another revision."""
-    import datasets
-    from datasets.table import InMemoryTable
-    from pyarrow import parquet
+def lacking(folder: Path, item: Item, splits: Iterable[str] = ()) -> str | None:
+    """Why an offline folder cannot give an item, in one line; None where it can, with every file of its full length.
 
-    found = read_manifest(folder)["datasets"].get(name, {}).get(config or DEFAULT)
-    if found is None:
-        raise _lacking(folder, f"data set {name}" + (f" ({config})" if config else ""))
-    _check_revision(folder, f"data set {name}", found, revision)
-    files = {split: f"datasets/{name}/{config or DEFAULT}/{split}.parquet" for split in found["splits"]}
-    for file in files.values():
-        _check_sizes(folder, file)
-    # Read as it is: load_dataset("parquet") would copy it into a cache first.
-    tables = {split: InMemoryTable(parquet.read_table(folder / file)) for split, file in files.items()}
-    return datasets.DatasetDict({split: datasets.Dataset(table) for split, table in tables.items()})
+    splits: of a data set, that must be there besides those that the item requires. Checksums are left to `verify`.
+    Raises UserError for a folder without a manifest.
+    """
+    manifest = read_manifest(folder)
+    facts = recorded(manifest, item)
+    files = {name: sizes for name, sizes in manifest["files"].items() if name.startswith(item.place + "/")}
+    remedy = f"on a machine with a network, run: tspin fetch PRESET --out {folder}"
+    if facts is None or not files:
+        return f"{folder} has no {item}: {remedy}"
+    if absent := {*item.required, *splits}.difference(facts.get("splits", ())):
+        return f"{folder} has no split {min(absent)} of data set {item.name}: {remedy}"
+    # What was taken from files has no revision; a branch or tag is known by the name that it was asked for.
+    if item.revision and facts["revision"] and item.revision not in (facts["revision"], facts.get("asked")):
+        there = f"{item} is there at revision {facts['revision']}"
+        return f"{folder}: {there}, {item.revision} is asked for: run `tspin fetch` again"
+    for name, sizes in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != sizes["bytes"]:
+            problem = "is incomplete" if path.is_file() else "is missing"
+            return f"{path} {problem}: run `tspin fetch` for this folder again"
+    return None
 
 
 def verify(folder: Path) -> list[str]:
@@ -118,22 +152,63 @@ def verify(folder: Path) -> list[str]:
     return wrong
 
 
+def offline_model(folder: Path, name: str, revision: str | None = None) -> Path:
+    """The folder of a model. Raises UserError for one that is not there, incomplete or of another revision."""
+    item = Item("model", name, revision=revision)
+    if problem := lacking(folder, item):
+        raise UserError(problem)
+    return folder / item.place
+
+
+def offline_dataset(folder: Path, name: str, config: str | None, revision: str | None = None) -> "DatasetDict":
+    """All splits of a data set's configuration; asked for another split, it raises UserError, not KeyError.
+
+    Raises UserError for a data set that is not there, incomplete or of another revision.
+    """
+    import datasets
+    from datasets.table import InMemoryTable
+    from pyarrow import parquet
+
+    class Splits(datasets.DatasetDict):
+        def __missing__(self, split: str) -> Any:
+            raise UserError(lacking(folder, item, [split]))
+
+    item = Item("dataset", name, config, revision=revision)
+    if problem := lacking(folder, item):
+        raise UserError(problem)
+    splits = Splits()
+    for split in read_manifest(folder)["datasets"][name][config or DEFAULT]["splits"]:
+        # Read as it is: load_dataset("parquet") would copy it into a cache first.
+        table = parquet.read_table(folder / item.place / f"{split}.parquet")
+        splits[split] = datasets.Dataset(InMemoryTable(table))
+    return splits
+
+
+def model_folder(name: str, revision: str | None) -> str:
+    """The folder of a model by its hub name, downloaded or in the offline folder. Raises UserError if there is none."""
+    if folder := offline_folder():
+        return str(offline_model(folder, name, revision))
+    from huggingface_hub import snapshot_download
+
+    limit_waiting()
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES)
+    except Exception as error:  # the hub client raises many kinds for "not there"
+        raise UserError(f"{name}: no model is in this folder or under this hub name ({reason(error)})") from error
+
+
 def load_dataset(name: str, config: str | None, split: str, revision: str | None) -> Any:
     """A split of a data set by its hub name, from the hub or the offline folder. Raises UserError if there is none."""
     if folder := offline_folder():
-        found = offline_dataset(folder, name, config, revision)
-        if split not in found:
-            raise _lacking(folder, f"split {split} of data set {name}")
-        return found[split]
+        return offline_dataset(folder, name, config, revision)[split]
     import datasets
 
     limit_waiting()
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision)
-    except Exception as error:  # the hub client raises many kinds for "not there"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # as above
         raise UserError(
-            f"data set {name!r} is neither a .jsonl or .parquet file here nor on the hub ({reason})"
+            f"data set {name!r} is neither a .jsonl or .parquet file here nor on the hub ({reason(error)})"
         ) from error
 
 
@@ -145,53 +220,15 @@ def offline_benchmarks() -> Iterator[None]:
     """
     import datasets
 
-    class Splits(datasets.DatasetDict):
-        """A data set's splits; one that is not there is named, where lm-eval would stop with a KeyError."""
-
-        def __init__(self, folder: Path, name: str, splits: datasets.DatasetDict):
-            super().__init__(splits)
-            self.place = (folder, name)
-
-        def __missing__(self, split: str) -> Any:
-            raise _lacking(self.place[0], f"split {split} of data set {self.place[1]}")
-
     folder, original = offline_folder(), datasets.load_dataset
 
     def replaced(path: str, name: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        if Path(path).exists() or path in ("json", "parquet", "csv"):  # a task of the user's, on files
+        if folder is None or Path(path).exists() or path in FILE_FORMATS:  # a task of the user's, on files
             return original(path, name, *args, **kwargs)
-        assert folder is not None
-        return Splits(folder, path, offline_dataset(folder, path, name))
+        return offline_dataset(folder, path, name)
 
-    if folder is not None:
-        datasets.load_dataset = replaced  # type: ignore[assignment]
+    datasets.load_dataset = replaced  # type: ignore[assignment]
     try:
         yield
     finally:
         datasets.load_dataset = original
-
-
-def is_revision(facts: Mapping[str, Any], asked: str | None) -> bool:
-    """Whether what the manifest has is the revision asked for: a commit, or a name that was one when it was fetched."""
-    return asked is None or facts["revision"] is None or asked in (facts["revision"], facts.get("asked"))
-
-
-def _check_revision(folder: Path, what: str, facts: Mapping[str, Any], asked: str | None) -> None:
-    """Raise UserError where another revision was fetched than is asked for; what was taken from files has none."""
-    if not is_revision(facts, asked):
-        there = facts["revision"]
-        raise UserError(f"{folder}: {what} is there at revision {there}, {asked} is asked for: run `tspin fetch` again")
-
-
-def _check_sizes(folder: Path, prefix: str) -> None:
-    """Raise UserError naming the first file that is missing or cut; checksums of gigabytes are `verify`'s."""
-    for name, facts in read_manifest(folder)["files"].items():
-        if name.startswith(prefix):
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != facts["bytes"]:
-                problem = "is missing" if not path.is_file() else "is incomplete"
-                raise UserError(f"{path} {problem}: run `tspin fetch` for this folder again")
-
-
-def _lacking(folder: Path, what: str) -> UserError:
-    return UserError(f"{folder} has no {what}: on a machine with a network, run: tspin fetch PRESET --out {folder}")

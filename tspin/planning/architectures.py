@@ -12,12 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from tspin.errors import UserError
 from tspin.models import POCKET_MODEL
 
+FACTS = Path(__file__).with_name("architectures.yaml")
+
 
 @dataclass(frozen=True)
 class Shape:
     """What memory and arithmetic follow from. Widths and counts; parameters are exact, tied ones counted once."""
 
-    family: str  # the config's model_type
     parameters: int
     layer_parameters: int  # of one layer
     layer_matrices: int  # those of them in matrices, which autocast copies
@@ -39,7 +40,7 @@ class Shape:
 @cache
 def known_architectures() -> dict[str, Any]:
     """Hub name → {"parameters", "config"} of architectures.yaml."""
-    known: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("architectures.yaml").read_text(encoding="utf-8"))
+    known: dict[str, Any] = yaml.safe_load(FACTS.read_text(encoding="utf-8"))
     return known
 
 
@@ -61,8 +62,8 @@ def find_config(path: str, revision: str | None = None, trust_remote_code: bool 
         return AutoConfig.from_pretrained(place, **options)
     except Exception as error:  # the hub client raises many kinds for "not there"
         raise UserError(
-            f"{path}: no config.json in this folder, in the hub's cache or on the hub; tspin/architectures.yaml takes "
-            "the facts of a model that cannot be reached"
+            f"{path}: no config.json in this folder, in the hub's cache or on the hub; {FACTS} takes the facts of a "
+            "model that cannot be reached"
         ) from error
 
 
@@ -84,12 +85,11 @@ def shape_of(config: PreTrainedConfig) -> Shape:
         )
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    one = list(layers[0].parameters())
+    layer = list(layers[0].parameters())
     return Shape(
-        family=config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layer_parameters=sum(parameter.numel() for parameter in one),
-        layer_matrices=sum(parameter.numel() for parameter in one if parameter.dim() == 2),
+        layer_parameters=sum(parameter.numel() for parameter in layer),
+        layer_matrices=sum(parameter.numel() for parameter in layer if parameter.dim() == 2),
         largest_parameter=max(parameter.numel() for parameter in model.parameters()),
         layers=len(layers),
         hidden=config.hidden_size,
@@ -104,10 +104,10 @@ def shape_of(config: PreTrainedConfig) -> Shape:
 def adapter_parameters(config: PreTrainedConfig, rank: int, target_modules: str | list[str]) -> int:
     """Parameters of low-rank adapters: rank × (inputs + outputs) of every adapted matrix, the head left out."""
     model = meta_model(config)
-    head = model.get_output_embeddings()
-    total = 0
-    for name, module in model.named_modules():
-        wanted = target_modules == "all-linear" or name.rsplit(".", 1)[-1] in target_modules
-        if isinstance(module, torch.nn.Linear) and module is not head and wanted:
-            total += rank * (module.in_features + module.out_features)
-    return total
+    head, everything = model.get_output_embeddings(), target_modules == "all-linear"
+    return sum(
+        rank * (module.in_features + module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+        if everything or name.rsplit(".", 1)[-1] in target_modules
+    )

@@ -1,32 +1,33 @@
 """`tspin plan`: what an experiment needs, before any GPU is booked. For memory see tspin.planning.peaks."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import PreTrainedConfig
 
 from tspin.config import Config, RunSettings, unknown
 from tspin.errors import UserError
 from tspin.objectives import METHODS
+from tspin.planning import peaks
 from tspin.planning.architectures import Shape, adapter_parameters, find_config, shape_of
-from tspin.planning.peaks import (
-    MicroBatch,
-    Parts,
-    Precision,
-    cache_bytes,
-    sampling_parts,
-    scoring_parts,
-    training_parts,
-)
 
 USABLE = 0.95  # of a GPU's memory: the driver, the libraries and fragments take the rest
-DECODED_TOGETHER = 256  # sequences of a vLLM copy, its own default
+DECODED_TOGETHER = 256  # sequences of a vLLM copy, its default
+WEIGHT = {"float32": 4, "bfloat16": 2}  # bytes
+Lengths = tuple[int, int, int]  # mean tokens of prompts, of y, and of y′ and y0
+REMEDIES = {
+    "training": "lower training.micro_batch_tokens, set training.gradient_checkpointing or training.lora, or take more "
+    "GPUs",
+    "scoring": "lower training.micro_batch_tokens",
+    "sampling": "lower sampling.batch_size or sampling.max_new_tokens, or raise engine.tensor_parallel",
+}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: bytes. flops: dense bfloat16, a second. bandwidth: bytes a second. Vendors' public figures."""
+    """memory: bytes. flops: dense bfloat16, per second. bandwidth: bytes per second. Vendors' public figures."""
 
     memory: float
     flops: float
@@ -44,6 +45,27 @@ GPUS = {
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """GPUs of a kind of GPUS, and the share of their arithmetic, and of their bandwidth, that is reached."""
+
+    gpus: int = 8
+    gpu: str = "h100"
+    utilisation: float = 0.4
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is known of the data beside the config: mean lengths, and rows for methods whose `labels` is empty.
+
+    Where a mean is not known, half of the configured maximum stands for it.
+    """
+
+    prompt_tokens: int | None = None
+    response_tokens: int | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
 class Stage:
     """One kind of work of a method, over all its iterations. hours: on the clock."""
 
@@ -56,146 +78,122 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found. memory: stage → parts in bytes on one GPU; problem: the first thing that does not fit."""
+    """memory: stage → parts in bytes on one GPU. disk: bytes. problem: the first thing that does not fit."""
 
     shape: Shape
-    memory: dict[str, Parts]
+    memory: dict[str, peaks.Parts]
     stages: list[Stage]
     disk: int
     problem: str | None
 
 
-def plan(
-    config: Config,
-    *,
-    gpus: int = 8,
-    gpu: str = "h100",
-    utilisation: float = 0.4,
-    prompt_tokens: int | None = None,
-    response_tokens: int | None = None,
-    rows: int | None = None,
-) -> Plan:
-    """Memory, tokens, time and disk of a config's methods.
+def plan(config: Config, hardware: Hardware = Hardware(), data: Data = Data()) -> Plan:
+    """Memory, tokens, time and disk of a config's methods; evaluation is not in it.
 
-    gpus, gpu: how many of a key of GPUS; training is sharded over all of them (FSDP; adapters have whole weights on
-    each), sampling has a copy on each, log-probabilities one on engine.data_parallel of them.
-    utilisation: the share of the GPU's arithmetic, and of its bandwidth, that is reached. prompt_tokens,
-    response_tokens: means, half of the configured maxima when left out. rows: of the data, where a method's `labels` is
-    empty. Evaluation is not in it. Raises UserError for unknown GPUs and models that cannot be planned.
+    Training is sharded over all GPUs (FSDP; adapters have whole weights on each), sampling has a copy on each,
+    log-probabilities one on engine.data_parallel of them.
+    Raises UserError for unknown GPUs and models that cannot be planned.
     """
-    if gpu not in GPUS:
-        raise UserError(f"--gpu: {unknown('GPU', gpu, GPUS)}")
-    device, model = GPUS[gpu], find_config(config.model.path, config.model.revision, config.model.trust_remote_code)
+    if hardware.gpu not in GPUS:
+        raise UserError(f"--gpu: {unknown('GPU', hardware.gpu, GPUS)}")
+    model = find_config(config.model.path, config.model.revision, config.model.trust_remote_code)
     shape = shape_of(model)
-    prompt = prompt_tokens or config.data.max_prompt_tokens // 2
-    labelled = response_tokens or config.data.max_response_tokens // 2
-    synthetic = response_tokens or config.sampling.max_new_tokens // 2
-    settings = {name: config.for_method(name) for name in config.methods or ["tspin"]}
-    heaviest = max(settings.values(), key=lambda own: METHODS[own.method].self_play)
-    weight = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
-    compute = weight if config.training.bf16 is False else 2
-    lora = config.training.lora
-    trained = None if lora is None else adapter_parameters(model, lora.rank, lora.target_modules)
-    tokens = config.training.micro_batch_tokens
-    row = _row_tokens(heaviest, prompt, labelled, synthetic)
-    batch = MicroBatch(
+    lengths = (
+        data.prompt_tokens or config.data.max_prompt_tokens // 2,
+        data.response_tokens or config.data.max_response_tokens // 2,
+        data.response_tokens or config.sampling.max_new_tokens // 2,
+    )
+    methods = [config.for_method(name) for name in config.methods or ["tspin"]]
+    memory = _memory(methods, model, shape, lengths, hardware.gpus)
+    stages = [stage for settings in methods for stage in _stages(settings, shape, lengths, hardware, data.rows)]
+    disk = sum(settings.iterations for settings in methods) * WEIGHT[config.model.dtype] * shape.parameters
+    return Plan(shape, memory, stages, disk, _problem(memory, hardware))
+
+
+def _memory(
+    methods: Sequence[RunSettings], model: PreTrainedConfig, shape: Shape, lengths: Lengths, gpus: int
+) -> dict[str, peaks.Parts]:
+    """Stage → parts in bytes on one GPU, for the method with the longest rows."""
+    settings = max(methods, key=lambda settings: _row_tokens(settings, lengths))
+    training, tokens, row = settings.training, settings.training.micro_batch_tokens, _row_tokens(settings, lengths)
+    weight = WEIGHT[settings.model.dtype]
+    precision = scored = peaks.Precision(weight, weight if training.bf16 is False else 2)
+    batch = peaks.MicroBatch(
         tokens=tokens,
         row_tokens=min(row, tokens),
-        response_tokens=tokens * (row - prompt) // row,
-        count=max(config.training.batch_size * row // (gpus * tokens), 1),
-        dense_mask=config.model.attention != "flex_attention",
-        all_logits=config.training.layout == "padded",
+        response_tokens=tokens * (row - lengths[0]) // row,
+        count=max(training.batch_size * row // (gpus * tokens), 1),
+        dense_mask=settings.model.attention != "flex_attention",
+        all_logits=training.layout == "padded",
+        checkpointing=training.gradient_checkpointing,
     )
-    together = DECODED_TOGETHER if config.sampling.backend == "vllm" else config.sampling.batch_size
-    precision = Precision(weight, compute)
-    # As trainings in shards compute, see tspin.engines.launch.trains_in_bfloat16.
-    scored = Precision(compute, compute) if gpus > 1 and lora is None else precision
-    memory = {
-        "training": training_parts(
-            shape,
-            precision,
-            batch,
-            optimizer=config.training.optimizer,
-            checkpointing=config.training.gradient_checkpointing,
-            gpus=gpus if lora is None else 1,  # adapters are trained beside whole weights on every GPU
-            trained=trained,
-        ),
-        "scoring": scoring_parts(shape, scored, batch),
-        "sampling": sampling_parts(
-            shape, 2 if config.sampling.backend == "vllm" else weight, together, prompt, synthetic
-        ),
+    if training.lora:  # adapters are trained beside whole weights on every GPU
+        adapters = adapter_parameters(model, training.lora.rank, training.lora.target_modules)
+        optimizer = peaks.Optimizer(training.optimizer, trained=adapters)
+    else:
+        optimizer = peaks.Optimizer(training.optimizer, shards=gpus)
+        if gpus > 1:  # as trainings in shards compute, see tspin.engines.launch.trains_in_bfloat16
+            scored = peaks.Precision(precision.compute, precision.compute)
+    drawn = 2 if settings.sampling.backend == "vllm" else weight
+    return {
+        "training": peaks.training_parts(shape, precision, batch, optimizer),
+        "scoring": peaks.scoring_parts(shape, scored, batch),
+        "sampling": peaks.sampling_parts(shape, drawn, _together(settings), lengths[0], lengths[2]),
     }
-    stages = [
-        stage
-        for name, own in settings.items()
-        for stage in _stages(name, own, shape, device, gpus, utilisation, (prompt, labelled, synthetic), rows, together)
-    ]
-    checkpoints = sum(own.iterations for own in settings.values())
-    return Plan(shape, memory, stages, checkpoints * weight * shape.parameters, _problem(memory, device, gpu, gpus))
 
 
-def _stages(
-    name: str,
-    own: RunSettings,
-    shape: Shape,
-    device: Gpu,
-    gpus: int,
-    utilisation: float,
-    lengths: tuple[int, int, int],
-    rows: int | None,
-    together: int,
-) -> list[Stage]:
-    """A method's work. lengths: of prompt, y, and y′ or y0.
-
-    FLOPs: 2 P a token forward, 6 P forward and backward, 8 P with checkpointing.
+def _stages(settings: RunSettings, shape: Shape, lengths: Lengths, hardware: Hardware, rows: int | None) -> list[Stage]:
+    """A method's work: 2 P FLOPs per token forward, 6 P forward and backward, 8 P with checkpointing.
 
     Decoding reads all weights and the cache for each token of a batch: the larger of that and its arithmetic counts.
     """
-    labels = own.data.labels or rows
+    labels = settings.data.labels or rows
     if labels is None:
-        raise UserError(f"{name} uses all rows of {own.data.path}: say how many they are with --rows")
-    method, parameters = METHODS[own.method], shape.parameters
+        raise UserError(f"{settings.method} uses all rows of {settings.data.path}: say how many they are with --rows")
+    method, device, gpus = METHODS[settings.method], GPUS[hardware.gpu], hardware.gpus
+    speed = gpus * device.flops * hardware.utilisation
     prompt, _, response = lengths
-    per_prompt = _row_tokens(own, *lengths)
-    speed = gpus * device.flops * utilisation
+    seen = settings.iterations * labels * _row_tokens(settings, lengths)
 
-    def stage(what: str, tokens: float, per_token: int, seconds: float = 0.0, used: int = gpus) -> Stage:
-        flops = tokens * per_token * parameters
-        return Stage(name, what, round(tokens), flops, max(flops / (speed * used / gpus), seconds) / 3600)
+    def stage(name: str, tokens: float, per_token: int, seconds: float = 0.0, used: int = gpus) -> Stage:
+        flops = tokens * per_token * shape.parameters
+        hours = max(flops / (speed * used / gpus), seconds) / 3600
+        return Stage(settings.method, name, round(tokens), flops, hours)
 
-    backward = 8 if own.training.gradient_checkpointing else 6
-    found = [stage("training", own.iterations * own.training.epochs * labels * per_prompt, backward)]
+    stages = [stage("training", settings.training.epochs * seen, 8 if settings.training.gradient_checkpointing else 6)]
     passes = 2 + (method.reference == "initial")  # diagnostics, before and after; "previous" is the pass before
-    scoring = own.iterations * passes * labels * per_prompt
-    found.append(stage("scoring", scoring, 2, used=min(own.engine.data_parallel, gpus)))
+    stages.append(stage("scoring", passes * seen, 2, used=min(settings.engine.data_parallel, gpus)))
     if method.self_play:
-        drawn = (own.iterations + 1) * labels  # y′ of every iteration, and y0
+        drawn, together = (settings.iterations + 1) * labels, _together(settings)  # y′ of every iteration, and y0
         steps = drawn * response / (gpus * together)
-        read = 2 * parameters + together * (prompt + response) * cache_bytes(shape, 2)
-        seconds = steps * read / (device.bandwidth * utilisation) + drawn * prompt * 2 * parameters / speed
-        found.append(stage("sampling", drawn * (prompt + response), 2, seconds))
-    return found
+        read = 2 * shape.parameters + together * (prompt + response) * peaks.cache_bytes(shape, 2)
+        seconds = steps * read / (device.bandwidth * hardware.utilisation)
+        seconds += drawn * prompt * 2 * shape.parameters / speed
+        stages.append(stage("sampling", drawn * (prompt + response), 2, seconds))
+    return stages
 
 
-def _row_tokens(own: RunSettings, prompt: int, labelled: int, synthetic: int) -> int:
+def _row_tokens(settings: RunSettings, lengths: Lengths) -> int:
     """Tokens of one prompt's row: the prompt once, y, and in self-play y′ and y0."""
-    return prompt + labelled + (2 * synthetic if METHODS[own.method].self_play else 0)
+    prompt, labelled, response = lengths
+    return prompt + labelled + (2 * response if METHODS[settings.method].self_play else 0)
 
 
-def _problem(memory: dict[str, Parts], device: Gpu, gpu: str, gpus: int) -> str | None:
-    remedies = {
-        "training": "lower training.micro_batch_tokens, set training.gradient_checkpointing or training.lora, or take "
-        "more GPUs",
-        "scoring": "lower training.micro_batch_tokens",
-        "sampling": "lower sampling.batch_size or sampling.max_new_tokens, or raise engine.tensor_parallel",
-    }
+def _together(settings: RunSettings) -> int:
+    """Sequences that one copy of the model decodes together."""
+    return DECODED_TOGETHER if settings.sampling.backend == "vllm" else settings.sampling.batch_size
+
+
+def _problem(memory: Mapping[str, peaks.Parts], hardware: Hardware) -> str | None:
+    """The first stage that needs more than a GPU has, and what to change; None where all fit."""
+    usable = USABLE * GPUS[hardware.gpu].memory
     for stage, parts in memory.items():
         total, largest = sum(parts.values()), max(parts, key=lambda part: parts[part])
-        if total > USABLE * device.memory:
+        if total > usable:
             return (
-                f"{stage} needs {total / 2**30:.1f} GiB on each of {gpus} {gpu}, which has "
-                f"{USABLE * device.memory / 2**30:.1f} to give; most of it is {largest} "
-                f"({parts[largest] / 2**30:.1f}): {remedies[stage]}"
+                f"{stage} needs {total / 2**30:.1f} GiB on each of {hardware.gpus} {hardware.gpu}, which has "
+                f"{usable / 2**30:.1f} to give; most of it is {largest} ({parts[largest] / 2**30:.1f} GiB): "
+                f"{REMEDIES[stage]}"
             )
     return None
 
@@ -211,12 +209,12 @@ def measured_error(folder: Path = Path("results/benchmarks/plan")) -> str | None
     return f"{len(errors)} measured peaks: predictions were {errors.min():+.0f} % to {errors.max():+.0f} % off ({path})"
 
 
-def as_dict(found: Plan) -> dict[str, Any]:
+def as_dict(planned: Plan) -> dict[str, Any]:
     """A plan as plain JSON values: bytes, tokens, FLOPs, hours."""
     return {
-        "parameters": found.shape.parameters,
-        "memory_bytes_per_gpu": found.memory,
-        "stages": [vars(stage) for stage in found.stages],
-        "disk_bytes": found.disk,
-        "does_not_fit": found.problem,
+        "parameters": planned.shape.parameters,
+        "memory_bytes_per_gpu": planned.memory,
+        "stages": [vars(stage) for stage in planned.stages],
+        "disk_bytes": planned.disk,
+        "does_not_fit": planned.problem,
     }

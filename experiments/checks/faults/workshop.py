@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tspin import cli
 from tspin.config import REPOSITORY
-from tspin.evaluation.suites import load_suite, task_manager_for
+from tspin.evaluation.harness import task_manager_for
+from tspin.evaluation.suites import load_suite
 from tspin.models import POCKET_MODEL, load_tokenizer
 
 PRESET = """

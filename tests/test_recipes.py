@@ -1,0 +1,50 @@
+"""Presets, suites and launch files are found by name from any folder, and a suite's tasks with them."""
+
+from pathlib import Path
+
+import pytest
+
+from tspin.config import find_yaml, load_config, recipes
+from tspin.errors import UserError
+from tspin.evaluation.harness import task_manager_for
+from tspin.evaluation.suites import PACKAGE, load_suite
+from tspin.experiment.preset import training_arguments
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_recipes_by_name():
+    folders = {path.name for path in recipes().iterdir() if path.is_dir()}
+    assert {"presets", "suites", "studies", "accelerate", "slurm"} <= folders
+    assert load_config("pocket").evaluation.suite == "pocket"
+    assert find_yaml("paper", "experiments/suites", "suite") == recipes() / "suites" / "paper.yaml"
+    with pytest.raises(UserError, match="did you mean 'pocket'"):
+        load_config("pockett")
+
+
+def test_those_of_this_folder_come_first(tmp_path):
+    folder = tmp_path / "experiments" / "presets"
+    folder.mkdir(parents=True)
+    (folder / "pocket.yaml").write_text("iterations: 2\n")
+    assert load_config("pocket").iterations == 2
+
+
+def test_a_suites_tasks_are_in_this_folder_or_in_the_package(tmp_path):
+    suite = load_suite("pocket")
+    assert suite.task_folder == PACKAGE / "pocket" / "lm_eval"
+    assert "pocket_gcd" in task_manager_for(suite).all_tasks
+    (tmp_path / "pocket" / "lm_eval").mkdir(parents=True)
+    assert suite.task_folder == Path("pocket/lm_eval")
+    with pytest.raises(UserError, match="include_path nowhere: no such folder"):
+        suite.model_copy(update={"include_path": Path("nowhere")}).definition()
+
+
+def test_a_launch_file_by_name(tmp_path):
+    settings = load_config("pocket").for_method("sft")
+    args = training_arguments(settings, tmp_path, 0, launcher=Path("cpu2"))
+    assert args.launcher == str(recipes() / "accelerate" / "cpu2.yaml")
+    with pytest.raises(UserError, match="unknown launch file 'cpu3': did you mean 'cpu2'"):
+        training_arguments(settings, tmp_path, 0, launcher=Path("cpu3"))
