@@ -20,6 +20,8 @@ from tspin.evaluation.suites import load_suite, tabulated
 from tspin.experiment.preset import build_trainer, evaluate_checkpoint, model_source, quiet_libraries
 from tspin.runs.stages import fingerprint, read_json, write_json, write_text
 
+DECODING = {"temperature", "top_p", "max_new_tokens", "sampling_batch_size", "sampling_backend", "sampling_dtype"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,8 +57,9 @@ def run_setting(sweep: dict, method: str, setting: dict, runs: Path) -> list[dic
     config = load_config(sweep["preset"], [*overrides, *(f"{key}={value}" for key, value in setting.items())])
     suite = load_suite(sweep["suite"])
     # One folder a setting; what is sampled from the initial policy is shared by equal decodings.
-    sampled = fingerprint(config.sampling.model_dump())
-    trainer = build_trainer(config.for_method(method), runs / sampled / fingerprint(setting), sweep["seed"])
+    settings = config.for_method(method)
+    sampled = fingerprint(settings.training.model_dump(include=DECODING))
+    trainer = build_trainer(settings, runs / sampled / fingerprint(setting), sweep["seed"])
     trainer.shared = runs / sampled / "shared"
     rows = []
     for result in trainer.iterate():
@@ -67,9 +70,9 @@ def run_setting(sweep: dict, method: str, setting: dict, runs: Path) -> list[dic
         rows.append(
             {
                 "method": method,
-                "temperature": config.sampling.temperature,
-                "epochs": config.for_method(method).training.epochs,
-                "learning_rate": config.for_method(method).training.learning_rate,
+                "temperature": settings.training.temperature,
+                "epochs": settings.training.num_train_epochs,
+                "learning_rate": settings.training.learning_rate,
                 "iteration": result.iteration,
                 "validation_avg": columns["value"].mean(),
                 "stderr": (columns["stderr"] ** 2).sum() ** 0.5 / len(columns),

@@ -48,9 +48,9 @@ def test_the_papers_presets_fit_its_hardware(name):
 def test_what_does_not_fit_is_named():
     found = plan(load_config("mistral-7b"), gpus=1, gpu="rtx4090", rows=200_000)
     assert found.problem and found.problem.startswith("training needs") and "weights" in found.problem
-    adapters = plan(load_config("mistral-7b", ["training.lora={rank: 16}"]), gpus=1, gpu="h100", rows=200_000)
+    adapters = plan(load_config("mistral-7b", ["lora={rank: 16}"]), gpus=1, gpu="h100", rows=200_000)
     assert adapters.memory["training"]["gradients"] < 1e9
-    eight = plan(load_config("mistral-7b", ["training.lora={rank: 16}"]), gpus=8, gpu="h100", rows=200_000)
+    eight = plan(load_config("mistral-7b", ["lora={rank: 16}"]), gpus=8, gpu="h100", rows=200_000)
     assert eight.memory["training"]["weights"] > 4 * eight.shape.parameters  # adapters are not trained in shards
     with pytest.raises(UserError, match="--rows"):
         plan(load_config("mistral-7b"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_cli import SMALL, assert_refused, call
 
-from tspin.config import Config
+from tspin.config import Config, build_config
 from tspin.errors import UserError
 from tspin.experiment import grid as sweep
 from tspin.experiment.grid import Cell
@@ -93,17 +93,16 @@ def _pinned() -> str:
 
 def test_a_token_is_no_setting(tmp_path, model_folder, data_file):
     own = ["run", "--model", model_folder, "--data", data_file, "--out", tmp_path / "run", *SMALL]
-    assert_refused(call(*own, "--set", "training.trainer.hub_token=hf_1234"), "training.trainer.hub_token", "HF_TOKEN")
-    assert training_arguments(
-        Config(training={"trainer": {"include_num_input_tokens_seen": "all"}}).for_method("sft"), tmp_path, seed=0
-    ).include_num_input_tokens_seen
+    assert_refused(call(*own, "--set", "hub_token=hf_1234"), "hub_token: a secret", "HF_TOKEN")
+    counting = build_config({"include_num_input_tokens_seen": "all"}).for_method("sft")
+    assert training_arguments(counting, tmp_path, seed=0).include_num_input_tokens_seen == "all"
     assert not (tmp_path / "run").exists()
 
 
 def test_a_sweeps_records_have_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "s3cret-value-of-a-token")
     place = f"https://me:{'hunter2-' * 2}@example.org/rows.jsonl"
-    given = (f"data.path={place}", "training.batch_size=4")
+    given = (f"data.path={place}", "batch_size=4")
     cell = Cell(
         "pocket", "sft", 0, given, (), str(tmp_path / "cell"), str(tmp_path / "runs"), str(tmp_path / "results")
     )

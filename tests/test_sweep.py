@@ -16,7 +16,7 @@ from tspin.config import REPOSITORY
 from tspin.errors import UserError
 from tspin.experiment.grid import load_sweep, run_sweep
 
-TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=2", "training.batch_size=8"]
+TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=2", "batch_size=8"]
 
 
 def write_sweep(path: Path, **changes) -> Path:
@@ -43,7 +43,7 @@ def test_cells_are_methods_by_seeds_by_settings(tmp_path):
     assert len({cell.folder for cell in sweep.cells}) == 6
     # Another setting of the preset makes other cells; the same one, the same.
     again, changed = (
-        load(tmp_path, overrides=[*TINY, *more]).cells[0].folder for more in ([], ["methods.sft.training.epochs=7"])
+        load(tmp_path, overrides=[*TINY, *more]).cells[0].folder for more in ([], ["methods.sft.num_train_epochs=7"])
     )
     assert again == load(tmp_path).cells[0].folder != changed
 
@@ -86,7 +86,7 @@ def test_finished_cells_are_skipped_and_failed_ones_retried_on_demand(tmp_path, 
 
 
 def test_an_interrupted_sweep_ends_its_cells_and_goes_on(tmp_path, data_file):
-    path = write_sweep(tmp_path / "tiny.yaml", overrides=[*TINY, f"data.path={data_file}", "training.epochs=3"])
+    path = write_sweep(tmp_path / "tiny.yaml", overrides=[*TINY, f"data.path={data_file}", "num_train_epochs=3"])
     command = [sys.executable, "-c", "from tspin.cli import main; main()", "sweep", str(path), "--runs", "runs"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.rglob("*_log.err")):

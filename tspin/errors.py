@@ -1,2 +1,17 @@
+"""Mistakes that a user can put right, and the lines that name them."""
+
+import difflib
+from collections.abc import Iterable
+
+
 class UserError(Exception):
     """A mistake the user can put right: printed as one line, exit code 2."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The line for a name that is not among the known ones, with the nearest that is."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    return f"unknown {what} {name!r}: {hint}(known: {listed or 'none'})"

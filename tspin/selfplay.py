@@ -20,6 +20,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from tspin.config import SelfPlayConfig
 from tspin.data.tables import (
     Example,
     Responses,
@@ -58,7 +59,6 @@ from tspin.runs.stages import (
     run_stage,
     write_json,
 )
-from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import Triplet, make_triplets
 
 PROMPT_SCHEMA = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), ("labelled", pa.string())])

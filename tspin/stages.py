@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tspin.config import build_config, unknown
+from tspin.config import SelfPlayConfig, build_config
 from tspin.data.tables import Examples, Responses, read_responses, response_statistics, write_responses
 from tspin.diagnostics import diagnose, summary
 from tspin.engines.here import (
@@ -26,10 +26,9 @@ from tspin.errors import UserError
 from tspin.evaluation.suites import evaluate, load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
 from tspin.models import load_model, load_tokenizer, policy_fingerprint, resolve
-from tspin.objectives import METHODS, PROTO, SYNTHETIC
+from tspin.objectives import METHODS, PROTO, SYNTHETIC, find_method
 from tspin.runs.locks import owned
 from tspin.runs.stages import atomic_path, sha256, write_text
-from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import make_triplets
 
 
@@ -63,8 +62,7 @@ def train_from_files(
     stopped left its state beside it, under a hidden name, and goes on from there. Raises UserError when a file of
     responses that the method needs is missing or fits other prompts, and when another command is at work on `out`.
     """
-    if method not in METHODS:
-        raise UserError(unknown("method", method, METHODS))
+    find_method(method)
     if METHODS[method].reference == "initial" and iteration > 0 and reference is None:
         raise UserError(f"--reference: {method} at iteration {iteration} needs the initial policy")
     if out.exists():
@@ -133,8 +131,7 @@ def diagnose_to_file(
     model: the policy after training. before: the one it was trained from, π_θt; `model` itself when None.
     reference: π_θ0, for methods whose reference it is; `before` when None. Returns diagnostics.summary.
     """
-    if method not in METHODS:
-        raise UserError(unknown("method", method, METHODS))
+    find_method(method)
     if out.is_dir():
         raise UserError(f"{out} is a folder: --out is the Parquet file to write")
     args, tokenizer, examples, load, _ = _prepare(model, dataset, method, seed, overrides)

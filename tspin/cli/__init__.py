@@ -68,7 +68,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 raise
             fail(
                 f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}): lower "
-                "sampling.batch_size, evaluation.batch_size or training.micro_batch_tokens; finished stages are kept"
+                "sampling_batch_size, evaluation.batch_size or micro_batch_tokens; finished stages are kept"
             )
         except (OSError, SafetensorError) as error:
             number = error_number(error)
@@ -272,7 +272,7 @@ def sample_command(
 ) -> None:
     """Sample one response a prompt.
 
-    Example: tspin sample --model my-model --data my-data.jsonl --out proto.parquet --set sampling.temperature=0
+    Example: tspin sample --model my-model --data my-data.jsonl --out proto.parquet --set temperature=0
     """
     go_offline(offline)
     from tspin import stages

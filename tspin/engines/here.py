@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.data import templates as data
 from tspin.data.formats import Rows, set_key, validate_rows
 from tspin.data.tables import Examples, View, open_table
@@ -45,7 +46,6 @@ from tspin.runs.stages import (
     run_stage,
     stage_record,
 )
-from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import AtTrainBegin, TripletTrainer
 from tspin.triplet_logps import compute_logps
 from tspin.triplets import Triplet, TripletCollator, collator_for
@@ -61,8 +61,8 @@ def encode_dataset(
     """
     settings: dict[str, Any] = dict(
         template=args.template,
-        max_prompt_tokens=args.max_prompt_tokens,
-        max_response_tokens=args.max_response_tokens,
+        max_prompt_tokens=args.max_prompt_length,
+        max_response_tokens=args.max_completion_length,
         long_prompts=args.long_prompts,
     )
     if isinstance(dataset, Rows):
@@ -226,7 +226,7 @@ def train_iteration(
     arguments = copy.copy(args)
     arguments.output_dir = str(log_folder)
     arguments.seed = stage_seed(args.seed, "training", iteration)
-    rates = args.learning_rates or [args.learning_rate]
+    rates = args.learning_rates
     arguments.learning_rate = rates[min(iteration, len(rates) - 1)]
     arguments.dataloader_pin_memory = torch.cuda.is_available()
     kept = unfinished.newest() if unfinished else None
@@ -293,19 +293,22 @@ def train_iteration(
     return facts | ({"processes": args.world_size} if args.world_size > 1 else {})
 
 
-def add_adapters(model: PreTrainedModel, settings: dict[str, Any]) -> LoraModel:
+def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> LoraModel:
     """Put low-rank adapters into `model`, in place, and freeze everything else (LoRA, arXiv 2106.09685).
 
     The model itself, not a wrapper, goes on being trained: the layouts that share prompts look into it. Raises
     UserError where it has no such modules.
     """
     config = LoraConfig(
-        r=settings["rank"], lora_alpha=settings["alpha"], target_modules=settings["target_modules"], lora_dropout=0.0
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
+        target_modules=settings.target_modules,
+        lora_dropout=0.0,
     )
     try:
         return LoraModel(model, {"default": config}, "default")
     except ValueError as error:
-        raise UserError(f"training.lora.target_modules: {str(error).splitlines()[0]}") from error
+        raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
 
 
 class KeepState(TrainerCallback):

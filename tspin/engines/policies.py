@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from tspin.config import SelfPlayConfig
 from tspin.data.tables import Response, View
-from tspin.engines.vllm import Engine, generate_tokens, require_vllm
+from tspin.engines.vllm import generate_tokens, require_vllm
 from tspin.errors import UserError
 from tspin.models import dtype_name, load_model
 from tspin.sampling import end_tokens, response_of, sample
-from tspin.selfplay_config import SelfPlayConfig
 
 
 def sample_policy(
@@ -36,8 +36,7 @@ def sample_policy(
     if args.sampling_backend == "transformers":
         model = load_model(folder, loading).to(args.device)  # type: ignore[arg-type]
         return sample(model, tokenizer, prompts, args.decoding, seed=seed, description=description)
-    engine = Engine(**(args.engine or {}))
-    require_vllm("sampling.backend", engine)
+    require_vllm("sampling_backend", args.engine)
     ends = end_tokens(generation_settings(folder), tokenizer)
     answers = generate_tokens(
         folder,
@@ -47,7 +46,7 @@ def sample_policy(
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         dtype=dtype_name(loading),
-        engine=engine,
+        engine=args.engine,
         seed=seed,
         trust_remote_code=bool(loading.get("trust_remote_code")),
     )

@@ -122,9 +122,7 @@ def load_sweep(path: Path, profile: Path | None, runs: Path, results: Path) -> S
                 raise UserError(f"{path}: {unknown('method', method, ['base', *METHODS])}")
             for seed in sweep["seeds"][:1] if method == "base" else sweep["seeds"]:
                 own_settings = config if method == "base" else config.for_method(method)
-                identity = fingerprint(
-                    [own_settings.model_dump(mode="json"), config.evaluation.model_dump(), method, seed]
-                )
+                identity = fingerprint([repr(own_settings), method, seed])
                 cells.append(
                     Cell(
                         preset=str(sweep["preset"]),

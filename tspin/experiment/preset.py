@@ -17,20 +17,19 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from tspin.config import Config, DataSettings, ModelSettings, RunSettings, unknown
+from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig
 from tspin.data.formats import Rows, load_rows
 from tspin.data.tables import Example
 from tspin.engines.launch import check_launcher
-from tspin.engines.vllm import Engine, evaluate_folder, require_vllm
+from tspin.engines.vllm import evaluate_folder, require_vllm
 from tspin.errors import UserError
 from tspin.evaluation.suites import Suite, evaluate, load_suite
 from tspin.experiment.results import BASE, EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
-from tspin.objectives import METHODS
+from tspin.objectives import METHODS, find_method
 from tspin.runs.locks import owned
 from tspin.runs.stages import DamagedStage, check_stage, claim_folder, note_damage, run_stage
 from tspin.selfplay import IterationResult, SelfPlayTrainer
-from tspin.selfplay_config import SelfPlayConfig
 
 
 def run_experiment(
@@ -50,14 +49,14 @@ def run_experiment(
     Raises UserError before any work for unknown methods, and for folders of another config.
     """
     for method in methods:
-        if method != BASE and method not in METHODS:
-            raise UserError(unknown("method", method, [BASE, *METHODS]))
+        if method != BASE:
+            find_method(method, besides=[BASE])
     if not methods:
         raise UserError(f"--methods is empty: name some of {', '.join([BASE, *METHODS])}")
     if config.evaluation is None:
         raise UserError("evaluation: this config names no suite, so there is nothing to put into results")
     if config.evaluation.backend == "vllm":
-        require_vllm("evaluation.backend", Engine(**config.engine.model_dump()), evaluates=True)
+        require_vllm("evaluation.backend", config.training.engine, evaluates=True)
     report = (console or Console(stderr=True)).print
     suite = load_suite(config.evaluation.suite)
     quiet_libraries()
@@ -70,7 +69,7 @@ def run_experiment(
     }
     policy = policy_fingerprint(model_source(config.model)[0])
     target = results / preset
-    claim_folder(target, results_config(config, suite, policy), what="result", upgrade=upgraded)
+    claim_folder(target, results_config(config, suite, policy), what="result")
     read_results(target)
     with ExitStack() as locks:
         for trainer in trainers.values():
@@ -210,68 +209,12 @@ def load_dataset(settings: DataSettings) -> Rows:
 def training_arguments(
     settings: RunSettings, folder: Path, seed: int, shared: Path | None = None, launcher: Path | None = None
 ) -> SelfPlayConfig:
-    """A run's settings as SelfPlayConfig. Raises UserError for unknown arguments, and for what launcher cannot do."""
-    training, own = settings.training, settings.coefficients
-    engine = settings.engine.model_dump()
-    if settings.sampling.backend == "vllm":
-        require_vllm("sampling.backend", Engine(**engine))
-    rates = training.learning_rate if isinstance(training.learning_rate, list) else [training.learning_rate]
-    arguments: dict[str, Any] = dict(
-        output_dir=str(folder),
-        shared_dir=str(shared) if shared else None,
-        method=settings.method,
-        iterations=settings.iterations,
-        alpha=own.alpha,
-        beta=own.beta,
-        lam=own.lam,
-        loss_type=own.loss,
-        length_scale=own.length_scale,
-        margin=own.margin,
-        noise_ratio=own.noise_ratio,
-        temperature=settings.sampling.temperature,
-        top_p=settings.sampling.top_p,
-        max_new_tokens=settings.sampling.max_new_tokens,
-        sampling_batch_size=settings.sampling.batch_size,
-        sampling_backend=settings.sampling.backend,
-        sampling_dtype=settings.sampling.dtype,
-        engine=engine,
-        launcher=str(launcher) if launcher else None,
-        template=settings.data.template,
-        max_prompt_tokens=settings.data.max_prompt_tokens,
-        max_response_tokens=settings.data.max_response_tokens,
-        long_prompts=settings.data.long_prompts,
-        lora=training.lora.model_dump() if training.lora else None,
-        monitor_proto=training.monitor_proto,
-        learning_rate=rates[0],
-        learning_rates=rates,
-        num_train_epochs=training.epochs,
-        per_device_train_batch_size=training.batch_size,
-        micro_batch_tokens=training.micro_batch_tokens,
-        checkpoint_steps=training.checkpoint_steps,
-        layout=training.layout,
-        optim=training.optimizer,
-        weight_decay=training.weight_decay,
-        warmup_steps=training.warmup,
-        lr_scheduler_type=training.schedule,
-        max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        bf16=None if training.bf16 == "auto" else training.bf16,
-        seed=seed,
-    )
-    fields = SelfPlayConfig.__dataclass_fields__
-    for name in training.trainer:
-        if name.endswith("_token"):
-            raise UserError(
-                f"training.trainer.{name}: a secret is no setting, which results keep; put it into HF_TOKEN"
-            )
-        if name not in fields:
-            raise UserError(f"training.trainer.{name}: {unknown('TrainingArguments field', name, fields)}")
-        if name in arguments:
-            raise UserError(f"training.trainer.{name}: the config has a key of its own for this; set it there")
-    try:
-        args = SelfPlayConfig(**arguments, **training.trainer)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"training: {error}") from error
+    """A run's settings as SelfPlayConfig. Raises UserError for values that Transformers refuses, or `launcher`."""
+    if settings.training.sampling_backend == "vllm":
+        require_vllm("sampling_backend", settings.training.engine)
+    given = {"output_dir": folder, "shared_dir": shared, "launcher": launcher}
+    paths = {name: None if path is None else str(path) for name, path in given.items()}
+    args = SelfPlayConfig(**{**dict(settings.training), **paths, "seed": seed})
     if launcher:
         check_launcher(launcher, args)
     return args
@@ -303,7 +246,7 @@ def evaluate_checkpoint(
                 suite.model_dump(mode="json"),
                 target,
                 dtype=dtype_name(model_arguments),
-                engine=Engine(**config.engine.model_dump()),
+                engine=config.training.engine,
                 limit=settings.limit,
                 trust_remote_code=config.model.trust_remote_code,
             )
@@ -331,28 +274,11 @@ def evaluate_checkpoint(
 def results_config(config: Config, suite: Suite, policy: str) -> dict[str, Any]:
     """What numbers in one results folder must agree on; `iterations` may grow."""
     return {
-        "config": results_config_tree(config),
+        "config": config.tree(),
         "policy": policy,
         "suite": suite.model_dump(mode="json"),
         "tasks": suite.definition(),
     }
-
-
-def results_config_tree(config: Config) -> dict[str, Any]:
-    """The config without what does not change a number: how many iterations there are, and how work is cut up."""
-    return config.model_dump(
-        mode="json",
-        exclude={"iterations": True, "training": {"micro_batch_tokens", "checkpoint_steps"}, "engine": True},
-    )
-
-
-def upgraded(found: Any) -> Any:
-    """A results_config as this version writes it: settings that came later have their defaults."""
-    try:
-        config, suite = Config.model_validate(found["config"]), Suite.model_validate(found["suite"])
-    except (KeyError, TypeError, ValueError):
-        return found  # of no version that this one knows: the comparison says what differs
-    return {**found, "config": results_config_tree(config), "suite": suite.model_dump(mode="json")}
 
 
 def describe(result: IterationResult) -> str:

@@ -58,7 +58,7 @@ def optimizer_bytes(name: str, precision: Precision) -> int:
     if name in OPTIMIZER_TENSORS:
         return OPTIMIZER_TENSORS[name] * precision.weight
     known = ", ".join(sorted({*OPTIMIZER_TENSORS, *OPTIMIZER_BYTES}))
-    raise UserError(f"training.optimizer {name!r}: plan does not know what it keeps (it knows {known})")
+    raise UserError(f"optim {name!r}: plan does not know what it keeps (it knows {known})")
 
 
 def saved_a_token(shape: Shape, precision: Precision, batch: MicroBatch) -> int:

@@ -87,26 +87,27 @@ def plan(
         raise UserError(f"--gpu: {unknown('GPU', gpu, GPUS)}")
     device, model = GPUS[gpu], find_config(config.model.path, config.model.revision, config.model.trust_remote_code)
     shape = shape_of(model)
-    prompt = prompt_tokens or config.data.max_prompt_tokens // 2
-    labelled = response_tokens or config.data.max_response_tokens // 2
-    synthetic = response_tokens or config.sampling.max_new_tokens // 2
     settings = {name: config.for_method(name) for name in config.methods or ["tspin"]}
     heaviest = max(settings.values(), key=lambda own: METHODS[own.method].self_play)
+    training = heaviest.training
+    prompt = prompt_tokens or training.max_prompt_length // 2
+    labelled = response_tokens or training.max_completion_length // 2
+    synthetic = response_tokens or training.max_new_tokens // 2
     weight = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
-    compute = weight if config.training.bf16 is False else 2
-    lora = config.training.lora
+    compute = weight if training.bf16 is False else 2
+    lora = training.lora
     trained = None if lora is None else adapter_parameters(model, lora.rank, lora.target_modules)
-    tokens = config.training.micro_batch_tokens
+    tokens = training.micro_batch_tokens
     row = _row_tokens(heaviest, prompt, labelled, synthetic)
     batch = MicroBatch(
         tokens=tokens,
         row_tokens=min(row, tokens),
         response_tokens=tokens * (row - prompt) // row,
-        count=max(config.training.batch_size * row // (gpus * tokens), 1),
+        count=max(training.batch_size * row // (gpus * tokens), 1),
         dense_mask=config.model.attention != "flex_attention",
-        all_logits=config.training.layout == "padded",
+        all_logits=training.layout == "padded",
     )
-    together = DECODED_TOGETHER if config.sampling.backend == "vllm" else config.sampling.batch_size
+    together = DECODED_TOGETHER if training.sampling_backend == "vllm" else training.sampling_batch_size
     precision = Precision(weight, compute)
     # As trainings in shards compute, see tspin.engines.launch.trains_in_bfloat16.
     scored = Precision(compute, compute) if gpus > 1 and lora is None else precision
@@ -115,14 +116,14 @@ def plan(
             shape,
             precision,
             batch,
-            optimizer=config.training.optimizer,
-            checkpointing=config.training.gradient_checkpointing,
+            optimizer=training.optim,
+            checkpointing=training.gradient_checkpointing,
             gpus=gpus if lora is None else 1,  # adapters are trained beside whole weights on every GPU
             trained=trained,
         ),
         "scoring": scoring_parts(shape, scored, batch),
         "sampling": sampling_parts(
-            shape, 2 if config.sampling.backend == "vllm" else weight, together, prompt, synthetic
+            shape, 2 if training.sampling_backend == "vllm" else weight, together, prompt, synthetic
         ),
     }
     stages = [
@@ -130,7 +131,7 @@ def plan(
         for name, own in settings.items()
         for stage in _stages(name, own, shape, device, gpus, utilisation, (prompt, labelled, synthetic), rows, together)
     ]
-    checkpoints = sum(own.iterations for own in settings.values())
+    checkpoints = sum(own.training.iterations for own in settings.values())
     return Plan(shape, memory, stages, checkpoints * weight * shape.parameters, _problem(memory, device, gpu, gpus))
 
 
@@ -164,12 +165,12 @@ def _stages(
         return Stage(name, what, round(tokens), flops, max(flops / (speed * used / gpus), seconds) / 3600)
 
     backward = 8 if own.training.gradient_checkpointing else 6
-    found = [stage("training", own.iterations * own.training.epochs * labels * per_prompt, backward)]
+    found = [stage("training", own.training.iterations * own.training.num_train_epochs * labels * per_prompt, backward)]
     passes = 2 + (method.reference == "initial")  # diagnostics, before and after; "previous" is the pass before
-    scoring = own.iterations * passes * labels * per_prompt
-    found.append(stage("scoring", scoring, 2, used=min(own.engine.data_parallel, gpus)))
+    scoring = own.training.iterations * passes * labels * per_prompt
+    found.append(stage("scoring", scoring, 2, used=min(own.training.engine.data_parallel, gpus)))
     if method.self_play:
-        drawn = (own.iterations + 1) * labels  # y′ of every iteration, and y0
+        drawn = (own.training.iterations + 1) * labels  # y′ of every iteration, and y0
         steps = drawn * response / (gpus * together)
         read = 2 * parameters + together * (prompt + response) * cache_bytes(shape, 2)
         seconds = steps * read / (device.bandwidth * utilisation) + drawn * prompt * 2 * parameters / speed
@@ -184,10 +185,9 @@ def _row_tokens(own: RunSettings, prompt: int, labelled: int, synthetic: int) ->
 
 def _problem(memory: dict[str, Parts], device: Gpu, gpu: str, gpus: int) -> str | None:
     remedies = {
-        "training": "lower training.micro_batch_tokens, set training.gradient_checkpointing or training.lora, or take "
-        "more GPUs",
-        "scoring": "lower training.micro_batch_tokens",
-        "sampling": "lower sampling.batch_size or sampling.max_new_tokens, or raise engine.tensor_parallel",
+        "training": "lower micro_batch_tokens, set gradient_checkpointing or lora, or take more GPUs",
+        "scoring": "lower micro_batch_tokens",
+        "sampling": "lower sampling_batch_size or max_new_tokens, or raise engine.tensor_parallel",
     }
     for stage, parts in memory.items():
         total, largest = sum(parts.values()), max(parts, key=lambda part: parts[part])

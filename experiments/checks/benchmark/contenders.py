@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from tspin.models import POCKET_MODEL, load_tokenizer, multiplies_bfloat16
-from tspin.objectives import LABELLED, METHODS, ROLES, SYNTHETIC, Coefficients, spin_loss, tspin_loss
+from tspin.objectives import LABELLED, METHODS, ROLES, SYNTHETIC, spin_loss, tspin_loss
 from tspin.packing import pad_rows
 from tspin.trainer import TripletTrainer
 from tspin.triplets import Triplet, collator_for
@@ -49,7 +49,7 @@ def ours(method: str, layout: str, model: PreTrainedModel, triplets: Sequence[Tr
     tokenizer = load_tokenizer(str(POCKET_MODEL))
     collator = collator_for(model, own, tokenizer, MICRO_BATCH_TOKENS, layout)
     trainer = TripletTrainer(
-        model, arguments(TrainingArguments), own, collator, tokenizer, METHODS[method], Coefficients()
+        model, arguments(TrainingArguments), own, collator, tokenizer, METHODS[method], METHODS[method].resolve({})
     )
     prepared = in_training(trainer)
 
