@@ -21,11 +21,11 @@ from tspin.trainer import TripletTrainer
 
 SMALL = [
     "--set",
-    "sampling.max_new_tokens=6",
+    "max_new_tokens=6",
     "--set",
-    "training.batch_size=8",
+    "batch_size=8",
     "--set",
-    "training.micro_batch_tokens=256",
+    "micro_batch_tokens=256",
 ]
 
 
@@ -97,9 +97,9 @@ def test_bad_input_is_refused(tmp_path, model_folder, data_file):
     assert_refused(call("run", "--model", model_folder, "--data", tmp_path / "no.jsonl", *mine), "no such file")
     assert_refused(call("run", "--model", tmp_path, "--data", data_file, *mine), "is no model")
     assert_refused(call("run", "--model", "nobody/none", "--data", data_file, *mine), "nobody/none: no model")
-    long = ["--set", "data.max_prompt_tokens=4"]
+    long = ["--set", "max_prompt_length=4"]
     assert_refused(call("run", "--model", model_folder, "--data", data_file, *mine, *long), "data row 1: prompt of")
-    none = ["--set", "training.micro_batch_tokens=0"]
+    none = ["--set", "micro_batch_tokens=0"]
     assert_refused(
         call("run", "--model", model_folder, "--data", data_file, *mine, *none),
         "micro_batch_tokens: input should be greater",
@@ -122,9 +122,7 @@ def test_results_of_another_config_are_refused(tmp_path):
     assert_refused(call("run", "--preset", "pocket", *places), "holds a result of another config", "choose another")
     assert [path.name for path in folder.iterdir()] == ["config.json"] and not (tmp_path / "runs").exists()
     fresh = ["--runs", tmp_path / "runs", "--results", tmp_path / "fresh"]
-    assert_refused(
-        call("run", "--preset", "pocket", "--set", "training.layout=share", *fresh), "layout: input should be"
-    )
+    assert_refused(call("run", "--preset", "pocket", "--set", "layout=share", *fresh), "did you mean 'shared'?")
     assert not (tmp_path / "fresh").exists() and not (tmp_path / "runs").exists()
 
 
@@ -164,14 +162,14 @@ def test_damaged_weights_are_refused(tmp_path, model_folder, data_file):
 def test_bad_values_deep_in_the_config_are_refused(tmp_path, model_folder, data_file):
     mine = ["run", "--model", model_folder, "--data", data_file, "--out", tmp_path / "out"]
     for setting, part in {
-        "training.optimizer=rmsprp": "rmsprp",
-        "training.schedule=linar": "linar",
-        "training.trainer.logging_strategy=foo": "foo",
-        "training.trainer.seed=3": "key of its own",
-        "training.trainer.no_such=3": "training.trainer.no_such",
-        "training.learning_rate=[]": "training.learning_rate",
-        "data.template=papre": "data.template",
-        "sampling.top_p=[": "not a YAML value",
+        "optim=rmsprp": "optim: unknown value 'rmsprp': did you mean 'rmsprop'?",
+        "lr_scheduler_type=linar": "lr_scheduler_type: unknown value 'linar': did you mean 'linear'?",
+        "logging_strategy=foo": "foo is not a valid IntervalStrategy",
+        "seed=3": "seed: no part of a config: the command gives it, by --seed",
+        "no_such=3": "no_such: unknown key",
+        "learning_rate=[]": "learning_rate: ",
+        "template=papre": "template 'papre'",
+        "top_p=[": "not a YAML value",
     }.items():
         assert_refused(call(*mine, "--set", setting), part)
     assert_refused(call(*mine, "--seeds", "0,1"), "one seed")
@@ -181,7 +179,7 @@ def test_bad_values_deep_in_the_config_are_refused(tmp_path, model_folder, data_
 def test_an_infinite_loss_is_refused(tmp_path, model_folder, data_file):
     """e^−u of a sum over a response overflows float32 well before the logistic loss would."""
     arguments = ["run", "--model", model_folder, "--data", data_file, "--out", tmp_path / "out", *SMALL]
-    extreme = ["--set", "methods.tspin.loss=exponential", "--set", "methods.tspin.alpha=100"]
+    extreme = ["--set", "methods.tspin.loss_type=exponential", "--set", "methods.tspin.alpha=100"]
     assert_refused(call(*arguments, *extreme), "exponential loss is inf", "logistic")
     assert not (tmp_path / "out" / "tspin" / "iteration-0" / "model").exists()
 

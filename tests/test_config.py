@@ -1,45 +1,179 @@
-"""The config tree: presets load, mistakes are named."""
+"""Settings: presets load, YAML and Python say the same by the same names, mistakes are named."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from tspin.config import REPOSITORY, build_config, load_config
+from tspin import SelfPlayConfig
+from tspin.config import COEFFICIENTS, EngineSettings, LoraSettings, build_config, coefficients_of, load_config
+from tspin.engines.launch import plain_arguments
 from tspin.errors import UserError
 from tspin.evaluation.suites import load_suite
+from tspin.experiment.preset import results_config, training_arguments
+from tspin.experiment.rerun import load_recorded
+from tspin.models import POCKET_MODEL, policy_fingerprint
+from tspin.objectives import METHODS
+from tspin.runs.files import read_json
+from tspin.yaml_files import REPOSITORY
 
 
 def test_presets_load():
     config = load_config("pocket")
-    assert config.iterations == 5
-    assert config.for_method("spin").coefficients.lam == 0.1
+    assert config.training.iterations == 5
+    assert coefficients_of(config.for_method("spin").training) == {"lam": 0.1, "loss_type": "logistic"}
     assert config.for_method("tspin").data.labels == 1000
     sft = config.for_method("sft")
-    assert sft.iterations == 1 and sft.data.labels == 4000
+    assert sft.training.iterations == 1 and sft.data.labels == 4000 and sft.training.num_train_epochs == 2
 
 
 def test_overrides_and_method_sections_merge():
-    tree = {"methods": {"spin": {"training": {"learning_rate": "3e-6"}}}}
-    config = build_config(tree, ["training.epochs=3", "methods.tspin.beta=0.5"])
-    assert config.for_method("spin").training.learning_rate == 3e-6
-    assert config.for_method("spin").training.epochs == config.for_method("tspin").training.epochs == 3
-    assert config.for_method("tspin").coefficients.beta == 0.5
+    tree = {"data": {"labels": 9}, "methods": {"spin": {"learning_rate": "3e-6", "data": {"split": "test"}}}}
+    config = build_config(tree, ["num_train_epochs=3", "methods.tspin.beta=0.5", "lora={rank: 8}", "lora.alpha=4"])
+    spin, tspin = config.for_method("spin"), config.for_method("tspin")
+    assert (spin.training.learning_rate, tspin.training.learning_rate) == (3e-6, 5e-7)
+    assert spin.training.num_train_epochs == tspin.training.num_train_epochs == 3
+    assert (spin.data.labels, spin.data.split, tspin.data.split) == (9, "test", "train")
+    assert coefficients_of(tspin.training)["beta"] == 0.5
+    assert tspin.training.lora == LoraSettings(rank=8, alpha=4)
 
 
-@pytest.mark.parametrize(
-    "tree, line",
-    [
-        ({"trainig": {}}, "trainig: unknown key 'trainig': did you mean 'training'?"),
-        ({"training": {"learning_rat": 1}}, "training.learning_rat: unknown key .* did you mean 'learning_rate'"),
-        ({"methods": {"tspn": {}}}, "unknown method 'tspn': did you mean 'tspin'"),
-        ({"methods": {"spin": {"lamda": 1}}}, "methods.spin.lamda: unknown key 'lamda': did you mean 'lam'"),
-        ({"methods": {"spin": {"training": {"epoch": 1}}}}, "methods.spin.training.epoch: .* did you mean 'epochs'"),
-        ({"sampling": {"top_p": 1.5}}, "sampling.top_p: input should be less than or equal to 1"),
-        ({"iterations": 0}, "iterations: input should be greater than 0"),
-        ({"data": {"long_prompts": "cut"}}, "data.long_prompts: input should be 'error', 'truncate' or 'drop'"),
-    ],
-)
+@pytest.mark.parametrize("method", METHODS)
+def test_yaml_and_python_give_the_same_settings(method, tmp_path):
+    coefficients = {name: value for name, value in METHODS[method].resolve({}).items() if value != "logistic"}
+    fields = {"temperature": 0.5, "max_prompt_length": 99, "optim": "adamw_torch", "bf16": False, "adam_beta1": 0.8,
+              "engine": {"data_parallel": 2}, "lora": {"rank": 4}, "learning_rate": [1e-6, 1e-7]}  # fmt: skip
+    tree = {**fields, "methods": {method: {**coefficients, "batch_size": 5}}}
+    read = training_arguments(build_config(tree).for_method(method), tmp_path, seed=3)
+    written = SelfPlayConfig(
+        output_dir=str(tmp_path), method=method, seed=3, batch_size=5, **fields, **dict.fromkeys(coefficients)
+    )
+    assert read.computed() == written.computed() and read.coefficients == METHODS[method].resolve({})
+    assert read.engine == written.engine == EngineSettings(data_parallel=2)
+    assert read.learning_rates == [1e-6, 1e-7] and read.decoding == written.decoding
+    # What travels to other processes, and copies, are the same settings.
+    again = SelfPlayConfig(**json.loads(json.dumps(plain_arguments(read))))
+    assert again.computed() == dataclasses.replace(read, iterations=7).computed() == read.computed()
+
+
+def test_defaults_are_declared_once():
+    read, written = build_config({}).for_method("tspin").training, SelfPlayConfig()
+    for name in ("batch_size", "learning_rate", "num_train_epochs", "optim", "warmup_steps", "temperature", "layout"):
+        assert getattr(read, name) == getattr(written, name), name
+    assert all(declared.metadata.get("help") for declared in dataclasses.fields(SelfPlayConfig) if declared.init)
+
+
+OF_FIELDS = [  # the same in YAML and in Python
+    ({"top_p": 1.5}, "top_p: input should be less than or equal to 1 .got 1.5"),
+    ({"temperature": "warm"}, "temperature: input should be a valid number.* .got 'warm'"),
+    ({"warmup_steps": float("nan")}, "warmup_steps: input should be a finite number .got nan"),
+    ({"iterations": 0}, "iterations: input should be greater than 0"),
+    ({"learning_rate": [1e-6, -1]}, "learning_rate: input should be a valid number"),
+    ({"bf16": "atuo"}, "bf16: input should be a valid boolean.* or unknown value 'atuo': did you mean 'auto'"),
+    ({"long_prompts": "cut"}, "long_prompts: unknown value 'cut': .known: error, truncate, drop"),
+    ({"optim": "rmsprp"}, "optim: unknown value 'rmsprp': did you mean 'rmsprop'"),
+    ({"engine": {"data_paralel": 1}}, "engine.data_paralel: unknown key .* did you mean 'data_parallel'"),
+    ({"lora": {"rank": 0}}, "lora.rank: input should be greater than 0"),
+    ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: set batch_size instead, 64 triplets"),
+    ({"per_device_train_batch_size": 8}, "per_device_train_batch_size: set batch_size instead"),
+]
+OF_PRESETS = [
+    ({"learning_rat": 1}, "learning_rat: unknown key .* did you mean 'learning_rate'"),
+    ({"mdel": {}}, "mdel: unknown key 'mdel': did you mean 'model'"),
+    ({"model": {"dtype": "float16"}}, "model.dtype: unknown value 'float16': did you mean 'bfloat16'"),
+    ({"data": {"lables": 1}}, "data.lables: unknown key 'lables': did you mean 'labels'"),
+    ({"data": {"columns": {"promt": "q"}}}, "data.columns.promt: unknown value 'promt': did you mean 'prompt'"),
+    ({"methods": {"tspn": {}}}, "unknown method 'tspn': did you mean 'tspin'"),
+    ({"methods": {"spin": {"lamda": 1}}}, "methods.spin.lamda: unknown key 'lamda': did you mean 'lam'"),
+    ({"methods": {"spin": {"alpha": 1}}}, "methods.spin.alpha: unknown coefficient of spin .*known: lam, loss_type"),
+    ({"methods": {"spin": {"num_epochs": 1}}}, "methods.spin.num_epochs: .* did you mean 'num_train_epochs'"),
+    ({"methods": {"spin": {"data": {"lables": 1}}}}, "methods.spin.data.lables: .* did you mean 'labels'"),
+    ({"methods": {"tspin": {"beta": -1}}}, "methods.tspin.beta: a non-negative number is expected .got -1"),
+    ({"methods": {"tspin": {"loss_type": "logistik"}}}, "methods.tspin.loss_type: .* did you mean 'logistic'"),
+    ({"methods": {"spin": {"top_p": 0}}}, "methods.spin.top_p: input should be greater than 0"),
+    ({"methods": {"spin": 3}}, r"methods.spin: keys with values are expected \(got 3\)"),
+    ({"alpha": 1}, "alpha: a coefficient of tspin, .*: write it as methods.tspin.alpha"),
+    ({"seed": 1}, "seed: no part of a config: the command gives it, by --seed"),
+    ({"methods": {"spin": {"output_dir": "x"}}}, "methods.spin.output_dir: no part of a config"),
+    ({"hub_token": "hf_1"}, "hub_token: a secret is no setting"),
+    # Keys of earlier versions.
+    ({"training": {"learning_rate": 1}}, "training: no section: learning_rate stands at the top level"),
+    ({"training": {"optimizer": "sgd"}}, "training: no section: unknown key 'optimizer': did you mean 'optim'"),
+    ({"sampling": {"temperature": 1}}, "sampling: no section: temperature stands at the top level"),
+    ({"methods": {"spin": {"training": {"bf16": True}}}}, "methods.spin.training: no section: bf16 stands at the top"),
+    ({"data": {"template": "chat"}}, "data.template: template stands at the top level, or in methods.<name>"),
+    ({"data": {"max_prompt_tokens": 9}}, "data.max_prompt_tokens: unknown key 'max_prompt_tokens'"),
+]
+
+
+@pytest.mark.parametrize("tree, line", OF_FIELDS + OF_PRESETS)
 def test_mistakes_are_named(tree, line):
-    with pytest.raises(UserError, match=line):
-        build_config(tree)
+    with pytest.raises(UserError, match=f"^mine.yaml: {line}") as error:
+        build_config(tree, source="mine.yaml: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fields, line", OF_FIELDS)
+def test_mistakes_are_named_the_same_in_python(fields, line):
+    with pytest.raises(UserError, match=f"^{line}"):
+        SelfPlayConfig(**fields)
+
+
+def test_coefficients_are_the_methods():
+    assert SelfPlayConfig(method="tspin", alpha=0.3).coefficients["alpha"] == 0.3
+    assert SelfPlayConfig(method="sft").coefficients == {}
+    with pytest.raises(UserError, match="^alpha: unknown coefficient of spin 'alpha': .*known: lam, loss_type"):
+        SelfPlayConfig(method="spin", alpha=0.3)
+    with pytest.raises(UserError, match="^unknown method 'tspn': did you mean 'tspin'"):
+        SelfPlayConfig(method="tspn")
+    computed = SelfPlayConfig(method="spin").computed()
+    assert computed["lam"] == 0.1 and not computed.keys() & (COEFFICIENTS.keys() - {"lam", "loss_type"})
+
+
+# A method of SimPO's kind with a coefficient that no other method has, as one entry of METHODS.
+ADDED = """
+import sys
+from pathlib import Path
+from torch.nn.functional import logsigmoid
+from tspin import objectives
+from tspin.objectives import LABELLED, SYNTHETIC, Coefficient, Method
+
+objectives.METHODS["orpo"] = Method(
+    "orpo",
+    lambda logps, c: -c["odds"] * logsigmoid(logps.policy[LABELLED] - logps.policy[SYNTHETIC]),
+    lambda logps, c, role: c["odds"] * logps.policy[role],
+    (LABELLED, SYNTHETIC),
+    (Coefficient("odds", 0.25, "weight of the odds ratio", "a test"),),
+)
+
+from tspin import SelfPlayConfig, SelfPlayTrainer, cli
+model, data, out = sys.argv[1:]
+small = {"max_new_tokens": 4, "batch_size": 4, "bf16": False, "iterations": 1}
+rows = [{"prompt": f"{a} + 1 =", "completion": str(a + 1)} for a in range(8)]
+args = SelfPlayConfig(output_dir=f"{out}/python", method="orpo", odds=0.5, use_cpu=True, **small)
+assert args.coefficients == {"odds": 0.5}
+print(SelfPlayTrainer(model, args=args, train_dataset=rows).train()[0].training["steps"], "steps in Python")
+(Path(out) / "mine.yaml").write_text("methods: {orpo: {odds: 0.75}}")
+from tspin.config import coefficients_of, load_config
+assert coefficients_of(load_config(f"{out}/mine.yaml").for_method("orpo").training) == {"odds": 0.75}
+settings = [f"--set={name}={str(value).lower()}" for name, value in {**small, "methods.orpo.odds": 0.5}.items()]
+own = ["--model", model, "--data", data, "--method", "orpo", "--iterations", "1", "--out", f"{out}/run"]
+cli.app(["run", *own, *settings])
+"""
+
+
+def test_a_method_is_added_by_one_entry(tmp_path, model_folder, data_file):
+    command = [sys.executable, "-c", ADDED, str(model_folder), str(data_file), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "2 steps in Python" in done.stdout
+    settings = read_json(tmp_path / "run" / "orpo" / "config.json")["settings"]
+    assert settings["method"] == "orpo" and settings["odds"] == 0.5 and "alpha" not in settings
+    assert (tmp_path / "run" / "orpo" / "iteration-0" / "model" / "model.safetensors").is_file()
 
 
 def test_unknown_presets_and_broken_files(tmp_path):
@@ -50,8 +184,34 @@ def test_unknown_presets_and_broken_files(tmp_path):
     with pytest.raises(UserError, match="not readable as YAML"):
         load_config(str(broken))
     broken.write_text("- 1")
-    with pytest.raises(UserError, match="a config is a mapping"):
+    with pytest.raises(UserError, match="broken.yaml: keys with values are expected"):
         load_config(str(broken))
+
+
+def test_a_tree_is_what_decides_numbers():
+    """Written out it is a config again; what changes no number is not in it, however it is said."""
+    config = load_config("pocket", ["adam_beta1=0.8", "methods.sft.micro_batch_tokens=7"])
+    tree = json.loads(json.dumps(config.tree()))
+    assert build_config(tree).tree() == tree
+    assert tree["adam_beta1"] == 0.8 and "adam_beta2" not in tree and tree["methods"]["sft"]["num_train_epochs"] == 2
+    same = ["micro_batch_tokens=7", "iterations=2", "engine.memory=0.5", "diagnostics=false", "adam_beta2=0.999"]
+    assert load_config("pocket", ["adam_beta1=0.8", *same]).tree() == config.tree()
+    assert load_config("pocket", ["temperature=0"]).tree() != load_config("pocket").tree()
+
+
+def test_the_committed_results_can_be_added_to():
+    """In a fresh clone `make reproduce-table1` puts its rows beside the committed ones: no setting stands between."""
+    found = read_json(REPOSITORY / "results" / "pocket" / "config.json")
+    found.pop("checksum", None)
+    policy = policy_fingerprint(str(POCKET_MODEL))
+    wanted = results_config(load_config("pocket"), load_suite("pocket"), policy)
+    assert found == json.loads(json.dumps(wanted, default=str))
+
+
+@pytest.mark.parametrize("preset", ["pocket", "smollm2"])
+def test_the_committed_results_are_those_of_their_preset(preset):
+    recorded = load_recorded(REPOSITORY / "results" / preset / "provenance.json", None, None, None)
+    assert recorded.config.tree() == load_config(preset).tree()
 
 
 @pytest.mark.parametrize("name", ["zephyr-7b", "mistral-7b"])
@@ -59,12 +219,18 @@ def test_the_papers_presets_are_its_set_up(name):
     """What the digest of the paper states; each line beside it that is a choice of ours says so."""
     config = load_config(name)
     tspin, sft = config.for_method("tspin"), config.for_method("sft")
-    assert (config.iterations, tspin.coefficients.alpha, tspin.coefficients.beta) == (5, 1.0, 0.1)
-    assert (tspin.data.labels, sft.data.labels) == (50_000, None) and tspin.data.template == "paper"
-    assert tspin.data.max_prompt_tokens + tspin.data.max_response_tokens == 2048
-    assert (tspin.training.optimizer, tspin.training.weight_decay, tspin.training.warmup) == ("rmsprop", 0.0, 0.1)
-    assert tspin.training.batch_size == 64 and config.model.revision and config.data.revision
+    coefficients = coefficients_of(tspin.training)
+    assert (config.training.iterations, coefficients["alpha"], coefficients["beta"]) == (5, 1.0, 0.1)
+    assert (tspin.data.labels, sft.data.labels) == (50_000, None) and tspin.training.template == "paper"
+    training = tspin.training
+    assert training.max_prompt_length + training.max_completion_length == 2048
+    assert (training.optim, training.weight_decay, training.warmup_steps) == ("rmsprop", 0.0, 0.1)
+    assert training.batch_size == 64 and config.model.revision and config.data.revision
+    assert sft.training.learning_rate == 2e-5
     assert config.evaluation and len(load_suite(config.evaluation.suite).columns) == 10
     text = (REPOSITORY / "experiments" / "presets" / f"{name}.yaml").read_text()
-    for silent in ("learning_rate", "schedule", "epochs", "temperature", "max_new_tokens"):  # the paper does not state
-        assert all("ours" in line for line in text.splitlines() if line.strip().startswith(f"{silent}:")), silent
+    stated = "num_train_epochs: 2        # as in Fig. 4a"
+    # What the paper does not state:
+    for silent in ("learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "max_new_tokens"):
+        lines = [line.strip() for line in text.splitlines() if line.strip().startswith(f"{silent}:")]
+        assert lines and all("ours" in line or line == stated for line in lines), silent

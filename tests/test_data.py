@@ -59,7 +59,7 @@ def test_long_prompts(tokenizer, what, kept):
     assert all(len(example.prompt_ids) <= 64 for example in examples)
     if what == "truncate":  # the end of a prompt is where its response follows
         assert examples[1].prompt_ids[-4:] == examples[0].prompt_ids[-4:]
-    with pytest.raises(UserError, match=r"data row 2: prompt of \d+ tokens, data.max_prompt_tokens is 64"):
+    with pytest.raises(UserError, match=r"data row 2: prompt of \d+ tokens, max_prompt_length is 64"):
         data.encode_examples(rows, tokenizer, template="paper", **LIMITS)
 
 
@@ -71,7 +71,7 @@ def test_lines_end_at_newlines_only(tmp_path):
 
 def test_a_template_shows_the_prompt(tokenizer):
     assert data.encode_prompt("1", tokenizer, "Q: {prompt} A:")[0] == "Q: 1 A:"
-    with pytest.raises(UserError, match="data.template 'papre'"):
+    with pytest.raises(UserError, match="template 'papre'"):
         data.encode_prompt("1", tokenizer, "papre")
 
 

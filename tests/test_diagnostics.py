@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from tspin.cli import app
 from tspin.data.tables import Response
 from tspin.diagnostics import SCHEMA, gaps, sample_table, summary
-from tspin.objectives import METHODS, ROLES, Coefficients
+from tspin.objectives import METHODS, ROLES
 from tspin.triplets import Triplet
 
 
@@ -21,7 +21,7 @@ def test_table_by_hand():
     before = {"labelled": [-4.0, -6.0], "synthetic": [-5.0, -3.0], "proto": [-5.0, -3.0]}
     after = {"labelled": [-3.0, -5.0], "synthetic": [-5.5, -4.5], "proto": [-5.2, -3.1]}
     triplets = [triplet(7, 4), triplet(9, 5)]
-    table = sample_table(METHODS["spin"], Coefficients(lam=0.5), triplets, before, after, before)
+    table = sample_table(METHODS["spin"], {"lam": 0.5}, triplets, before, after, before)
     assert list(table) == SCHEMA.names and len(table) == 6
     y = table[table["role"] == "labelled"].set_index("prompt_id")
     assert y.loc[7, ["tokens", "reference", "before", "after"]].tolist() == [4, -4.0, -4.0, -3.0]
@@ -32,18 +32,18 @@ def test_table_by_hand():
     facts = summary(table)
     assert facts["misaligned_share"] == 0.5 and facts["log_likelihood_after/labelled"] == -4.0
 
-    table = sample_table(METHODS["tspin"], Coefficients(alpha=0.5), triplets, before, after, None)
+    table = sample_table(METHODS["tspin"], {"alpha": 0.5}, triplets, before, after, None)
     assert table["reference"].isna().all()
     assert table["reward_after"].tolist() == (table["after"] * 0.5).tolist()
     assert summary(table)["misaligned_share"] == 0
-    sft = sample_table(METHODS["sft"], Coefficients(), triplets, {"labelled": [-1, -2]}, {"labelled": [-1, -1]}, None)
+    sft = sample_table(METHODS["sft"], {}, triplets, {"labelled": [-1, -2]}, {"labelled": [-1, -1]}, None)
     assert sft["reward_after"].isna().all() and "misaligned_share" not in summary(sft)
 
 
 @pytest.mark.parametrize("method", ["spin", "tspin", "dpo", "sft"])
 def test_a_run_records_what_the_command_computes(tmp_path, model_folder, data_file, rows, method):
     run = tmp_path / "run"
-    _, results = play(run, str(model_folder), rows, method=method, temperature=1.0, max_response_tokens=30)
+    _, results = play(run, str(model_folder), rows, method=method, temperature=1.0, max_completion_length=30)
     last = results[-1]
     recorded = pd.read_parquet(last.model_path.parent / "diagnostics.parquet")
     assert last.diagnostics["log_likelihood_after/labelled"] < 0
@@ -66,7 +66,7 @@ def test_a_run_records_what_the_command_computes(tmp_path, model_folder, data_fi
     if method != "sft":
         command += ["--iteration", 1, "--synthetic", last.model_path.parent / "synthetic.parquet"]
         command += ["--proto", run / "proto.parquet", "--reference", model_folder]
-    settings = ["--set", "data.max_response_tokens=30", "--set", "training.bf16=false"]
+    settings = ["--set", "max_completion_length=30", "--set", "bf16=false"]
     result = CliRunner().invoke(app, [str(part) for part in [*command, *settings]])
     assert result.exit_code == 0, result.output
     pd.testing.assert_frame_equal(pd.read_parquet(out), recorded, rtol=1e-5)

@@ -27,7 +27,7 @@ from tspin.triplets import make_triplets, with_reference
 
 PRESETS = ["zephyr-7b", "mistral-7b"]
 ROWS = 40
-HERE = ["training.bf16=false", "sampling.backend=transformers"]  # any CPU; vLLM is not needed before a sampling
+HERE = ["bf16=false", "sampling_backend=transformers"]  # any CPU; vLLM is not needed before a sampling
 # Zephyr's, as its tokenizer has it; Mistral's base model has none.
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] + eos_token }}\n{% endfor %}"
@@ -110,9 +110,7 @@ def test_ultrachats_first_rounds_become_the_papers_prompts(preset, offline, stan
 
 @pytest.mark.parametrize(("preset", "method"), [("zephyr-7b", "tspin"), ("mistral-7b", "spin")])
 def test_one_step_on_two_layers_of_7b_width(preset, method, offline, stand_in):
-    config = load_config(
-        preset, [*HERE, "data.labels=2", "training.batch_size=2", "training.epochs=1", "training.warmup=0"]
-    )
+    config = load_config(preset, [*HERE, "data.labels=2", "batch_size=2", "num_train_epochs=1", "warmup_steps=0"])
     settings = config.for_method(method)
     args = training_arguments(settings, offline / "run", seed=0)
     examples = encode_dataset(load_dataset(settings.data), stand_in, args)

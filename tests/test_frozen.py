@@ -31,18 +31,17 @@ RUN = {
     "iterations": 2,
     "learning_rate": 1e-3,
     "max_new_tokens": 6,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 1,
+    "batch_size": 4,
     "bf16": False,
     "use_cpu": True,
     "disable_tqdm": True,
     "seed": 3,
     "monitor_proto": True,
-    "beta": 0.5,
 }
+BETA = 0.5  # of the methods that have it
 PRESET = [
     *("--preset", "pocket", "--methods", "base,sft,tspin", "--set", "data.labels=16", "--set", "iterations=2"),
-    *("--set", "methods.sft.data.labels=16", "--set", "evaluation.limit=1", "--set", "training.bf16=false"),
+    *("--set", "methods.sft.data.labels=16", "--set", "evaluation.limit=1", "--set", "bf16=false"),
 ]
 
 
@@ -88,7 +87,8 @@ def test_help(command):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_numbers_of_every_method(tmp_path, model_folder, rows, method):
-    args = SelfPlayConfig(output_dir=str(tmp_path / "run"), method=method, **RUN)
+    beta = {"beta": BETA} if "beta" in METHODS[method].resolve({}) else {}
+    args = SelfPlayConfig(output_dir=str(tmp_path / "run"), method=method, **RUN, **beta)
     found = {}
     for result in SelfPlayTrainer(str(model_folder), args=args, train_dataset=rows).iterate():
         folder, t = result.model_path.parent, result.iteration

@@ -24,16 +24,17 @@ from test_cli import SMALL, assert_refused, call
 from typer.testing import CliRunner
 
 from tspin import cli
-from tspin.config import Config, load_config
+from tspin.config import COEFFICIENTS, PRESET_FIELDS, SECTIONS, Config, load_config
 from tspin.data import templates as data
 from tspin.data.tables import RESPONSE_SCHEMA
 from tspin.errors import UserError
 from tspin.experiment.results import read_results
+from tspin.objectives import METHODS
 
 EXAMPLES = int(os.environ.get("TSPIN_FUZZ", 0))
 QUICK = not EXAMPLES
 OUTCOMES: Counter[tuple[str, str]] = Counter()
-TINY = [*("--set", "sampling.max_new_tokens=2"), *("--set", "data.long_prompts=drop")]
+TINY = [*("--set", "max_new_tokens=2"), *("--set", "long_prompts=drop")]
 
 
 def some(quick: int, part: int = 1):
@@ -126,18 +127,18 @@ def test_a_long_line(model, place):
     assert result.exit_code == 0 and "1 of 2 data rows dropped" in result.stderr and "rows 1\n" in result.stderr
 
 
-KEYS = (
-    st.sampled_from([*Config.model_fields, "learning_rate", "path", "alpha", "columns", "benchmark", "extends"]) | TEXT
-)
-SECTIONS = {
-    name: st.dictionaries(st.sampled_from([*type(getattr(Config(), name)).model_fields, "extra"]), VALUES, max_size=3)
-    for name in ("model", "data", "sampling", "training", "engine")
+KEYS = st.sampled_from([*SECTIONS, *PRESET_FIELDS, "path", "alpha", "columns", "benchmark", "extends", "seed"]) | TEXT
+FIELDS = {name: getattr(Config(), name) for name in ("model", "data")} | {"engine": Config().training.engine}
+DRAWN = {
+    name: st.dictionaries(st.sampled_from([*type(section).model_fields, "extra"]), VALUES, max_size=3)
+    for name, section in FIELDS.items()
 }
-TREES = st.fixed_dictionaries({}, optional={**SECTIONS, "iterations": VALUES, "methods": VALUES}) | st.dictionaries(
-    KEYS, VALUES, max_size=3
-)
+OWN = st.dictionaries(st.sampled_from([*PRESET_FIELDS, *COEFFICIENTS, "data", "extra"]), VALUES, max_size=3)
+METHOD_TREES = st.dictionaries(st.sampled_from([*METHODS, "extra"]), OWN | VALUES, max_size=3)
+TREES = st.fixed_dictionaries({}, optional={**DRAWN, "iterations": VALUES, "methods": METHOD_TREES | VALUES})
+TREES |= st.dictionaries(KEYS, VALUES, max_size=3)
 WRONG = ["&a [*a]", "2024-13-45", "[" * 5000, "{[]: 1}", "1: 2", "- a", "a: b: c", "\0", "!!python/object:os.system {}",
-         "iterations: 1" + "0" * 400, "iterations: .inf", "training: {learning_rate: .nan}", "a: &a {b: 1}\nc: *a",
+         "iterations: 1" + "0" * 400, "iterations: .inf", "learning_rate: .nan", "a: &a {b: 1}\nc: *a",
          "\n".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}' if n else '1'] * 9)}]" for n in range(9))]  # fmt: skip
 YAMLS = TREES.map(lambda tree: yaml.safe_dump(tree).encode()) | st.sampled_from([w.encode() for w in WRONG])
 YAMLS |= st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode(errors="surrogatepass"))
@@ -160,7 +161,7 @@ def test_configs(place, content):
 
 
 @some(20)
-@given(st.sampled_from(["sampling.top_p", "training.warmup", "data.labels", "model.dtype", "a..b", ""]), TEXT)
+@given(st.sampled_from(["top_p", "warmup_steps", "data.labels", "model.dtype", "a..b", ""]), TEXT)
 def test_settings(model, place, key, value):
     path, out = place / "good.jsonl", place / "out.parquet"
     path.write_text(json.dumps({"prompt": "1", "completion": "2"}))

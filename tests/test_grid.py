@@ -21,7 +21,7 @@ from tspin.experiment.jobs import prepare, run_sweep
 from tspin.runs.files import read_json
 from tspin.schema import RUN, STUDY_MEASURES
 
-TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=1", "training.batch_size=8"]
+TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=1", "batch_size=8"]
 FILES = sorted((REPOSITORY / "experiments" / "studies").glob("*.yaml"))
 
 
@@ -56,7 +56,7 @@ def test_cells_are_methods_by_settings_by_seeds(tmp_path):
     assert len({cell.folder for cell in sweep.cells}) == 6
     # Another setting of the preset makes other cells; the same one, the same.
     again, changed = (
-        load(tmp_path, overrides=[*TINY, *more]).cells[0].folder for more in ([], ["methods.sft.training.epochs=7"])
+        load(tmp_path, overrides=[*TINY, *more]).cells[0].folder for more in ([], ["methods.sft.num_train_epochs=7"])
     )
     assert again == load(tmp_path).cells[0].folder != changed
 
@@ -105,7 +105,7 @@ def test_a_study_that_cannot_run_is_refused_before_anything_runs(changes, messag
 
 def test_a_grid_from_its_file_to_its_report(tmp_path, data_file, model_folder):
     given = [*TINY, f"model.path={model_folder}", f"data.path={data_file}", "iterations=2"]
-    temperature = {"sampling.temperature": [1.0, 0.0]}
+    temperature = {"temperature": [1.0, 0.0]}
     changes = {
         "methods": ["base", "sft", "spin"],
         "overrides": [*given, "sampling.max_new_tokens=4"],

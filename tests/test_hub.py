@@ -23,9 +23,11 @@ MODEL = "nobody/tiny"
 
 PRESET = """
 model: {path: nobody/tiny}
-data: {path: nobody/sums, columns: {prompt: question, completion: answer}, split: train, max_response_tokens: 8}
-sampling: {max_new_tokens: 4}
-training: {batch_size: 4, bf16: false}
+data: {path: nobody/sums, columns: {prompt: question, completion: answer}, split: train}
+max_completion_length: 8
+max_new_tokens: 4
+batch_size: 4
+bf16: false
 iterations: 1
 methods: {tspin: {}}
 evaluation: {suite: SUITE, limit: 2}

@@ -11,7 +11,6 @@ from tspin.objectives import (
     PROTO,
     ROLES,
     SYNTHETIC,
-    Coefficients,
     SequenceLogps,
     sft_loss,
     simpo_loss,
@@ -103,7 +102,7 @@ def batch(with_reference: bool = True) -> SequenceLogps:
 
 
 def test_registry_agrees_with_the_pure_functions():
-    c, logps = Coefficients(alpha=0.7, beta=0.3, lam=0.2), batch()
+    given, logps = {"alpha": 0.7, "beta": 0.3, "lam": 0.2}, batch()
     y, synthetic, proto = (logps.policy[role] for role in ROLES)
     ratios = [logps.log_ratio(role) for role in ROLES]
     wanted = {
@@ -118,6 +117,7 @@ def test_registry_agrees_with_the_pure_functions():
     }
     assert wanted.keys() == METHODS.keys()
     for name, method in METHODS.items():
+        c = method.resolve({name: value for name, value in given.items() if name in method.resolve({})})
         found = method.loss(logps, method.coefficients_at(1, c))
         assert found.shape == (4,)
         torch.testing.assert_close(found, wanted[name])
@@ -136,7 +136,7 @@ def test_neighbours_by_hand():
 
 
 def test_rewards_are_those_of_the_methods():
-    c, logps = Coefficients(alpha=0.7, lam=0.2), batch()
+    c, logps = {"alpha": 0.7, "lam": 0.2}, batch()
     for name, scale, of in [("spin", 0.2, "ratio"), ("tspin", 0.7, "policy"), ("tspin_reference", 0.7, "ratio")]:
         reward = METHODS[name].reward
         assert reward is not None
@@ -145,10 +145,11 @@ def test_rewards_are_those_of_the_methods():
 
 
 def test_beta_is_zero_at_iteration_0_and_without_history():
-    c = Coefficients(beta=0.5)
     for method in METHODS.values():
-        assert method.coefficients_at(0, c).beta == 0.0
-        assert method.coefficients_at(1, c).beta == (0.5 if method.name in {"tspin", "tspin_reference"} else 0.0)
-    tspin = METHODS["tspin"]
+        beta = {"beta": 0.5} if method.name in {"tspin", "tspin_reference"} else {}
+        c = method.resolve(beta)
+        assert method.coefficients_at(0, c) == {**c, **dict.fromkeys(beta, 0.0)}
+        assert method.coefficients_at(1, c) == c and c.get("beta") == beta.get("beta")
+    tspin, c = METHODS["tspin"], METHODS["tspin"].resolve({"beta": 0.5})
     assert PROTO not in tspin.gradient_roles(tspin.coefficients_at(0, c))
     assert PROTO in tspin.gradient_roles(tspin.coefficients_at(1, c))

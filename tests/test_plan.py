@@ -50,9 +50,9 @@ def test_the_papers_presets_fit_its_hardware(name):
 def test_what_does_not_fit_is_named():
     found = plan(load_config("mistral-7b"), Hardware(1, "rtx4090"), ROWS)
     assert found.problem and found.problem.startswith("training needs") and "weights" in found.problem
-    adapters = plan(load_config("mistral-7b", ["training.lora={rank: 16}"]), Hardware(1), ROWS)
+    adapters = plan(load_config("mistral-7b", ["lora={rank: 16}"]), Hardware(1), ROWS)
     assert adapters.memory["training"]["gradients"] < 1e9
-    eight = plan(load_config("mistral-7b", ["training.lora={rank: 16}"]), Hardware(8), ROWS)
+    eight = plan(load_config("mistral-7b", ["lora={rank: 16}"]), Hardware(8), ROWS)
     assert eight.memory["training"]["weights"] > 4 * eight.shape.parameters  # adapters are not trained in shards
     with pytest.raises(UserError, match="--rows"):
         plan(load_config("mistral-7b"))

@@ -30,7 +30,7 @@ SETTINGS = {
     "learning_rate": 1e-4,
     "max_new_tokens": 6,
     # Twelve rows in steps of five: the last step has two, one for each process; micro-batches of one or two triplets.
-    "per_device_train_batch_size": 5,
+    "batch_size": 5,
     "micro_batch_tokens": 64,
     "bf16": False,
     "use_cpu": True,
@@ -128,8 +128,8 @@ def test_a_killed_process_ends_the_run_in_one_line_and_the_run_goes_on(tmp_path,
 def test_a_launched_training_ends_with_the_command_that_started_it(tmp_path, model_folder, data_file):
     command = [
         *(sys.executable, "-c", "from tspin.cli import main; main()", "run", "--model", str(model_folder)),
-        *("--data", str(data_file), "--method", "sft", "--out", str(tmp_path / "run"), "--set", "training.epochs=2000"),
-        *("--launcher", "accelerate", "--config", str(FILES / "cpu2.yaml"), "--set", "training.batch_size=4"),
+        *("--data", str(data_file), "--method", "sft", "--out", str(tmp_path / "run"), "--set", "batch_size=4"),
+        *("--launcher", "accelerate", "--config", str(FILES / "cpu2.yaml"), "--set", "num_train_epochs=2000"),
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
@@ -206,7 +206,7 @@ def test_triplets_travel_as_they_are(tmp_path, tokenizer, rows):
 
 def test_a_bfloat16_policy_starts_where_its_reference_is(tmp_path, model_folder, rows):
     """FSDP cuts weights to bfloat16, whatever the file says; the reference is scored so too, not by autocast."""
-    settings = {"method": "tspin_reference", "bf16": True, "per_device_train_batch_size": 12, "learning_rate": 1e-6}
+    settings = {"method": "tspin_reference", "bf16": True, "batch_size": 12, "learning_rate": 1e-6}
     in_two(tmp_path / "two", model_folder, rows, **settings)
     (first,) = pd.read_parquet(tmp_path / "two/iteration-0/steps.parquet").to_dict("records")
     # α = 1: the reward is log π_θ − log π_θt, before the first update. A reference scored by autocast makes it 0.05.

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from tspin.config import find_yaml, load_config, recipes
+from tspin.config import load_config
 from tspin.errors import UserError
 from tspin.evaluation.harness import task_manager_for
 from tspin.evaluation.suites import PACKAGE, load_suite
 from tspin.experiment.preset import training_arguments
+from tspin.yaml_files import find_yaml, recipes
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from tspin.errors import UserError
 from tspin.experiment import rerun
 from tspin.experiment.preset import run_experiment
 
-OVERRIDES = ["data.labels=8", "training.batch_size=4", "evaluation.limit=3", "iterations=2"]
+OVERRIDES = ["data.labels=8", "batch_size=4", "evaluation.limit=3", "iterations=2"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_a_record_is_run_again_to_the_same_numbers(record, tmp_path):
     assert len(table) == 3 and (table["largest"] == 0).all() and (table["problems"] == 1).all()
     assert table["loss"].dropna().tolist() == [0.0, 0.0]
     one = rerun.load_recorded(record / "provenance.json", ["tspin"], [0], 1)
-    assert (one.methods, one.seeds, one.config.iterations) == (["tspin"], [0], 1)
+    assert (one.methods, one.seeds, one.config.training.iterations) == (["tspin"], [0], 1)
 
 
 def test_numbers_that_moved_are_told(record, tmp_path):
@@ -80,14 +80,14 @@ def test_other_files_are_refused_in_one_line(tmp_path):
 
 def test_the_committed_evidence_can_be_run_again():
     found = rerun.load_recorded(REPOSITORY / "results" / "pocket" / "provenance.json", None, None, None)
-    assert found.seeds == [0, 1, 2, 3, 4] and found.config.iterations == 5
+    assert found.seeds == [0, 1, 2, 3, 4] and found.config.training.iterations == 5
     assert {"base", "sft", "spin", "tspin"} <= set(found.methods)
 
 
 def test_what_changes_no_number_can_be_set_and_nothing_else(record, tmp_path):
     recorded = rerun.load_recorded(record / "provenance.json", ["base"], [0], 1)
-    with pytest.raises(UserError, match="sampling.temperature is 1.0 on record, 0.0 here"):
-        rerun.rerun(recorded, tmp_path, ["sampling.temperature=0"])
+    with pytest.raises(UserError, match="temperature is 1.0 on record, 0.0 here"):
+        rerun.rerun(recorded, tmp_path, ["temperature=0"])
     assert not list(tmp_path.iterdir())
-    rerun.rerun(recorded, tmp_path, ["engine.data_parallel=2", "training.micro_batch_tokens=512"])
+    rerun.rerun(recorded, tmp_path, ["engine.data_parallel=2", "micro_batch_tokens=512"])
     assert (tmp_path / "results" / "pocket" / "evaluations.csv").is_file()

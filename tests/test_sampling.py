@@ -5,10 +5,11 @@ from contextlib import nullcontext
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tspin.sampling import Decoding, sample
+from tspin.config import Decoding
+from tspin.sampling import sample
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
-GREEDY = Decoding(temperature=0.0, max_new_tokens=8, batch_size=3)
+GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=8, batch_size=3)
 
 
 def draw(model, tokenizer, decoding=GREEDY, prompts=PROMPTS, seed=0):
@@ -28,7 +29,9 @@ def test_responses_stop_at_the_end_token_or_are_marked_as_cut(tiny_model, tokeni
     end = tokenizer.eos_token_id
     with torch.no_grad():  # make the end token likely enough to come, not at once
         tiny_model.lm_head.weight[end] += 0.4
-    responses = draw(tiny_model, tokenizer, Decoding(temperature=1.5, max_new_tokens=12), PROMPTS * 20)
+    responses = draw(
+        tiny_model, tokenizer, Decoding(temperature=1.5, top_p=1.0, max_new_tokens=12, batch_size=64), PROMPTS * 20
+    )
     assert {response.finished for response in responses} == {True, False}
     for response in responses:
         assert response.ids.count(end) == (1 if response.finished else 0)
@@ -46,7 +49,7 @@ def test_the_models_own_generation_settings_do_not_count(tiny_model, tokenizer):
 
 
 def test_seed_decides(tiny_model, tokenizer):
-    hot = Decoding(temperature=1.0, max_new_tokens=8, batch_size=2)
+    hot = Decoding(temperature=1.0, top_p=1.0, max_new_tokens=8, batch_size=2)
     state = torch.get_rng_state()
     first = draw(tiny_model, tokenizer, hot, seed=1)
     assert draw(tiny_model, tokenizer, hot, seed=1) == first
@@ -60,7 +63,7 @@ def test_temperature_and_top_p_are_honoured(tiny_model, tokenizer):
     with torch.no_grad():
         logits = tiny_model(input_ids=torch.tensor([prompt])).logits[0, -1]
     for temperature in (0.5, 2.0):
-        one = Decoding(temperature=temperature, max_new_tokens=1, batch_size=500)
+        one = Decoding(temperature=temperature, top_p=1.0, max_new_tokens=1, batch_size=500)
         drawn = torch.tensor([r.ids[0] for r in draw(tiny_model, tokenizer, one, [prompt] * 2000)])
         frequencies = torch.bincount(drawn, minlength=len(logits)) / 2000
         wanted = (logits / temperature).softmax(-1)
@@ -77,7 +80,7 @@ def test_segments_change_nothing_but_the_work(monkeypatch, tokenizer):
 
     model = load_model(str(POCKET_MODEL))
     texts = [f"### Instruction: What is {a} + {a + 7}?\n\n### Response: " for a in range(12)]
-    greedy = Decoding(temperature=0, max_new_tokens=20, batch_size=8)
+    greedy = Decoding(temperature=0, top_p=1.0, max_new_tokens=20, batch_size=8)
     found = []
     for first in (1, 3, 100):
         monkeypatch.setattr("tspin.sampling.FIRST_SEGMENT", first)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from test_cli import SMALL, assert_refused, call
 
-from tspin.config import Config
+from tspin.config import Config, build_config
 from tspin.experiment.preset import training_arguments
 from tspin.runs.redaction import redacted
 
@@ -89,8 +89,7 @@ def _pinned() -> str:
 
 def test_a_token_is_no_setting(tmp_path, model_folder, data_file):
     own = ["run", "--model", model_folder, "--data", data_file, "--out", tmp_path / "run", *SMALL]
-    assert_refused(call(*own, "--set", "training.trainer.hub_token=hf_1234"), "training.trainer.hub_token", "HF_TOKEN")
-    assert training_arguments(
-        Config(training={"trainer": {"include_num_input_tokens_seen": "all"}}).for_method("sft"), tmp_path, seed=0
-    ).include_num_input_tokens_seen
+    assert_refused(call(*own, "--set", "hub_token=hf_1234"), "hub_token: a secret", "HF_TOKEN")
+    counting = build_config({"include_num_input_tokens_seen": "all"}).for_method("sft")
+    assert training_arguments(counting, tmp_path, seed=0).include_num_input_tokens_seen == "all"
     assert not (tmp_path / "run").exists()

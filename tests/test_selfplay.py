@@ -26,8 +26,7 @@ SETTINGS = {
     "iterations": 2,
     "learning_rate": 1e-3,
     "max_new_tokens": 6,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
+    "batch_size": 8,
     "bf16": False,
     "use_cpu": True,
     "disable_tqdm": True,
@@ -62,9 +61,10 @@ def assert_same_run(a: Path, b: Path, iterations: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_logs(tmp_path, model_folder, rows, method, loss):
     run = tmp_path / "run"
-    scale = {"alpha": 0.1} if loss == "exponential" else {}  # e^advantage of this random model overflows at 1
-    settings = {"method": method, "loss_type": loss, "beta": 0.5, "monitor_proto": True, **scale}
-    _, results = play(run, model_folder, rows, **settings)
+    given = {"loss_type": loss, "beta": 0.5}
+    given |= {"alpha": 0.1} if loss == "exponential" else {}  # e^advantage of this random model overflows at 1
+    own = {name: value for name, value in given.items() if name in METHODS[method].resolve({})}
+    _, results = play(run, model_folder, rows, method=method, monitor_proto=True, **own)
     self_play = METHODS[method].self_play
     assert len(results) == (2 if self_play else 1)
     for result in results:
@@ -114,7 +114,7 @@ def test_adapters_for_modules_that_are_not_there(tmp_path, model_folder, rows):
 
 def test_the_first_step_is_what_the_objective_says(tmp_path, model_folder, rows):
     """π_θ = π_θt before the first update, so SPIN's rewards are 0 and its loss is log 2."""
-    settings = {"gradient_accumulation_steps": 3, "learning_rate": 1e-9, "iterations": 1}
+    settings = {"batch_size": 12, "learning_rate": 1e-9, "iterations": 1}
     play(tmp_path / "spin", model_folder, rows, method="spin", **settings)
     first = steps_of(tmp_path / "spin", 0).iloc[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -158,12 +158,11 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path, model_folder, rows, t
 
 @pytest.mark.parametrize("method", ["sft", "spin", "tspin"])
 def test_layout_and_micro_batches_change_memory_and_not_the_update(tmp_path, model_folder, rows, method):
-    step = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    step = {"batch_size": 4}
     runs = {
         "whole": {**step, "micro_batch_tokens": 10_000},
         "small": {**step, "micro_batch_tokens": 100},
         "padded": {**step, "micro_batch_tokens": 300, "layout": "padded"},
-        "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     }
     for name, settings in runs.items():
         play(tmp_path / name, model_folder, rows, method=method, iterations=1, **settings)

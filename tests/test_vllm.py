@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from tspin.config import load_config
-from tspin.engines.vllm import Engine, evaluate_folder, generate_tokens, require_vllm
+from tspin.config import Decoding, EngineSettings, load_config
+from tspin.engines.vllm import evaluate_folder, generate_tokens, require_vllm
 from tspin.errors import UserError
 from tspin.hub.offline import offline_model
 from tspin.models import POCKET_MODEL, load_model, load_tokenizer
-from tspin.sampling import Decoding, end_tokens, sample
+from tspin.sampling import end_tokens, sample
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -61,7 +61,7 @@ def test_log_probabilities_agree_token_by_token(model, temperature):
     ends = end_tokens(policy.generation_config, tokenizer)
     answers = generate_tokens(
         folder, prompts, ends, temperature=temperature, top_p=1.0, max_new_tokens=48, dtype="float32",
-        engine=Engine(enforce_eager=True), seed=3, logprobs=True,
+        engine=EngineSettings(enforce_eager=True), seed=3, logprobs=True,
     )  # fmt: skip
     largest = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -74,7 +74,7 @@ def test_log_probabilities_agree_token_by_token(model, temperature):
     print(f"{model}, temperature {temperature}: largest difference {largest:.2e} nats a token")
     assert largest < LOGP_TOLERANCE
     if temperature == 0.0:
-        greedy = sample(policy, tokenizer, prompts, Decoding(temperature=0.0, max_new_tokens=48), seed=0)
+        greedy = sample(policy, tokenizer, prompts, Decoding(0.0, 1.0, 48, batch_size=64), seed=0)
         assert [answer["ids"] for answer in answers] == [response.ids for response in greedy]
 
 
@@ -85,7 +85,7 @@ def test_copies_of_the_engine_draw_what_one_draws():
     one, two = (
         generate_tokens(
             str(POCKET_MODEL), prompts, [tokenizer.eos_token_id], temperature=1.0, top_p=1.0, max_new_tokens=16,
-            dtype="float32", engine=Engine(data_parallel=copies, enforce_eager=True), seed=5,
+            dtype="float32", engine=EngineSettings(data_parallel=copies, enforce_eager=True), seed=5,
         )
         for copies in (1, 2)
     )  # fmt: skip
@@ -97,12 +97,12 @@ def test_a_run_samples_and_evaluates_with_vllm(tmp_path):
     from tspin.experiment.preset import run_experiment
 
     overrides = [
-        "data.labels=16", "iterations=2", "sampling.max_new_tokens=16", "training.batch_size=8", "evaluation.limit=10",
+        "data.labels=16", "iterations=2", "max_new_tokens=16", "batch_size=8", "evaluation.limit=10",
         "engine.enforce_eager=true",
     ]  # fmt: skip
     scores = {}
     for backend in ("vllm", "transformers"):
-        config = load_config("pocket", [*overrides, f"sampling.backend={backend}", f"evaluation.backend={backend}"])
+        config = load_config("pocket", [*overrides, f"sampling_backend={backend}", f"evaluation.backend={backend}"])
         methods = ["base", "tspin"] if backend == "vllm" else ["base"]
         out = run_experiment(
             "pocket", config, methods, [0], tmp_path / backend / "runs", tmp_path / backend / "results"
@@ -122,12 +122,12 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^vllm: .*\(log: ") as error:
         evaluate_folder(
             str(tmp_path), load_suite("pocket").model_dump(mode="json"), tmp_path / "out", dtype="float32",
-            engine=Engine(), limit=1,
+            engine=EngineSettings(), limit=1,
         )  # fmt: skip
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_a_run_says_so_before_it_starts():
-    with pytest.raises(UserError, match=r"^sampling.backend: vllm is not installed; pip install"):
-        require_vllm("sampling.backend", Engine())
+    with pytest.raises(UserError, match=r"^sampling_backend: vllm is not installed; pip install"):
+        require_vllm("sampling_backend", EngineSettings())

@@ -12,7 +12,7 @@ __all__ = ["SelfPlayConfig", "SelfPlayTrainer"]
 def __getattr__(name: str) -> Any:
     # Loading torch takes seconds: only those who use the trainer wait for it.
     if name in __all__:
-        from tspin import selfplay, selfplay_config
+        from tspin import config, selfplay
 
-        return selfplay.SelfPlayTrainer if name == "SelfPlayTrainer" else selfplay_config.SelfPlayConfig
+        return selfplay.SelfPlayTrainer if name == "SelfPlayTrainer" else config.SelfPlayConfig
     raise AttributeError(f"module 'tspin' has no attribute {name!r}")

@@ -1,34 +1,50 @@
-"""The config tree: one YAML file says everything about an experiment but the seeds.
+"""Every setting, declared once: presets in YAML, `--set` and Python say the same by the same names.
 
-Every key is validated; an unknown key or a bad value raises UserError with the key's path and what
-is allowed there. `for_method` gives the settings of one run.
+A preset has the sections model, data, evaluation and methods; beside them stands any field of SelfPlayConfig by its
+name. `methods.<name>` takes the method's coefficients (tspin.objectives), fields of SelfPlayConfig and a `data`, which
+hold for that method alone. An unknown key or a bad value raises UserError: the key's path, the value, what is allowed
+there, the nearest right name.
 """
 
-import difflib
-import reprlib
-import types
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import torch
+from pydantic import Field, create_model
+from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
 
-from tspin.errors import UserError
-from tspin.objectives import METHODS
+from tspin.devices import multiplies_bfloat16
+from tspin.errors import UserError, unknown
+from tspin.objectives import METHODS, find_method
+from tspin.sections import Section, mapping, read
+from tspin.yaml_files import REPOSITORY as REPOSITORY
+from tspin.yaml_files import find_yaml, overridden, read_yaml
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
-MAX_NODES = 100_000  # values in a YAML file, its aliases written out
+Dtype = Literal["float32", "bfloat16"]
+Backend = Literal["transformers", "vllm"]
 
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+COEFFICIENTS = {coefficient.name: coefficient for method in METHODS.values() for coefficient in method.coefficients}
+# Fields that are no part of a preset, and the options by which the commands give them.
+BY_COMMAND = {
+    **dict.fromkeys(("output_dir", "shared_dir"), "--out or --runs"),
+    "method": "--method or --methods",
+    "seed": "--seed or --seeds",
+    "launcher": "--launcher and --config",
+}
+# TrainingArguments' own that say where and how a run is executed, not what an iteration computes; ours are marked.
+OPERATIONAL = {
+    *("output_dir", "report_to", "run_name", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node"),
+    *("local_rank", "project", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "resume_from_checkpoint", "ddp_timeout", "debug", "skip_memory_metrics"),
+    "hub_token",
+}
 
 
 class ModelSettings(Section):
@@ -36,45 +52,40 @@ class ModelSettings(Section):
 
     path: str = "pocket"  # a folder, a hub name, or the embedded "pocket"
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; see training.bf16 for the arithmetic
+    dtype: Dtype = "float32"  # of the weights; bf16 is of the arithmetic
     attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"  # flex_attention: for long rows on NVIDIA GPUs
     trust_remote_code: bool = False
 
 
 class DataSettings(Section):
-    """Prompts and labelled responses."""
+    """Where the rows, prompts and labelled responses, come from."""
 
     path: str = "pocket"  # .jsonl, .parquet, a hub name, or the embedded "pocket"
     name: str | None = None  # the hub's configuration name
     split: str = "train"
     revision: str | None = None
     columns: dict[Literal["prompt", "completion"], str] = {}
-    template: str = "auto"  # auto, chat, paper, none, or a text with {prompt} in it
     labels: PositiveInt | None = None  # rows used, a nested seeded subset; all when empty
     subset_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    max_prompt_tokens: PositiveInt = 512
-    max_response_tokens: PositiveInt = 256
-    long_prompts: Literal["error", "truncate", "drop"] = "error"
+
+
+class EvaluationSettings(Section):
+    """Benchmarks: a suite of experiments/suites, or a file."""
+
+    suite: str = "pocket"
+    batch_size: PositiveInt = 64
+    limit: PositiveInt | None = None  # problems per benchmark, for trials only
+    backend: Backend = "transformers"
+    dtype: Dtype | None = None  # of the weights while evaluating; None: as model.dtype
 
 
 class EngineSettings(Section):
-    """vLLM, where a backend names it; ignored by the others."""
+    """How vLLM, where a backend names it, uses the GPUs."""
 
-    tensor_parallel: PositiveInt = 1  # GPUs that hold one copy of the model
-    data_parallel: PositiveInt = 1  # copies, each with its share of the prompts
+    tensor_parallel: PositiveInt = 1  # GPUs that hold one copy of the model together
+    data_parallel: PositiveInt = 1  # copies, each with its share of the prompts; as many GPUs compute log-probabilities
     memory: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of a GPU's memory that the engine may take
     enforce_eager: bool = False  # no CUDA graphs: slower, and quicker to start
-
-
-class SamplingSettings(Section):
-    """Decoding of y′ and y0. temperature 0 is greedy."""
-
-    temperature: NonNegative = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_new_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 64  # of the transformers backend; vllm plans its own
-    backend: Literal["transformers", "vllm"] = "transformers"
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the weights while sampling; None: as model.dtype
 
 
 class LoraSettings(Section):
@@ -85,235 +96,267 @@ class LoraSettings(Section):
     target_modules: str | list[str] = "all-linear"
 
 
-class TrainingSettings(Section):
-    """One iteration's optimisation. A list of learning rates gives one an iteration, the last going on."""
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are drawn: the fields of SelfPlayConfig. batch_size: prompts decoded together."""
 
-    learning_rate: Positive | Annotated[list[Positive], Field(min_length=1)] = 5e-7
-    epochs: Positive = 1.0
-    batch_size: PositiveInt = 64  # triplets an optimizer step, whatever the hardware
-    micro_batch_tokens: PositiveInt = 4096  # tokens a forward pass on one device; lower saves memory
-    layout: Literal["auto", "shared", "padded"] = "auto"  # shared: each prompt once for all its responses
-    optimizer: str = "rmsprop"
-    weight_decay: NonNegative = 0.0
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps
-    schedule: str = "linear"
-    max_grad_norm: Positive = 1.0
-    checkpoint_steps: PositiveInt | None = None  # keep the training's state every so many steps, against crashes
-    gradient_checkpointing: bool = False  # saves memory, costs a second forward pass
-    bf16: bool | Literal["auto"] = "auto"  # auto: where the hardware multiplies bfloat16
-    lora: LoraSettings | None = None  # all weights are trained when empty
-    monitor_proto: bool = False  # log y0 where it carries no gradient too; a third more work there
-    trainer: dict[str, Any] = {}  # any other transformers.TrainingArguments, by its name there
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    batch_size: int
 
 
-class MethodSettings(Section):
-    """A method's own coefficients, and where its data or training differ from the common ones."""
-
-    alpha: Positive = 1.0
-    beta: NonNegative = 0.1
-    lam: Positive = 0.1
-    loss: Literal["logistic", "exponential"] = "logistic"
-    length_scale: Positive = 2.0
-    margin: NonNegative = 1.0
-    noise_ratio: Positive = 1.0
-    data: dict[str, Any] = {}
-    training: dict[str, Any] = {}
+def setting(default: Any, meaning: str, operational: bool = False) -> Any:
+    """A field of SelfPlayConfig. operational: it says how a run is executed, not what an iteration computes."""
+    return field(default=default, metadata={"help": meaning, "operational": operational})
 
 
-class EvaluationSettings(Section):
-    """Benchmarks: a suite of experiments/suites, or a file."""
-
-    suite: str = "pocket"
-    batch_size: PositiveInt = 64
-    limit: PositiveInt | None = None  # problems a benchmark, for trials only
-    backend: Literal["transformers", "vllm"] = "transformers"
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the weights while evaluating; None: as model.dtype
+def coefficients_of(training: Any) -> dict[str, float | str]:
+    """The coefficients of a SelfPlayConfig's method: those that are given, and the defaults. Raises UserError."""
+    given = {name: getattr(training, name) for name in COEFFICIENTS if getattr(training, name) is not None}
+    return find_method(training.method).resolve(given)
 
 
-class RunSettings(Section):
-    """One run: one method. What `tspin run` and SelfPlayTrainer need."""
+if TYPE_CHECKING:
+    _WithCoefficients = TrainingArguments
+else:
+    _WithCoefficients = dataclasses.make_dataclass(
+        "_WithCoefficients",
+        [(c.name, Any, setting(None, f"{c.meaning} ({c.default}: {c.source})")) for c in COEFFICIENTS.values()],
+        bases=(TrainingArguments,),
+    )
+
+
+@dataclass
+class SelfPlayConfig(_WithCoefficients):
+    """Settings of a self-play run: transformers.TrainingArguments and what self-play adds.
+
+    The coefficients of tspin.objectives are fields too: None stands for the method's default, and one that the method
+    does not have is refused. Defaults are the paper's where it states one: RMSProp without weight decay, 10 % warm-up,
+    64 triplets per step. Raises UserError.
+    """
+
+    method: str = setting("tspin", "a key of tspin.objectives.METHODS")
+    iterations: Annotated[int, Field(gt=0, lt=128)] = setting(5, "T; results keep it in 8 bits", operational=True)
+    shared_dir: str | None = setting(None, "keeps what methods can share, y0 and the first y′; None: output_dir", True)
+
+    template: str = setting("auto", "auto, chat, paper, none, or a text with {prompt} in it: see tspin.data.templates")
+    max_prompt_length: PositiveInt = setting(512, "tokens of a prompt")
+    max_completion_length: PositiveInt = setting(256, "tokens of a labelled response, which is cut there")
+    long_prompts: Literal["error", "truncate", "drop"] = setting("error", "on prompts over max_prompt_length")
+
+    temperature: NonNegative = setting(1.0, "of y′ and y0; 0 is greedy, 1 draws from the policy as it is")
+    top_p: Annotated[float, Field(gt=0, le=1)] = setting(1.0, "nucleus sampling's mass; 1 is the whole distribution")
+    max_new_tokens: PositiveInt = setting(256, "a response still open then is cut there")
+    sampling_batch_size: PositiveInt = setting(64, "prompts decoded together by transformers; vllm plans its own")
+    sampling_backend: Backend = setting("transformers", "what draws responses")
+    sampling_dtype: Dtype | None = setting(None, "of the weights while sampling; None: as the model is loaded")
+    engine: EngineSettings = setting(EngineSettings(), "vLLM's GPUs", operational=True)
+
+    learning_rate: Positive | Annotated[list[Positive], Field(min_length=1)] = setting(  # type: ignore[assignment]
+        5e-7, "one, or a list with one per iteration, the last going on"
+    )
+    num_train_epochs: Positive = setting(1.0, "of an iteration")
+    batch_size: PositiveInt = setting(64, "triplets per optimizer step, whatever the hardware")
+    per_device_train_batch_size: int | None = setting(None, "follows from batch_size")  # type: ignore[assignment]
+    optim: OptimizerNames = setting("rmsprop", "the optimizer")
+    weight_decay: NonNegative = setting(0.0, "of all weights but biases and norms")
+    warmup_steps: NonNegative = setting(0.1, "below 1, the share of the steps")
+    lr_scheduler_type: SchedulerType = setting("linear", "after the warm-up")
+    max_grad_norm: Positive = setting(1.0, "gradients are clipped there")
+    gradient_checkpointing: bool = setting(False, "saves memory, costs a second forward pass")
+    bf16: bool | Literal["auto"] = setting("auto", "auto: where the hardware multiplies bfloat16")  # type: ignore[assignment]
+    lora: LoraSettings | None = setting(None, "train low-rank adapters; None: all weights")
+    layout: Literal["auto", "shared", "padded"] = setting("auto", "shared: each prompt once for all its responses")
+    monitor_proto: bool = setting(False, "log y0 where it carries no gradient too; a third more work there")
+    micro_batch_tokens: PositiveInt = setting(4096, "tokens per forward pass on one device; lower saves memory", True)
+    checkpoint_steps: PositiveInt | None = setting(None, "steps after which a training's state is kept", True)
+    launcher: str | None = setting(None, "a file for `accelerate launch`: train in its processes", operational=True)
+    diagnostics: bool = setting(True, "write tspin.diagnostics' tables after each iteration", operational=True)
+
+    logging_steps: float = setting(1.0, "optimizer steps per row of the step log")
+    logging_nan_inf_filter: bool = setting(False, "Trainer's would log an earlier mean in place of an infinite loss")
+    save_strategy: SaveStrategy = setting("no", "checkpoint_steps keeps states", operational=True)
+    report_to: Any = setting("tensorboard", "trackers", operational=True)
+
+    def __post_init__(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        for name, value in complete(read(Settings, given)):
+            setattr(self, name, value)
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # TrainingArguments takes bf16 on a CPU only when told so
+        if self.bf16 == "auto":
+            self.bf16 = multiplies_bfloat16()
+        try:
+            super().__post_init__()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"SelfPlayConfig: {error}") from error
+
+    @property
+    def n_gpu(self) -> int:
+        """At most one: several GPUs are for several processes (`launcher`), not for Trainer's DataParallel."""
+        return min(super().n_gpu, 1)
+
+    @property
+    def coefficients(self) -> dict[str, float | str]:
+        """See `coefficients_of`."""
+        return coefficients_of(self)
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """One per iteration, the last going on."""
+        return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+
+    @property
+    def decoding(self) -> Decoding:
+        """How y′ and y0 are drawn."""
+        return Decoding(self.temperature, self.top_p, self.max_new_tokens, self.sampling_batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, from which an equal SelfPlayConfig can be made; tokens are masked."""
+        plain: dict[str, Any] = super().to_dict()
+        return {name: value.model_dump() if isinstance(value, Section) else value for name, value in plain.items()}
+
+    def computed(self) -> dict[str, Any]:
+        """What decides what an iteration computes, as JSON values: for fingerprints."""
+        left_out = OPERATIONAL | COEFFICIENTS.keys()
+        return {name: value for name, value in self.to_dict().items() if name not in left_out} | self.coefficients
+
+
+_DECLARED = {declared.name: declared for declared in dataclasses.fields(SelfPlayConfig) if declared.init}
+_HINTS = get_type_hints(SelfPlayConfig, include_extras=True) | {"accelerator_config": Any, "fsdp": Any}  # take more
+_FIELDS: dict[str, Any] = {
+    name: (_HINTS[name], [] if declared.default is dataclasses.MISSING else declared.default)
+    for name, declared in _DECLARED.items()
+}
+# SelfPlayConfig without what an instance of it does: no folder, no device.
+Settings = create_model("Settings", __base__=Section, **_FIELDS)
+OURS = {name for name, declared in _DECLARED.items() if "operational" in declared.metadata} - COEFFICIENTS.keys()
+OPERATIONAL |= {name for name in OURS if _DECLARED[name].metadata["operational"]}
+SECTIONS = ("model", "data", "evaluation", "methods")
+PRESET_FIELDS = sorted(
+    (name for name in _DECLARED if name not in {*BY_COMMAND, *COEFFICIENTS} and not name.endswith("_token")),
+    key=lambda name: name not in OURS,
+)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One run: one method. training: Settings, whose fields are SelfPlayConfig's."""
 
     method: str
-    iterations: Annotated[int, Field(gt=0, lt=128)]
-    coefficients: MethodSettings
     model: ModelSettings
     data: DataSettings
-    sampling: SamplingSettings
-    training: TrainingSettings
-    engine: EngineSettings
+    evaluation: EvaluationSettings | None
+    training: Any
+
+    def tree(self) -> dict[str, Any]:
+        """What decides the run's numbers besides its seed, and how many iterations there are."""
+        evaluation = self.evaluation.model_dump() if self.evaluation else None
+        sections = {"model": self.model.model_dump(), "data": self.data.model_dump(), "evaluation": evaluation}
+        fields = {**_deciding(self.training), **coefficients_of(self.training), "iterations": self.training.iterations}
+        return {"method": self.method, **sections, **fields}
 
 
-class Config(Section):
-    """An experiment: methods on one initial policy and one data set."""
+@dataclass(frozen=True)
+class Config:
+    """An experiment: methods on one initial policy and one data set.
+
+    training: Settings, common to all methods. methods: what is given for each.
+    """
 
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
-    sampling: SamplingSettings = SamplingSettings()
-    training: TrainingSettings = TrainingSettings()
-    engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings | None = None
-    iterations: Annotated[int, Field(gt=0, lt=128)] = 5  # results/ keeps them in 8 bits
-    methods: dict[str, MethodSettings] = {}
-
-    @model_validator(mode="after")
-    def _methods_merge(self) -> "Config":
-        for name in self.methods:
-            self.for_method(name)
-        return self
+    training: Any = Settings()
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def for_method(self, name: str) -> RunSettings:
-        """The settings of one method's run, its overrides merged in. Raises UserError for an unknown one."""
-        if name not in METHODS:
-            raise UserError(f"methods: {unknown('method', name, METHODS)}")
-        method = self.methods.get(name, MethodSettings())
-        # SFT has no self-play: it is one round of training.
-        iterations = self.iterations if METHODS[name].self_play else 1
-        merged = {
-            "data": self.data.model_dump() | method.data,
-            "training": self.training.model_dump() | method.training,
-        }
+        """The settings of one method's run, what is given for it merged in. Raises UserError for an unknown one."""
+        method, given = find_method(name), dict(self.methods.get(name, {}))
+        known = ["data", *(c.name for c in method.coefficients), *PRESET_FIELDS, *COEFFICIENTS]
         try:
-            data, training = DataSettings(**merged["data"]), TrainingSettings(**merged["training"])
-        except ValidationError as error:
-            section = DataSettings if error.title == "DataSettings" else TrainingSettings
-            key = "data" if section is DataSettings else "training"
-            raise UserError(explain(error, section, f"methods.{name}.{key}.")) from error
-        return RunSettings(
-            method=name,
-            iterations=iterations,
-            coefficients=method.model_copy(update={"data": {}, "training": {}}),
-            model=self.model,
-            data=data,
-            sampling=self.sampling,
-            training=training,
-            engine=self.engine,
-        )
+            own_data = mapping(given.pop("data", None), "data")
+            data = read(DataSettings, {**self.data.model_dump(), **own_data}, "data.", refusal=_refusal)
+            common = self.training.model_dump(exclude_unset=True)
+            training = read(Settings, {**common, **given}, known=known, refusal=_refusal)
+            training = complete(training.model_copy(update={"method": name}))
+        except UserError as error:
+            raise UserError(f"methods.{name}.{error}") from error
+        return RunSettings(name, self.model, data, self.evaluation, training)
+
+    def tree(self) -> dict[str, Any]:
+        """What decides numbers, as a preset says it with its defaults written out."""
+        methods: dict[str, Any] = {}
+        for name, given in self.methods.items():
+            run = self.for_method(name)
+            fields = {key: value for key, value in _deciding(run.training).items() if key in given}
+            data = {key: getattr(run.data, key) for key in given.get("data") or {}}
+            methods[name] = {**coefficients_of(run.training), **fields, "data": data}
+        evaluation = self.evaluation.model_dump() if self.evaluation else None
+        sections = {"model": self.model.model_dump(), "data": self.data.model_dump(), "evaluation": evaluation}
+        return {**sections, **_deciding(self.training), "methods": methods}
+
+
+def _deciding(training: Any) -> dict[str, Any]:
+    """The fields that decide what an iteration computes: ours, and Transformers' where they are not its defaults."""
+    left_out = {*OPERATIONAL, *COEFFICIENTS, "method", "seed", "per_device_train_batch_size"}
+    theirs: dict[str, Any] = training.model_dump(exclude=OURS | left_out, exclude_defaults=True)
+    return theirs | training.model_dump(include=OURS - left_out)
+
+
+def complete(training: Any) -> Any:
+    """Settings with what follows from others of them. Raises UserError where they do not fit together."""
+    coefficients_of(training)
+    size = training.batch_size
+    for name, right in {"per_device_train_batch_size": (None, size), "gradient_accumulation_steps": (1,)}.items():
+        if getattr(training, name) not in right:
+            raise UserError(f"{name}: set batch_size instead, {size} triplets per optimizer step on any hardware")
+    # A method without self-play is one round of training.
+    iterations = training.iterations if METHODS[training.method].self_play else 1
+    return training.model_copy(update={"per_device_train_batch_size": size, "iterations": iterations})
 
 
 def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
-    """Read a preset of experiments/ or a YAML file, `key.path=value` overrides on top.
+    """The Config of a preset of experiments/ or a YAML file, `key.path=value` overrides on top.
 
     Raises UserError for an unknown preset, unreadable YAML, unknown keys and bad values.
     """
     path = find_yaml(name_or_path, "experiments/presets", "preset")
-    tree = read_yaml(path)
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping of sections, this is a {type(tree).__name__}")
-    return build_config(tree, overrides, source=f"{path.name}: ")
+    return build_config(mapping(read_yaml(path), str(path)), overrides, source=f"{path.name}: ")
 
 
-def build_config(tree: dict[str, Any], overrides: Iterable[str] = (), source: str = "") -> Config:
-    """A validated Config from a tree of plain values and `key.path=value` overrides."""
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key.strip():
-            raise UserError(f"--set {override}: write it as key.path=value")
-        *parents, last = key.strip().split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise UserError(f"--set {override}: {parent} is a value, not a section")
-        try:
-            node[last] = _parsed(value)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"--set {override}: {value!r} is not a YAML value") from error
+def build_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "") -> Config:
+    """The Config of a tree of plain values and `key.path=value` overrides. source: what its messages begin with."""
+    fields = overridden(tree, overrides)
+    model, data, evaluation, methods = (fields.pop(name, None) for name in SECTIONS)
     try:
-        return Config.model_validate(read_numbers(tree))
-    except ValidationError as error:
-        raise UserError(source + explain(error, Config)) from error
+        config = Config(
+            model=read(ModelSettings, model, "model.", refusal=_refusal),
+            data=read(DataSettings, data, "data.", refusal=_refusal),
+            evaluation=None if evaluation is None else read(EvaluationSettings, evaluation, "evaluation."),
+            training=read(Settings, fields, known=[*SECTIONS, *PRESET_FIELDS], refusal=_refusal),
+            methods={name: mapping(given, f"methods.{name}") for name, given in mapping(methods, "methods").items()},
+        )
+        complete(config.training)
+        for name in config.methods:
+            config.for_method(name)
+    except UserError as error:
+        raise UserError(f"{source}{error}") from error
+    return config
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises UserError for what is no file, no UTF-8 text, no YAML, or endless."""
-    try:
-        return _parsed(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is no date
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
-
-
-def _parsed(text: str) -> Any:
-    tree = yaml.safe_load(text)
-    open_nodes, count = [tree], 0
-    while open_nodes:  # a few lines of aliases can stand for a tree without end
-        node, count = open_nodes.pop(), count + 1
-        if count > MAX_NODES:
-            raise ValueError(f"more than {MAX_NODES:,} values")
-        if isinstance(node, dict):
-            if wrong := [key for key in node if not isinstance(key, str)]:
-                raise ValueError(f"the key {wrong[0]!r} is no text: put it in quotes")
-            open_nodes += node.values()
-        elif isinstance(node, list):
-            open_nodes += node
-    return tree
-
-
-def read_numbers(node: Any) -> Any:
-    """YAML 1.1 reads 5e-7 as text; people who write it mean a number."""
-    if isinstance(node, dict):
-        return {key: read_numbers(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [read_numbers(value) for value in node]
-    if isinstance(node, str) and node[:1].isdigit() and "e" in node.lower():
-        try:
-            return float(node)
-        except ValueError:
-            return node
-    return node
-
-
-def recipes() -> Path:
-    """The folder of presets/, suites/, studies/, accelerate/ and slurm/: the package's, or the repository's."""
-    packaged = Path(__file__).parent / "recipes"  # a wheel has experiments/ there, see pyproject.toml
-    return packaged if packaged.is_dir() else REPOSITORY / "experiments"
-
-
-def find_yaml(name_or_path: str, folder: str, what: str) -> Path:
-    """A YAML file: of that path, or of that name in `folder` ("experiments/presets") here or among the recipes."""
-    given = Path(name_or_path)
-    if given.suffix in {".yaml", ".yml"}:
-        if given.is_file():
-            return given
-        raise UserError(f"{given}: no such file")
-    folders = [Path.cwd() / folder, recipes() / Path(folder).name]
-    for candidate in (place / f"{name_or_path}.yaml" for place in folders):
-        if candidate.is_file():
-            return candidate
-    known = sorted({path.stem for place in folders for path in place.glob("*.yaml")})
-    raise UserError(unknown(what, name_or_path, known))
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """The line for a name that is not among the known ones, with the nearest that is."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-    return f"unknown {what} {name!r}: {hint}(known: {listed})"
-
-
-def explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
-    """One line for the first thing that is wrong in a config."""
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if isinstance(part, str | int)]
-    path = prefix + ".".join(map(str, location)) or "the config"
-    if first["type"] == "extra_forbidden":
-        parent = _section_at(root, location[:-1])
-        allowed = list(parent.model_fields) if parent else []
-        return f"{path}: " + unknown("key", str(location[-1]), allowed)
-    return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]} (got {reprlib.repr(first.get('input'))})"
-
-
-def _section_at(root: type[BaseModel], location: Iterable[Any]) -> type[BaseModel] | None:
-    annotation: Any = root
-    for part in location:
-        if get_origin(annotation) is dict:
-            annotation = get_args(annotation)[1]
-        elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields:
-            annotation = annotation.model_fields[part].annotation
-        if get_origin(annotation) in (Union, types.UnionType):
-            annotation = next((a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Section)), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+def _refusal(name: str, value: Any, known: Iterable[str]) -> str:
+    """Why a preset has no such key in this place, and which one may be meant."""
+    if name in BY_COMMAND:
+        return f"no part of a config: the command gives it, by {BY_COMMAND[name]}"
+    if name.endswith("_token"):
+        return "a secret is no setting, which results keep; put it into HF_TOKEN"
+    if name in COEFFICIENTS:
+        methods = [method.name for method in METHODS.values() if COEFFICIENTS[name] in method.coefficients]
+        return f"a coefficient of {', '.join(methods)}: write it as methods.{methods[0]}.{name}"
+    if name in PRESET_FIELDS:
+        return f"{name} stands at the top level, or in methods.<name>"
+    if name in ("training", "sampling") and isinstance(value, dict) and value:
+        return f"no section: {_refusal(next(iter(value)), None, PRESET_FIELDS)}"
+    return unknown("key", name, known)

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 from transformers import TrainerCallback
 
+from tspin.config import SelfPlayConfig
 from tspin.data.tables import Example, Examples, Responses, View, read_responses, response_statistics, write_responses
 from tspin.diagnostics import degeneration, sample_table, summary, warnings
 from tspin.engines.engine import Engine
@@ -28,7 +29,6 @@ from tspin.models import Policy
 from tspin.objectives import METHODS, PROTO, SYNTHETIC, Coefficients, Method
 from tspin.runs.files import sha256, write_json
 from tspin.runs.unfinished import Unfinished
-from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import Triplet, make_triplets, with_reference
 
 

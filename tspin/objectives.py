@@ -4,49 +4,64 @@ Notation (paper: arXiv 2601.08198): prompt x; labelled response y; synthetic res
 from the previous iteration's policy π_θt; proto-synthetic response y0, sampled once from the
 initial policy π_θ0. log π(z|x) is the *sum* over the response's tokens, the end token included.
 
-A method is one entry in METHODS: an objective, the reward it defines and what it needs. Adding one
-is adding an entry; nothing else in the package asks which method it is running.
+A method is one entry in METHODS: an objective, the reward it defines, its coefficients and what it
+needs. Adding one is adding an entry; nothing else in the package asks which method it is running.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from sys import float_info
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from tspin.errors import UserError, unknown
+
 LABELLED, SYNTHETIC, PROTO = "labelled", "synthetic", "proto"
-ROLES = (LABELLED, SYNTHETIC, PROTO)
+PAIR, ROLES = (LABELLED, SYNTHETIC), (LABELLED, SYNTHETIC, PROTO)
 
 # ℓ: monotone decreasing and convex. Logistic is the paper's default.
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "logistic": lambda u: -logsigmoid(u),
     "exponential": lambda u: torch.exp(-u),
 }
+Coefficients = Mapping[str, Any]  # a method's, name → value
 
 
 @dataclass(frozen=True)
-class Coefficients:
-    """What the objectives are parametrised by.
+class Coefficient:
+    """A number or a choice that an objective is parametrised by.
 
-    alpha: scale of the rewards of the T-SPIN family (paper: 1.0).
-    beta: weight of the historical advantage (paper: 0.1); 0 at iteration 0, where y′ and y0 come
-        from the same policy.
-    lam: SPIN's λ (0.1 in its paper and code).
-    loss: name of ℓ in LOSSES.
-    length_scale, margin: SimPO's reward scale b and target margin γ (2 and 1, its paper's first setting).
-    noise_ratio: SPACE's μ, how many synthetic responses there are to a labelled one (1: as many).
+    name: its key in YAML and `--set`, its field of SelfPlayConfig. source: the default's. allowed: numbers, or choices.
     """
 
-    alpha: float = 1.0
-    beta: float = 0.1
-    lam: float = 0.1
-    loss: str = "logistic"
-    length_scale: float = 2.0
-    margin: float = 1.0
-    noise_ratio: float = 1.0
+    name: str
+    default: float | str
+    meaning: str
+    source: str
+    allowed: Literal["positive", "non-negative"] | tuple[str, ...] = "positive"
+
+    def read(self, value: Any) -> float | str:
+        """`value` as a float, or one of the choices. Raises UserError."""
+        if isinstance(self.allowed, tuple):
+            if value not in self.allowed:
+                raise UserError(f"{self.name}: {unknown('choice', str(value), self.allowed)}")
+            return str(value)
+        smallest = float_info.min if self.allowed == "positive" else 0.0
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and smallest <= value <= float_info.max):
+            raise UserError(f"{self.name}: a {self.allowed} number is expected (got {reprlib.repr(value)})")
+        return float(value)
+
+
+ALPHA = Coefficient("alpha", 1.0, "α, the scale of T-SPIN's rewards", "arXiv 2601.08198")
+BETA = Coefficient("beta", 0.1, "β, the historical advantage's weight", "arXiv 2601.08198", "non-negative")
+LAM = Coefficient("lam", 0.1, "λ of SPIN, DPO's beta", "arXiv 2401.01335 and its code")
+LOSS_TYPE = Coefficient("loss_type", "logistic", "ℓ", "arXiv 2601.08198", tuple(LOSSES))
 
 
 @dataclass(frozen=True)
@@ -150,17 +165,17 @@ class Method:
     reward: (logps, coefficients, role) → the reward r(z) by the method's own definition, (batch,);
         None where the method defines none.
     trains_on: the roles whose responses can carry gradient.
+    coefficients: what `loss` and `reward` find in their mapping.
     reference: whose log-probabilities of `trains_on` it needs, computed once per iteration: those of the
         "previous" policy π_θt, of the "initial" one π_θ0, or None.
-    historical: whether β is used at all. One place decides: `coefficients_at`.
     """
 
     name: str
     loss: Callable[[SequenceLogps, Coefficients], Tensor]
     reward: Callable[[SequenceLogps, Coefficients, str], Tensor] | None
     trains_on: tuple[str, ...]
+    coefficients: tuple[Coefficient, ...] = ()
     reference: Literal["previous", "initial"] | None = None
-    historical: bool = False
 
     @property
     def uses_reference(self) -> bool:
@@ -172,14 +187,21 @@ class Method:
         """Whether the method needs responses sampled from a policy."""
         return SYNTHETIC in self.trains_on
 
+    def resolve(self, given: Mapping[str, Any]) -> dict[str, float | str]:
+        """All coefficients of the method: those given, checked, and the defaults of the others. Raises UserError."""
+        names = [coefficient.name for coefficient in self.coefficients]
+        for name in given:
+            if name not in names:
+                raise UserError(f"{name}: {unknown(f'coefficient of {self.name}', name, names)}")
+        return {c.name: c.read(given.get(c.name, c.default)) for c in self.coefficients}
+
     def coefficients_at(self, iteration: int, coefficients: Coefficients) -> Coefficients:
-        """The coefficients in force at an iteration (0-based): β is 0 at iteration 0."""
-        beta = coefficients.beta if self.historical and iteration > 0 else 0.0
-        return replace(coefficients, beta=beta)
+        """Those in force at an iteration (0-based): β is 0 at iteration 0, whose y′ and y0 are of one policy."""
+        return {**coefficients, "beta": 0.0} if BETA in self.coefficients and iteration == 0 else coefficients
 
     def gradient_roles(self, coefficients: Coefficients) -> tuple[str, ...]:
         """The roles that carry gradient under these coefficients: y0 only where β is not 0."""
-        return tuple(role for role in self.trains_on if role != PROTO or coefficients.beta != 0)
+        return tuple(role for role in self.trains_on if role != PROTO or coefficients.get("beta") != 0)
 
 
 def _sft(logps: SequenceLogps, _: Coefficients) -> Tensor:
@@ -187,82 +209,67 @@ def _sft(logps: SequenceLogps, _: Coefficients) -> Tensor:
 
 
 def _spin(logps: SequenceLogps, c: Coefficients) -> Tensor:
-    return spin_loss(
-        logps.policy[LABELLED],
-        logps.policy[SYNTHETIC],
-        logps.reference[LABELLED],
-        logps.reference[SYNTHETIC],
-        lam=c.lam,
-        loss=c.loss,
-    )
+    policy, reference = ([of[role] for role in PAIR] for of in (logps.policy, logps.reference))
+    return spin_loss(*policy, *reference, lam=c["lam"], loss=c["loss_type"])
 
 
 def _tspin(logps: SequenceLogps, c: Coefficients) -> Tensor:
-    labelled, synthetic = logps.policy[LABELLED], logps.policy[SYNTHETIC]
-    return tspin_loss(labelled, synthetic, logps.policy.get(PROTO), alpha=c.alpha, beta=c.beta, loss=c.loss)
+    labelled, synthetic, proto = logps.policy[LABELLED], logps.policy[SYNTHETIC], logps.policy.get(PROTO)
+    return tspin_loss(labelled, synthetic, proto, alpha=c["alpha"], beta=c.get("beta", 0.0), loss=c["loss_type"])
 
 
 def _tspin_reference(logps: SequenceLogps, c: Coefficients) -> Tensor:
-    ratios = {role: logps.log_ratio(role) for role in logps.policy if role in logps.reference}
-    return _tspin(SequenceLogps(ratios), c)
+    return _tspin(SequenceLogps({role: logps.log_ratio(role) for role in logps.policy if role in logps.reference}), c)
 
 
 def _simpo(logps: SequenceLogps, c: Coefficients) -> Tensor:
-    return simpo_loss(
-        logps.policy[LABELLED], logps.policy[SYNTHETIC], logps.lengths[LABELLED], logps.lengths[SYNTHETIC],
-        length_scale=c.length_scale, margin=c.margin,
-    )  # fmt: skip
+    policy, lengths = ([of[role] for role in PAIR] for of in (logps.policy, logps.lengths))
+    return simpo_loss(*policy, *lengths, length_scale=c["length_scale"], margin=c["margin"])
 
 
 def _space(logps: SequenceLogps, c: Coefficients) -> Tensor:
-    return space_loss(logps.log_ratio(LABELLED), logps.log_ratio(SYNTHETIC), noise_ratio=c.noise_ratio)
+    return space_loss(logps.log_ratio(LABELLED), logps.log_ratio(SYNTHETIC), noise_ratio=c["noise_ratio"])
 
 
-def _log_probability_reward(logps: SequenceLogps, c: Coefficients, role: str) -> Tensor:
-    return c.alpha * logps.policy[role]
+def _log_probability(logps: SequenceLogps, c: Coefficients, role: str) -> Tensor:
+    return c["alpha"] * logps.policy[role]
+
+
+def _scaled_ratio(scale: Coefficient) -> Callable[[SequenceLogps, Coefficients, str], Tensor]:
+    return lambda logps, c, role: c[scale.name] * logps.log_ratio(role)
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("sft", _sft, None, trains_on=(LABELLED,)),
+        Method("sft", _sft, None, (LABELLED,)),
+        Method("spin", _spin, _scaled_ratio(LAM), PAIR, (LAM, LOSS_TYPE), reference="previous"),
+        Method("tspin", _tspin, _log_probability, ROLES, (ALPHA, BETA, LOSS_TYPE)),
+        Method("tspin_no_history", _tspin, _log_probability, PAIR, (ALPHA, LOSS_TYPE)),
         Method(
-            "spin",
-            _spin,
-            lambda logps, c, role: c.lam * logps.log_ratio(role),
-            trains_on=(LABELLED, SYNTHETIC),
+            "tspin_reference", _tspin_reference, _scaled_ratio(ALPHA), ROLES, (ALPHA, BETA, LOSS_TYPE),
             reference="previous",
-        ),
-        Method("tspin", _tspin, _log_probability_reward, trains_on=ROLES, historical=True),
-        Method("tspin_no_history", _tspin, _log_probability_reward, trains_on=(LABELLED, SYNTHETIC)),
-        Method(
-            "tspin_reference",
-            _tspin_reference,
-            lambda logps, c, role: c.alpha * logps.log_ratio(role),
-            trains_on=ROLES,
-            reference="previous",
-            historical=True,
         ),
         # Neighbours on the same pairs, which the paper does not compare with.
+        Method("dpo", _spin, _scaled_ratio(LAM), PAIR, (LAM, LOSS_TYPE), reference="initial"),
         Method(
-            "dpo",
-            _spin,
-            lambda logps, c, role: c.lam * logps.log_ratio(role),
-            trains_on=(LABELLED, SYNTHETIC),
-            reference="initial",
+            "simpo", _simpo, lambda logps, c, role: c["length_scale"] * logps.policy[role] / logps.lengths[role], PAIR,
+            (
+                Coefficient("length_scale", 2.0, "b, the scale of SimPO's reward", "arXiv 2405.14734"),
+                Coefficient("margin", 1.0, "γ, SimPO's target margin", "arXiv 2405.14734", "non-negative"),
+            ),
         ),
         Method(
-            "simpo",
-            _simpo,
-            lambda logps, c, role: c.length_scale * logps.policy[role] / logps.lengths[role],
-            trains_on=(LABELLED, SYNTHETIC),
-        ),
-        Method(
-            "space",
-            _space,
-            lambda logps, c, role: logps.log_ratio(role),
-            trains_on=(LABELLED, SYNTHETIC),
+            "space", _space, lambda logps, c, role: logps.log_ratio(role), PAIR,
+            (Coefficient("noise_ratio", 1.0, "μ of SPACE: synthetic responses per labelled one", "as many here"),),
             reference="previous",
         ),
     )
-}
+}  # fmt: skip
+
+
+def find_method(name: str, besides: Iterable[str] = ()) -> Method:
+    """METHODS[name]. Raises UserError with the nearest name of a method, or of what is allowed besides."""
+    if name not in METHODS:
+        raise UserError(unknown("method", name, [*besides, *METHODS]))
+    return METHODS[name]

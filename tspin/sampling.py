@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,26 +9,11 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from tspin.attention import grouped
+from tspin.config import Decoding
 from tspin.data.tables import RESPONSE_SCHEMA, Response, Responses, TableWriter
 from tspin.errors import UserError
 
 FIRST_SEGMENT = 8  # tokens after which ended rows leave for the first time; twice as many each time after
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How responses are drawn.
-
-    temperature: 0 is greedy; 1 samples from the policy as it is.
-    top_p: nucleus sampling's probability mass; 1 leaves the distribution whole.
-    max_new_tokens: a response still open then is cut there and marked unfinished.
-    batch_size: prompts decoded together.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    batch_size: int = 64
 
 
 def sample(

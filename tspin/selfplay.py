@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from tspin.config import SelfPlayConfig
 from tspin.data.encoding import encode_dataset
 from tspin.data.tables import Example, write_parquet
 from tspin.diagnostics import warnings
@@ -32,7 +33,6 @@ from tspin.runs.locks import owned
 from tspin.runs.seeds import stage_seed
 from tspin.runs.stages import DamagedStage, Stage, check_stage, note_damage, run_stage
 from tspin.runs.unfinished import Unfinished
-from tspin.selfplay_config import SelfPlayConfig
 
 PROMPT_SCHEMA = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), ("labelled", pa.string())])
 

@@ -148,7 +148,7 @@ class TripletTrainer(Trainer):
         if finer is None:
             raise UserError(
                 f"step {step}: out of memory with a single prompt and its responses in a micro-batch (prompts "
-                f"{_ids(triplets)}); set training.gradient_checkpointing, training.lora or a lower data.max_*_tokens"
+                f"{_ids(triplets)}); set gradient_checkpointing, lora, or lower maximum lengths"
             )
         tqdm.write(
             f"tspin: step {step}: out of memory; micro-batches of {finer.max_tokens} tokens from here on "
@@ -169,7 +169,7 @@ class TripletTrainer(Trainer):
     def _diverged(self, what: str, triplets: Sequence[Triplet] | Sequence[int]) -> UserError:
         return UserError(
             f"step {self.state.global_step + 1}: {what} (prompts {_ids(triplets)}), so nothing of this step was kept; "
-            "earlier checkpoints stay as they are; lower training.learning_rate or alpha, or use the logistic loss"
+            "earlier checkpoints stay as they are; lower learning_rate or alpha, or use the logistic loss"
         )
 
     def _save_checkpoint(self, model, trial):
@@ -233,7 +233,8 @@ class TripletTrainer(Trainer):
         step = step_metrics(self.method, self.coefficients, logps)
         values = torch.stack([loss, *step.values()]).tolist()  # one transfer from the device
         if not math.isfinite(values[0]):
-            raise self._diverged(f"the {self.coefficients.loss} loss is {values[0]}", prompt_ids)
+            kind = self.coefficients.get("loss_type", self.method.name)
+            raise self._diverged(f"the {kind} loss is {values[0]}", prompt_ids)
         self.means.add(dict(zip(step, values[1:], strict=True)), tokens, share)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -17,12 +17,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from tspin.engines.vllm import Engine, generate_tokens
+from tspin.config import Decoding, EngineSettings
+from tspin.engines.vllm import generate_tokens
 from tspin.hub.offline import offline_model
 from tspin.models import POCKET_MODEL, load_model, load_tokenizer
 from tspin.runs.files import write_json, write_text
 from tspin.runs.provenance import provenance
-from tspin.sampling import Decoding, end_tokens, sample
+from tspin.sampling import end_tokens, sample
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NEW_TOKENS = 64
@@ -62,7 +63,7 @@ def compare(name: str, folder: str, dtype: str, temperature: float, count: int) 
     ends = end_tokens(policy.generation_config, tokenizer)
     answers = generate_tokens(
         folder, prompts, ends, temperature=temperature, top_p=1.0, max_new_tokens=NEW_TOKENS, dtype=dtype,
-        engine=Engine(enforce_eager=True), seed=0, logprobs=True,
+        engine=EngineSettings(enforce_eager=True), seed=0, logprobs=True,
     )  # fmt: skip
     gaps = torch.cat([gaps_of(policy, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
     row = {
@@ -75,7 +76,7 @@ def compare(name: str, folder: str, dtype: str, temperature: float, count: int) 
         "largest_gap": float(gaps.max()),
     }
     if temperature == 0.0:
-        own = sample(policy, tokenizer, prompts, Decoding(temperature=0.0, max_new_tokens=NEW_TOKENS), seed=0)
+        own = sample(policy, tokenizer, prompts, Decoding(0.0, 1.0, NEW_TOKENS, batch_size=64), seed=0)
         row["equal_texts"] = sum(a["ids"] == b.ids for a, b in zip(answers, own, strict=True)) / count
     return row
 

@@ -95,8 +95,8 @@ def _trainer(folder: Path, rows: int):
     from tspin.config import build_config
     from tspin.experiment.preset import build_trainer
 
-    tree = {"model": {"path": "pocket"}, "data": {"path": str(folder / "rows.jsonl"), "max_response_tokens": 400}}
-    settings = build_config(tree, ["training.batch_size=8"]).for_method("tspin")
+    tree = {"model": {"path": "pocket"}, "data": {"path": str(folder / "rows.jsonl")}, "max_completion_length": 400}
+    settings = build_config(tree, ["batch_size=8"]).for_method("tspin")
     trainer = build_trainer(settings, folder / "run", seed=0)
     assert len(trainer.examples) == rows
     return trainer

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from tspin.config import SelfPlayConfig
 from tspin.data.tables import Example, Response
 from tspin.devices import resident
 from tspin.engines.here import Training, train
@@ -26,7 +27,6 @@ from tspin.planning.architectures import find_config, shape_of
 from tspin.planning.peaks import MicroBatch, Optimizer, Precision, training_parts
 from tspin.runs.files import write_json, write_text
 from tspin.runs.provenance import provenance
-from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import make_triplets
 
 OUT = Path("results/benchmarks/plan")
@@ -104,7 +104,7 @@ def step(name: str, tokens: int, checkpointing: bool) -> tuple[PreTrainedConfig,
     with tempfile.TemporaryDirectory() as folder:
         args = SelfPlayConfig(
             output_dir=folder,
-            per_device_train_batch_size=batch,
+            batch_size=batch,
             micro_batch_tokens=tokens,
             gradient_checkpointing=checkpointing,
             report_to=[],

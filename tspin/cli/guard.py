@@ -73,8 +73,8 @@ def one_line_errors() -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fail(
-            f"out of memory ({reason}): lower sampling.batch_size, evaluation.batch_size or "
-            "training.micro_batch_tokens; finished stages are kept"
+            f"out of memory ({reason}): lower sampling_batch_size, evaluation.batch_size or "
+            "micro_batch_tokens; finished stages are kept"
         )
     except (OSError, SafetensorError) as error:
         number = _error_number(error)

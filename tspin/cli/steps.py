@@ -19,7 +19,7 @@ def sample(
 ) -> None:
     """Sample one response a prompt.
 
-    Example: tspin sample --model my-model --data my-data.jsonl --out proto.parquet --set sampling.temperature=0
+    Example: tspin sample --model my-model --data my-data.jsonl --out proto.parquet --set temperature=0
     """
     from tspin.experiment import steps
 

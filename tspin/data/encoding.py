@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tspin.config import SelfPlayConfig
 from tspin.data import templates as data
 from tspin.data.formats import Rows, set_key, validate_rows
 from tspin.data.tables import Examples, open_table
@@ -14,7 +15,6 @@ from tspin.models import tokenizer_fingerprint
 from tspin.runs.files import fingerprint
 from tspin.runs.locks import owned
 from tspin.runs.stages import run_stage
-from tspin.selfplay_config import SelfPlayConfig
 
 
 def encode_dataset(
@@ -27,8 +27,8 @@ def encode_dataset(
     """
     settings: dict[str, Any] = dict(
         template=args.template,
-        max_prompt_tokens=args.max_prompt_tokens,
-        max_response_tokens=args.max_response_tokens,
+        max_prompt_tokens=args.max_prompt_length,
+        max_response_tokens=args.max_completion_length,
         long_prompts=args.long_prompts,
     )
     if isinstance(dataset, Rows):

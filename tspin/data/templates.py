@@ -3,7 +3,7 @@
 Data is text, templates are control: where a prompt or a response spells one of the tokenizer's special tokens
 (<|im_start|>, </s>), it is encoded as the characters that it is. A prompt cannot open a turn of its own, and a response
 ends where its row ends, once, and nowhere inside. Such rows are counted and listed on stderr. One exception:
-with data.template "none", prompts are taken as written for the tokenizer, special tokens included; they are listed too.
+with template "none", prompts are taken as written for the tokenizer, special tokens included; they are listed too.
 """
 
 import re
@@ -58,7 +58,7 @@ def encode_prompt(
         given, hidden = _hide(prompt, _spelt(prompt, special))
     if not isinstance(prompt, str) or template == "chat":
         if not tokenizer.chat_template:
-            raise UserError("data.template: the tokenizer has no chat template; give one user's message and 'paper'")
+            raise UserError("template: the tokenizer has no chat template; give one user's message and 'paper'")
         messages = [{"role": "user", "content": given}] if isinstance(prompt, str) else list(given)
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -71,7 +71,7 @@ def encode_prompt(
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
     form = {"paper": PAPER_TEMPLATE, "none": "{prompt}"}.get(template, template)
     if "{prompt}" not in form:
-        raise UserError(f"data.template {template!r}: auto, chat, paper, none, or a text with {{prompt}} in it")
+        raise UserError(f"template {template!r}: auto, chat, paper, none, or a text with {{prompt}} in it")
     text = form.replace("{prompt}", given)
     if hidden:
         empty = _without_end(tokenizer("")["input_ids"], tokenizer)  # the begin token, if there is one
@@ -173,8 +173,8 @@ def encode_examples(
             if len(ids) > max_prompt_tokens:
                 if long_prompts == "error":
                     raise UserError(
-                        f"data row {number + 1}: prompt of {len(ids)} tokens, data.max_prompt_tokens is "
-                        f"{max_prompt_tokens}; raise it, or set data.long_prompts to truncate or drop"
+                        f"data row {number + 1}: prompt of {len(ids)} tokens, max_prompt_length is "
+                        f"{max_prompt_tokens}; raise it, or set long_prompts to truncate or drop"
                     )
                 noted.setdefault("dropped" if long_prompts == "drop" else "truncated", []).append(number)
                 if long_prompts == "drop":
@@ -191,14 +191,12 @@ def encode_examples(
             writer.add(number, response.text, response.ids, response.finished, text, ids)
     table = writer.table()
     if not len(table):
-        raise UserError("no data left: every prompt is longer than data.max_prompt_tokens")
-    as_text = (
-        "as text" if template != "none" else "as control tokens in prompts (data.template none), as text elsewhere"
-    )
+        raise UserError("no data left: every prompt is longer than max_prompt_length")
+    as_text = "as text" if template != "none" else "as control tokens in prompts (template none), as text elsewhere"
     says = {
-        "dropped": f"dropped: prompts of more than data.max_prompt_tokens, {max_prompt_tokens}",
-        "truncated": f"cut to the last {max_prompt_tokens} tokens of their prompts (data.max_prompt_tokens)",
-        "cut": f"cut to {max_response_tokens} tokens of their response and no end token (data.max_response_tokens)",
+        "dropped": f"dropped: prompts of more than max_prompt_length, {max_prompt_tokens}",
+        "truncated": f"cut to the last {max_prompt_tokens} tokens of their prompts (max_prompt_length)",
+        "cut": f"cut to {max_response_tokens} tokens of their response and no end token (max_completion_length)",
         "last_message": "have several messages in their completion, of which the last is the response",
         "special_tokens": f"spell special tokens ({' '.join(sorted(found))}), taken {as_text}",
     }

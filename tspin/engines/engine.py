@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from tspin.config import SelfPlayConfig
 from tspin.data.tables import Response, View
 from tspin.devices import give_back
 from tspin.engines import here
 from tspin.engines.launch import launch_training, trains_in_bfloat16
 from tspin.engines.scoring import score_in_processes, scoring_processes
-from tspin.engines.vllm import Engine as EngineSettings
 from tspin.engines.vllm import generate_tokens, require_vllm
 from tspin.models import Policy, dtype_name, load_model
 from tspin.runs.stages import check_stage
 from tspin.runs.unfinished import Unfinished
 from tspin.sampling import end_tokens, generation_settings, response_of, sample
-from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import Triplet
 
 
@@ -53,7 +52,7 @@ class Engine:
         if args.sampling_backend == "transformers":
             model = load_model(policy.folder, loading).to(args.device)  # type: ignore[arg-type]
             return sample(model, self.tokenizer, prompts, args.decoding, seed=seed, description=description)
-        engine = EngineSettings(**(args.engine or {}))
+        engine = args.engine
         require_vllm("sampling_backend", engine)
         ends = end_tokens(generation_settings(policy.folder), self.tokenizer)
         answers = generate_tokens(

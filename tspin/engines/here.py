@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.devices import peak_bytes, reset_peak
 from tspin.engines.callbacks import AtTrainBegin, KeepState, StepBar
 from tspin.errors import UserError
@@ -32,7 +33,6 @@ from tspin.runs.files import atomic_path
 from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import Stopped, stopping_when_asked
 from tspin.runs.unfinished import Unfinished
-from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import TripletTrainer
 from tspin.triplet_logps import compute_logps
 from tspin.triplets import Triplet, TripletCollator, collator_for
@@ -58,7 +58,7 @@ class Training:
         arguments = copy.copy(self.args)
         arguments.output_dir = str(self.log_folder)
         arguments.seed = stage_seed(self.args.seed, "training", self.iteration)
-        rates = self.args.learning_rates or [self.args.learning_rate]
+        rates = self.args.learning_rates
         arguments.learning_rate = rates[min(self.iteration, len(rates) - 1)]
         arguments.dataloader_pin_memory = torch.cuda.is_available()
         arguments.report_to = [target for target in self.args.report_to if target != "tensorboard"]
@@ -185,14 +185,17 @@ def _collator(
         raise UserError(str(error)) from error
 
 
-def add_adapters(model: PreTrainedModel, settings: dict[str, Any]) -> LoraModel:
+def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> LoraModel:
     """Put low-rank adapters into `model`, in place, and freeze everything else (LoRA, arXiv 2106.09685).
 
     The model itself, not a wrapper, goes on being trained: the layouts that share prompts look into it. Raises
     UserError where it has no such modules.
     """
     config = LoraConfig(
-        r=settings["rank"], lora_alpha=settings["alpha"], target_modules=settings["target_modules"], lora_dropout=0.0
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
+        target_modules=settings.target_modules,
+        lora_dropout=0.0,
     )
     try:
         return LoraModel(model, {"default": config}, "default")

@@ -17,12 +17,12 @@ import pyarrow as pa
 import yaml
 from tqdm.auto import tqdm
 
+from tspin.config import SelfPlayConfig
 from tspin.data.tables import Response, TableWriter, View, open_table
 from tspin.engines.here import Training
 from tspin.engines.workers import Worker, run_workers
 from tspin.errors import UserError
 from tspin.models import dtype_name
-from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import Triplet
 
 TRIPLETS, TOKENIZER, PROGRESS, FACTS = "triplets.arrow", "tokenizer", "progress.json", "facts.json"
@@ -43,12 +43,12 @@ def check_launcher(path: Path, args: SelfPlayConfig) -> None:
         raise UserError(f"{path}: DeepSpeed is not installed; pip install deepspeed, or use fsdp2.yaml beside it")
     if args.checkpoint_steps:
         raise UserError(
-            "training.checkpoint_steps: states are kept by trainings of one process; with --launcher a training that "
+            "checkpoint_steps: states are kept by trainings of one process; with --launcher a training that "
             "is stopped starts again at its first step"
         )
     if args.lora and kind in {"DEEPSPEED", "FSDP"}:
         raise UserError(
-            f"training.lora: adapters are merged from whole weights, {path} cuts them into shards; use "
+            f"lora: adapters are merged from whole weights, {path} cuts them into shards; use "
             "experiments/accelerate/ddp.yaml"
         )
     fsdp = settings.get("fsdp_config") or {}

@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tspin.config import SelfPlayConfig
 from tspin.data.tables import View
 from tspin.engines.launch import TOKENIZER, TRIPLETS, plain_arguments, write_triplets
 from tspin.engines.workers import Worker, gpu_environment, run_workers
 from tspin.models import dtype_name
-from tspin.selfplay_config import SelfPlayConfig
 from tspin.triplets import Triplet
 
 LOGPS = "logps.parquet"
@@ -23,8 +23,7 @@ LOGPS = "logps.parquet"
 
 def scoring_processes(args: SelfPlayConfig) -> int:
     """As many as engine.data_parallel says, and as there are GPUs; 1 without."""
-    wanted: int = (args.engine or {}).get("data_parallel", 1)
-    return max(min(wanted, torch.cuda.device_count()), 1)
+    return max(min(args.engine.data_parallel, torch.cuda.device_count()), 1)
 
 
 def score_in_processes(
@@ -48,7 +47,7 @@ def score_in_processes(
     job = {
         "policy": model,
         "loading": {**model_arguments, "dtype": dtype_name(dict(model_arguments))},
-        "arguments": {**plain_arguments(args), "report_to": [], "engine": None},
+        "arguments": {**plain_arguments(args), "report_to": [], "engine": {}},
         "of": of,
         "autocast": autocast,
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from tspin.config import SelfPlayConfig
 from tspin.engines.here import score
 from tspin.engines.launch import TOKENIZER, TRIPLETS, read_triplets
 from tspin.engines.scoring import LOGPS
@@ -13,7 +14,6 @@ from tspin.engines.workers import FAILURE, read_job
 from tspin.errors import UserError
 from tspin.models import load_model, load_tokenizer
 from tspin.runs.files import write_text
-from tspin.selfplay_config import SelfPlayConfig
 
 
 def main() -> None:

@@ -11,13 +11,13 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
+from tspin.config import SelfPlayConfig
 from tspin.engines.here import Training, train
 from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS, read_triplets
 from tspin.engines.workers import FAILURE, read_job
 from tspin.errors import UserError
 from tspin.models import load_model, load_tokenizer
 from tspin.runs.files import write_text
-from tspin.selfplay_config import SelfPlayConfig
 
 
 def main() -> None:

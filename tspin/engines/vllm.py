@@ -8,38 +8,22 @@ end: the weights are that checkpoint's, and the memory is free before training s
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from tspin.config import Decoding, EngineSettings
 from tspin.data.tables import TableWriter, View, open_table
 from tspin.engines.workers import Worker, gpu_environment, run_workers
 from tspin.errors import UserError
-from tspin.sampling import Decoding
 
 PROMPT_SCHEMA = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("seed", pa.int64())])
 DRAWN_SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("logprobs", pa.list_(pa.float64()))])
 
 
-@dataclass(frozen=True)
-class Engine:
-    """How vLLM uses the GPUs.
-
-    tensor_parallel: GPUs that hold one copy of the model together. data_parallel: copies, each with its share of the
-    prompts; log-probabilities, which are not vLLM's, are computed on as many GPUs. memory: share of a GPU's memory that
-    an engine may take. enforce_eager: no CUDA graphs.
-    """
-
-    tensor_parallel: int = 1
-    data_parallel: int = 1
-    memory: float = 0.9
-    enforce_eager: bool = False
-
-
-def require_vllm(key: str, engine: Engine, evaluates: bool = False) -> None:
+def require_vllm(key: str, engine: EngineSettings, evaluates: bool = False) -> None:
     """Raise UserError where vLLM, or what it needs for `engine`, is missing. key: the setting that asks for it."""
     if find_spec("vllm") is None:
         raise UserError(f"{key}: vllm is not installed; pip install 'tspin[gpu]', or set {key}=transformers")
@@ -54,7 +38,7 @@ def generate_tokens(
     *,
     decoding: Decoding,
     dtype: str,
-    engine: Engine,
+    engine: EngineSettings,
     seed: int,
     trust_remote_code: bool = False,
     logprobs: bool = False,
@@ -70,7 +54,7 @@ def generate_tokens(
         "task": "generate",
         "model": model,
         "dtype": dtype,
-        "engine": asdict(engine),
+        "engine": engine.model_dump(),
         "trust_remote_code": trust_remote_code,
         "end_tokens": list(end_tokens),
         "temperature": decoding.temperature,
@@ -105,7 +89,7 @@ def evaluate_folder(
     target: Path,
     *,
     dtype: str,
-    engine: Engine,
+    engine: EngineSettings,
     limit: int | None,
     seed: int = 1234,
     trust_remote_code: bool = False,
@@ -119,7 +103,7 @@ def evaluate_folder(
         "task": "evaluate",
         "model": model,
         "dtype": dtype,
-        "engine": asdict(engine),
+        "engine": engine.model_dump(),
         "trust_remote_code": trust_remote_code,
         "suite": suite,
         "limit": limit,

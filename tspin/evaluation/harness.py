@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tspin.config import unknown
-from tspin.errors import UserError, reason
+from tspin.errors import UserError, reason, unknown
 from tspin.evaluation.suites import Column, Suite
 from tspin.hub.offline import limit_waiting, offline_benchmarks
 

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tspin.config import find_yaml, read_yaml
 from tspin.errors import UserError
 from tspin.runs.files import fingerprint
+from tspin.yaml_files import find_yaml, read_yaml
 
 SUITES = "experiments/suites"
 PACKAGE = Path(__file__).parents[1]

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from submitit.helpers import Checkpointable
 
-from tspin.config import Section, explain, find_yaml, load_config, read_yaml, unknown
-from tspin.errors import UserError
+from tspin.config import load_config
+from tspin.errors import UserError, unknown
 from tspin.evaluation.suites import load_suite
 from tspin.experiment.results import BASE
 from tspin.objectives import METHODS
@@ -27,6 +27,8 @@ from tspin.runs.files import fingerprint, write_json
 from tspin.runs.redaction import redacted
 from tspin.runs.signals import stopping_at_once
 from tspin.schema import RUN, STUDY_MEASURES
+from tspin.sections import Section, read
+from tspin.yaml_files import find_yaml, read_yaml
 
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**15)]  # results keep seeds in 16 bits
@@ -220,13 +222,10 @@ def column(keys: str) -> str:
 
 
 def _read(path: Path, section: type[Content]) -> Content:
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a mapping is expected here, this is a {type(content).__name__}")
     try:
-        return section.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, section)}") from error
+        return read(section, read_yaml(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _check(study: Study) -> None:
@@ -268,6 +267,5 @@ def _identity(preset: str, overrides: tuple[str, ...], method: str) -> str:
     if config.evaluation is None:
         raise UserError(f"{preset} names no evaluation suite, so its runs have no results")
     suite = load_suite(config.evaluation.suite)
-    settings: Any = config if method == BASE else config.for_method(method)
-    parts = [part.model_dump(mode="json") for part in (settings, config.evaluation, suite)]
-    return fingerprint([*parts, suite.definition()])[:12]
+    settings = config.tree() if method == BASE else config.for_method(method).tree()
+    return fingerprint([settings, suite.model_dump(mode="json"), suite.definition()])[:12]

@@ -16,23 +16,29 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from tspin.config import Config, DataSettings, ModelSettings, RunSettings, find_yaml, unknown
+from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig
 from tspin.data.formats import Rows, load_rows
 from tspin.data.tables import Example
 from tspin.engines.launch import check_launcher
-from tspin.engines.vllm import Engine, evaluate_folder, require_vllm
+from tspin.engines.vllm import evaluate_folder, require_vllm
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import Suite, load_suite
 from tspin.experiment.results import BASE, EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
-from tspin.objectives import METHODS
+from tspin.objectives import METHODS, find_method
 from tspin.runs.claims import claim_folder
 from tspin.runs.files import fingerprint
 from tspin.runs.locks import owned
 from tspin.runs.stages import DamagedStage, check_stage, note_damage, run_stage
 from tspin.selfplay import IterationResult, SelfPlayTrainer
-from tspin.selfplay_config import SelfPlayConfig
+from tspin.yaml_files import find_yaml
+
+# What y0 and the first y′ follow from, besides the model, the data and the seed.
+DRAWING = {
+    *("template", "max_prompt_length", "long_prompts", "temperature", "top_p", "max_new_tokens"),
+    *("sampling_batch_size", "sampling_backend", "sampling_dtype"),
+}
 
 
 def run_experiment(
@@ -53,14 +59,14 @@ def run_experiment(
     Raises UserError before any work for unknown methods, and for folders of another config.
     """
     for method in methods:
-        if method != BASE and method not in METHODS:
-            raise UserError(unknown("method", method, [BASE, *METHODS]))
+        if method != BASE:
+            find_method(method, besides=[BASE])
     if not methods:
         raise UserError(f"--methods is empty: name some of {', '.join([BASE, *METHODS])}")
     if config.evaluation is None:
         raise UserError("evaluation: this config names no suite, so there is nothing to put into results")
     if config.evaluation.backend == "vllm":
-        require_vllm("evaluation.backend", Engine(**config.engine.model_dump()), evaluates=True)
+        require_vllm("evaluation.backend", config.training.engine, evaluates=True)
     report = (console or Console(stderr=True)).print
     suite = load_suite(config.evaluation.suite)
     # Everything that can be wrong with settings, model and data is found before anything is written.
@@ -195,8 +201,8 @@ def build_trainer(
     if shared is None:
         shared = folder / "shared"
     else:  # what is sampled from the initial policy is the same for settings that agree in these
-        sampled = [section.model_dump(mode="json") for section in (settings.model, settings.data, settings.sampling)]
-        shared = shared / fingerprint([*sampled, seed])
+        drawing = settings.training.model_dump(include=DRAWING)
+        shared = shared / fingerprint([settings.model.model_dump(), settings.data.model_dump(), drawing, seed])
     return SelfPlayTrainer(
         model,
         args=training_arguments(settings, folder / settings.method, seed, shared, launcher),
@@ -220,70 +226,14 @@ def load_dataset(settings: DataSettings) -> Rows:
 def training_arguments(
     settings: RunSettings, folder: Path, seed: int, shared: Path | None = None, launcher: Path | None = None
 ) -> SelfPlayConfig:
-    """A run's settings as SelfPlayConfig. Raises UserError for unknown arguments, and for what launcher cannot do."""
-    training, own = settings.training, settings.coefficients
+    """A run's settings as SelfPlayConfig. Raises UserError for values that Transformers refuses, or `launcher`."""
+    if settings.training.sampling_backend == "vllm":
+        require_vllm("sampling_backend", settings.training.engine)
     if launcher and not launcher.is_file():
         launcher = find_yaml(str(launcher), "experiments/accelerate", "launch file")
-    engine = settings.engine.model_dump()
-    if settings.sampling.backend == "vllm":
-        require_vllm("sampling.backend", Engine(**engine))
-    rates = training.learning_rate if isinstance(training.learning_rate, list) else [training.learning_rate]
-    arguments: dict[str, Any] = dict(
-        output_dir=str(folder),
-        shared_dir=str(shared) if shared else None,
-        method=settings.method,
-        iterations=settings.iterations,
-        alpha=own.alpha,
-        beta=own.beta,
-        lam=own.lam,
-        loss_type=own.loss,
-        length_scale=own.length_scale,
-        margin=own.margin,
-        noise_ratio=own.noise_ratio,
-        temperature=settings.sampling.temperature,
-        top_p=settings.sampling.top_p,
-        max_new_tokens=settings.sampling.max_new_tokens,
-        sampling_batch_size=settings.sampling.batch_size,
-        sampling_backend=settings.sampling.backend,
-        sampling_dtype=settings.sampling.dtype,
-        engine=engine,
-        launcher=str(launcher) if launcher else None,
-        template=settings.data.template,
-        max_prompt_tokens=settings.data.max_prompt_tokens,
-        max_response_tokens=settings.data.max_response_tokens,
-        long_prompts=settings.data.long_prompts,
-        lora=training.lora.model_dump() if training.lora else None,
-        monitor_proto=training.monitor_proto,
-        learning_rate=rates[0],
-        learning_rates=rates,
-        num_train_epochs=training.epochs,
-        per_device_train_batch_size=training.batch_size,
-        micro_batch_tokens=training.micro_batch_tokens,
-        checkpoint_steps=training.checkpoint_steps,
-        layout=training.layout,
-        optim=training.optimizer,
-        weight_decay=training.weight_decay,
-        warmup_steps=training.warmup,
-        lr_scheduler_type=training.schedule,
-        max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        bf16=None if training.bf16 == "auto" else training.bf16,
-        seed=seed,
-    )
-    fields = SelfPlayConfig.__dataclass_fields__
-    for name in training.trainer:
-        if name.endswith("_token"):
-            raise UserError(
-                f"training.trainer.{name}: a secret is no setting, which results keep; put it into HF_TOKEN"
-            )
-        if name not in fields:
-            raise UserError(f"training.trainer.{name}: {unknown('TrainingArguments field', name, fields)}")
-        if name in arguments:
-            raise UserError(f"training.trainer.{name}: the config has a key of its own for this; set it there")
-    try:
-        args = SelfPlayConfig(**arguments, **training.trainer)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"training: {error}") from error
+    given = {"output_dir": folder, "shared_dir": shared, "launcher": launcher}
+    paths = {name: None if path is None else str(path) for name, path in given.items()}
+    args = SelfPlayConfig(**{**dict(settings.training), **paths, "seed": seed})
     if launcher:
         check_launcher(launcher, args)
     return args
@@ -315,7 +265,7 @@ def evaluate_checkpoint(
                 suite.model_dump(mode="json"),
                 target,
                 dtype=dtype_name(model_arguments),
-                engine=Engine(**config.engine.model_dump()),
+                engine=config.training.engine,
                 limit=settings.limit,
                 trust_remote_code=config.model.trust_remote_code,
             )
@@ -343,19 +293,11 @@ def evaluate_checkpoint(
 def results_config(config: Config, suite: Suite, policy: str) -> dict[str, Any]:
     """What numbers in one results folder must agree on; `iterations` may grow."""
     return {
-        "config": results_config_tree(config),
+        "config": config.tree(),
         "policy": policy,
         "suite": suite.model_dump(mode="json"),
         "tasks": suite.definition(),
     }
-
-
-def results_config_tree(config: Config) -> dict[str, Any]:
-    """The config without what does not change a number: how many iterations there are, and how work is cut up."""
-    return config.model_dump(
-        mode="json",
-        exclude={"iterations": True, "training": {"micro_batch_tokens", "checkpoint_steps"}, "engine": True},
-    )
 
 
 def describe(result: IterationResult) -> str:

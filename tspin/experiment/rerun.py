@@ -49,8 +49,8 @@ def load_recorded(
         reason = f"{beside} is missing" if not beside.is_file() else f"no {error} in it" if error.args else "unreadable"
         raise UserError(f"{path}: not the provenance of a preset's results ({reason})") from error
     try:
-        config = Config.model_validate({**settings, "iterations": iterations or last + 1})
-    except ValueError as error:
+        config = build_config(settings, [f"iterations={iterations or last + 1}"])
+    except UserError as error:
         raise UserError(f"{beside}: its config is of no version that this one knows ({error})") from error
     all_methods = [BASE, *dict.fromkeys(method for method, _ in sorted(known))]
     for method in methods or []:
@@ -83,11 +83,12 @@ def rerun(recorded: Recorded, out: Path, settings: Sequence[str] = (), launcher:
     settings: key.path=value of what changes no number, and is therefore not on record: engine.*, micro-batches, kept
     states. launcher: see run_experiment. Raises UserError for other settings.
     """
-    from tspin.experiment.preset import results_config_tree, run_experiment
+    from tspin.experiment.preset import run_experiment
 
-    config = build_config(recorded.config.model_dump(mode="json"), settings)
-    if results_config_tree(config) != results_config_tree(recorded.config):
-        key, there, here = first_difference(results_config_tree(recorded.config), results_config_tree(config))
+    on_record = recorded.config.tree()
+    config = build_config({**on_record, "iterations": recorded.config.training.iterations}, settings)
+    if config.tree() != on_record:
+        key, there, here = first_difference(on_record, config.tree())
         raise UserError(f"--set: {key} is {there!r} on record, {here!r} here: a rerun has the record's settings")
     places = (out / "runs", out / "results")
     return run_experiment(recorded.preset, config, recorded.methods, recorded.seeds, *places, launcher=launcher)

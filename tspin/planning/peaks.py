@@ -68,7 +68,7 @@ class Optimizer:
         """Bytes of state per parameter. Raises UserError for an optimizer that is not in OPTIMIZER_STATE."""
         if self.name not in OPTIMIZER_STATE:
             known = ", ".join(sorted(OPTIMIZER_STATE))
-            raise UserError(f"training.optimizer {self.name!r}: plan does not know what it keeps (it knows {known})")
+            raise UserError(f"optim {self.name!r}: plan does not know what it keeps (it knows {known})")
         tensors, further = OPTIMIZER_STATE[self.name]
         return tensors * weight + further
 

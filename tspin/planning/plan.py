@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from tspin.config import Config, RunSettings, unknown
-from tspin.errors import UserError
+from tspin.config import Config, RunSettings
+from tspin.errors import UserError, unknown
 from tspin.objectives import METHODS
 from tspin.planning import peaks
 from tspin.planning.architectures import Shape, adapter_parameters, find_config, shape_of
@@ -18,10 +18,9 @@ DECODED_TOGETHER = 256  # sequences of a vLLM copy, its default
 WEIGHT = {"float32": 4, "bfloat16": 2}  # bytes
 Lengths = tuple[int, int, int]  # mean tokens of prompts, of y, and of y′ and y0
 REMEDIES = {
-    "training": "lower training.micro_batch_tokens, set training.gradient_checkpointing or training.lora, or take more "
-    "GPUs",
-    "scoring": "lower training.micro_batch_tokens",
-    "sampling": "lower sampling.batch_size or sampling.max_new_tokens, or raise engine.tensor_parallel",
+    "training": "lower micro_batch_tokens, set gradient_checkpointing or lora, or take more GPUs",
+    "scoring": "lower micro_batch_tokens",
+    "sampling": "lower sampling_batch_size or max_new_tokens, or raise engine.tensor_parallel",
 }
 
 
@@ -99,14 +98,14 @@ def plan(config: Config, hardware: Hardware = Hardware(), data: Data = Data()) -
     model = find_config(config.model.path, config.model.revision, config.model.trust_remote_code)
     shape = shape_of(model)
     lengths = (
-        data.prompt_tokens or config.data.max_prompt_tokens // 2,
-        data.response_tokens or config.data.max_response_tokens // 2,
-        data.response_tokens or config.sampling.max_new_tokens // 2,
+        data.prompt_tokens or config.training.max_prompt_length // 2,
+        data.response_tokens or config.training.max_completion_length // 2,
+        data.response_tokens or config.training.max_new_tokens // 2,
     )
     methods = [config.for_method(name) for name in config.methods or ["tspin"]]
     memory = _memory(methods, model, shape, lengths, hardware.gpus)
     stages = [stage for settings in methods for stage in _stages(settings, shape, lengths, hardware, data.rows)]
-    disk = sum(settings.iterations for settings in methods) * WEIGHT[config.model.dtype] * shape.parameters
+    disk = sum(settings.training.iterations for settings in methods) * WEIGHT[config.model.dtype] * shape.parameters
     return Plan(shape, memory, stages, disk, _problem(memory, hardware))
 
 
@@ -129,12 +128,12 @@ def _memory(
     )
     if training.lora:  # adapters are trained beside whole weights on every GPU
         adapters = adapter_parameters(model, training.lora.rank, training.lora.target_modules)
-        optimizer = peaks.Optimizer(training.optimizer, trained=adapters)
+        optimizer = peaks.Optimizer(training.optim, trained=adapters)
     else:
-        optimizer = peaks.Optimizer(training.optimizer, shards=gpus)
+        optimizer = peaks.Optimizer(training.optim, shards=gpus)
         if gpus > 1:  # as trainings in shards compute, see tspin.engines.launch.trains_in_bfloat16
             scored = peaks.Precision(precision.compute, precision.compute)
-    drawn = 2 if settings.sampling.backend == "vllm" else weight
+    drawn = 2 if settings.training.sampling_backend == "vllm" else weight
     return {
         "training": peaks.training_parts(shape, precision, batch, optimizer),
         "scoring": peaks.scoring_parts(shape, scored, batch),
@@ -153,18 +152,20 @@ def _stages(settings: RunSettings, shape: Shape, lengths: Lengths, hardware: Har
     method, device, gpus = METHODS[settings.method], GPUS[hardware.gpu], hardware.gpus
     speed = gpus * device.flops * hardware.utilisation
     prompt, _, response = lengths
-    seen = settings.iterations * labels * _row_tokens(settings, lengths)
+    seen = settings.training.iterations * labels * _row_tokens(settings, lengths)
 
     def stage(name: str, tokens: float, per_token: int, seconds: float = 0.0, used: int = gpus) -> Stage:
         flops = tokens * per_token * shape.parameters
         hours = max(flops / (speed * used / gpus), seconds) / 3600
         return Stage(settings.method, name, round(tokens), flops, hours)
 
-    stages = [stage("training", settings.training.epochs * seen, 8 if settings.training.gradient_checkpointing else 6)]
+    backward = 8 if settings.training.gradient_checkpointing else 6
+    stages = [stage("training", settings.training.num_train_epochs * seen, backward)]
     passes = 2 + (method.reference == "initial")  # diagnostics, before and after; "previous" is the pass before
-    stages.append(stage("scoring", passes * seen, 2, used=min(settings.engine.data_parallel, gpus)))
+    stages.append(stage("scoring", passes * seen, 2, used=min(settings.training.engine.data_parallel, gpus)))
     if method.self_play:
-        drawn, together = (settings.iterations + 1) * labels, _together(settings)  # y′ of every iteration, and y0
+        drawn = (settings.training.iterations + 1) * labels  # y′ of every iteration, and y0
+        together = _together(settings)
         steps = drawn * response / (gpus * together)
         read = 2 * shape.parameters + together * (prompt + response) * peaks.cache_bytes(shape, 2)
         seconds = steps * read / (device.bandwidth * hardware.utilisation)
@@ -181,7 +182,8 @@ def _row_tokens(settings: RunSettings, lengths: Lengths) -> int:
 
 def _together(settings: RunSettings) -> int:
     """Sequences that one copy of the model decodes together."""
-    return DECODED_TOGETHER if settings.sampling.backend == "vllm" else settings.sampling.batch_size
+    training = settings.training
+    return DECODED_TOGETHER if training.sampling_backend == "vllm" else training.sampling_batch_size
 
 
 def _problem(memory: Mapping[str, peaks.Parts], hardware: Hardware) -> str | None:

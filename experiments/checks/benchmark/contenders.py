@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from tspin.devices import multiplies_bfloat16
 from tspin.models import POCKET_MODEL, load_tokenizer
-from tspin.objectives import LABELLED, METHODS, ROLES, SYNTHETIC, Coefficients, spin_loss, tspin_loss
+from tspin.objectives import LABELLED, METHODS, ROLES, SYNTHETIC, spin_loss, tspin_loss
 from tspin.packing import pad_rows
 from tspin.trainer import TripletTrainer
 from tspin.triplets import Triplet, collator_for
@@ -50,7 +50,7 @@ def ours(method: str, layout: str, model: PreTrainedModel, triplets: Sequence[Tr
     tokenizer = load_tokenizer(str(POCKET_MODEL))
     collator = collator_for(model, own, tokenizer, MICRO_BATCH_TOKENS, layout)
     trainer = TripletTrainer(
-        model, arguments(TrainingArguments), own, collator, tokenizer, METHODS[method], Coefficients()
+        model, arguments(TrainingArguments), own, collator, tokenizer, METHODS[method], METHODS[method].resolve({})
     )
     prepared = in_training(trainer)
 

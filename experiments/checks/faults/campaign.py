@@ -119,7 +119,7 @@ class Campaign:
         """SIGKILL in a training that keeps its state every two steps."""
         for step in self.chosen([3, 4, STEPS, STEPS + 3], 1):
             place = self.shop.place()
-            counter, keeping = place.with_suffix(".steps"), ("--set", "training.checkpoint_steps=2")
+            counter, keeping = place.with_suffix(".steps"), ("--set", "checkpoint_steps=2")
             kill = at_call(trainer.TripletTrainer, "training_step", step, send(signal.SIGKILL))
             killed = self.shop.run(place, kill, keeping)
             resumed = self.shop.run(place, counting_steps(counter), keeping)

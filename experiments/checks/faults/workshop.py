@@ -24,9 +24,13 @@ from tspin.models import POCKET_MODEL, load_tokenizer
 PRESET = """
 model: {{path: {folder}/model}}
 data: {{path: {folder}/data.jsonl}}
-sampling: {{max_new_tokens: 6}}
-training: {{batch_size: 4, micro_batch_tokens: 128, learning_rate: 1e-3, epochs: 2, bf16: false}}
 iterations: 2
+max_new_tokens: 6
+batch_size: 4
+micro_batch_tokens: 128
+learning_rate: 1e-3
+num_train_epochs: 2
+bf16: false
 evaluation: {{suite: {folder}/suite.yaml, limit: 2}}
 """
 SUITE = """
