@@ -212,9 +212,8 @@ def training_arguments(
     """A run's settings as SelfPlayConfig. Raises UserError for values that Transformers refuses, or `launcher`."""
     if settings.training.sampling_backend == "vllm":
         require_vllm("sampling_backend", settings.training.engine)
-    given = {"output_dir": folder, "shared_dir": shared, "launcher": launcher}
-    paths = {name: None if path is None else str(path) for name, path in given.items()}
-    args = SelfPlayConfig(**{**dict(settings.training), **paths, "seed": seed})
+    given = {"output_dir": folder, "shared_dir": shared, "launcher": launcher, "seed": seed}
+    args = SelfPlayConfig(**{**dict(settings.training), **given})
     if launcher:
         check_launcher(launcher, args)
     return args
