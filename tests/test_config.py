@@ -20,6 +20,8 @@ from tspin.objectives import METHODS
 from tspin.runs.files import read_json
 from tspin.yaml_files import REPOSITORY
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
 
 def test_presets_load():
     config = load_config("pocket")
@@ -49,7 +51,7 @@ def test_yaml_and_python_give_the_same_settings(method, tmp_path):
     tree = {**fields, "methods": {method: {**coefficients, "batch_size": 5}}}
     read = training_arguments(build_config(tree).for_method(method), tmp_path, seed=3)
     written = SelfPlayConfig(
-        output_dir=str(tmp_path), method=method, seed=3, batch_size=5, **fields, **dict.fromkeys(coefficients)
+        output_dir=tmp_path, method=method, seed=3, batch_size=5, **fields, **dict.fromkeys(coefficients)
     )
     assert read.computed() == written.computed() and read.coefficients == METHODS[method].resolve({})
     assert read.engine == written.engine == EngineSettings(data_parallel=2)
@@ -133,6 +135,17 @@ def test_coefficients_are_the_methods():
     assert computed["lam"] == 0.1 and not computed.keys() & (COEFFICIENTS.keys() - {"lam", "loss_type"})
 
 
+def test_a_coefficient_has_a_name_of_its_own():
+    code = """
+from tspin import objectives
+taken = objectives.Coefficient("weight_decay", 1.0, "taken", "a test")
+objectives.METHODS["mine"] = objectives.Method("mine", None, None, objectives.PAIR, (taken,))
+import tspin.config
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stderr.splitlines()[-1].startswith("ValueError: weight_decay: a coefficient")
+
+
 # A method of SimPO's kind with a coefficient that no other method has, as one entry of METHODS.
 ADDED = """
 import sys
@@ -167,8 +180,7 @@ cli.app(["run", *own, *settings])
 
 def test_a_method_is_added_by_one_entry(tmp_path, model_folder, data_file):
     command = [sys.executable, "-c", ADDED, str(model_folder), str(data_file), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert "2 steps in Python" in done.stdout
     settings = read_json(tmp_path / "run" / "orpo" / "config.json")["settings"]

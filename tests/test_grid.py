@@ -108,8 +108,8 @@ def test_a_grid_from_its_file_to_its_report(tmp_path, data_file, model_folder):
     temperature = {"temperature": [1.0, 0.0]}
     changes = {
         "methods": ["base", "sft", "spin"],
-        "overrides": [*given, "sampling.max_new_tokens=4"],
-        "grids": {"spin": {**temperature, "methods.spin.training.learning_rate": [1e-5, 1e-3]}},
+        "overrides": [*given, "max_new_tokens=4"],
+        "grids": {"spin": {**temperature, "methods.spin.learning_rate": [1e-5, 1e-3]}},
         "choose": {"common": ["temperature"], "over": ["spin"]},
         "rule": "The best.",
     }
@@ -180,7 +180,7 @@ def test_an_error_that_is_nobodys_fault_is_shown_whole_and_the_next_cell_runs(tm
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_interrupted_sweep_ends_its_cells_and_goes_on(jobs, tmp_path, data_file):
-    path = write_study(tmp_path / "tiny.yaml", overrides=[*TINY, f"data.path={data_file}", "training.epochs=3"])
+    path = write_study(tmp_path / "tiny.yaml", overrides=[*TINY, f"data.path={data_file}", "num_train_epochs=3"])
     command = [sys.executable, "-c", "from tspin.cli import main; main()", "sweep", str(path), "--jobs", str(jobs)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "runs").rglob("config.json")):  # the cell is at work
@@ -211,7 +211,7 @@ def test_what_is_missing_is_prepared_first_and_once(tmp_path):
 def test_a_cells_records_have_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "s3cret-value-of-a-token")
     place = f"https://me:{'hunter2-' * 2}@example.org/rows.jsonl"
-    given = (f"data.path={place}", "training.batch_size=4")
+    given = (f"data.path={place}", "batch_size=4")
     folders = (str(tmp_path / name) for name in ("cell", "runs", "results"))
     cell = Cell("study.yaml", "pocket", "sft", 0, given, (), *folders)
     monkeypatch.setattr("tspin.experiment.grid.run_cell", lambda cell: None)

@@ -9,6 +9,7 @@ there, the nearest right name.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import torch
@@ -180,8 +181,9 @@ class SelfPlayConfig(_WithCoefficients):
     report_to: Any = setting("tensorboard", "trackers", operational=True)
 
     def __post_init__(self) -> None:
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        for name, value in complete(read(Settings, given)):
+        given = {name: getattr(self, name) for name in _DECLARED}
+        paths = {name: str(value) for name, value in given.items() if isinstance(value, Path)}
+        for name, value in complete(read(Settings, given | paths)):
             setattr(self, name, value)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments takes bf16 on a CPU only when told so
@@ -224,6 +226,8 @@ class SelfPlayConfig(_WithCoefficients):
 
 
 _DECLARED = {declared.name: declared for declared in dataclasses.fields(SelfPlayConfig) if declared.init}
+if taken := COEFFICIENTS.keys() & {*TrainingArguments.__dataclass_fields__, *SelfPlayConfig.__annotations__}:
+    raise ValueError(f"{min(taken)}: a coefficient of a method has the name of a setting; give it another")
 _HINTS = get_type_hints(SelfPlayConfig, include_extras=True) | {"accelerator_config": Any, "fsdp": Any}  # take more
 _FIELDS: dict[str, Any] = {
     name: (_HINTS[name], [] if declared.default is dataclasses.MISSING else declared.default)

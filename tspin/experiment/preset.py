@@ -231,9 +231,8 @@ def training_arguments(
         require_vllm("sampling_backend", settings.training.engine)
     if launcher and not launcher.is_file():
         launcher = find_yaml(str(launcher), "experiments/accelerate", "launch file")
-    given = {"output_dir": folder, "shared_dir": shared, "launcher": launcher}
-    paths = {name: None if path is None else str(path) for name, path in given.items()}
-    args = SelfPlayConfig(**{**dict(settings.training), **paths, "seed": seed})
+    given = {"output_dir": folder, "shared_dir": shared, "launcher": launcher, "seed": seed}
+    args = SelfPlayConfig(**{**dict(settings.training), **given})
     if launcher:
         check_launcher(launcher, args)
     return args
