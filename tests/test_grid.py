@@ -94,7 +94,7 @@ def test_methods_may_have_grids_of_their_own_and_keys_may_change_together(tmp_pa
         ({"choose": {"over": ["tspin"]}}, "choose.over: unknown method 'tspin'"),
         ({"choose": {"common": ["heat"], "over": ["sft"]}}, "choose.common: unknown setting of sft 'heat'"),
         ({"results": "results", "grid": {"iterations": [2]}}, "results: the settings of a grid"),
-        ({"runs": "/elsewhere"}, "runs: input should be 'study' or 'runs'"),
+        ({"runs": "/elsewhere"}, "runs: unknown value '/elsewhere': .known: study, runs"),
     ],
 )
 def test_a_study_that_cannot_run_is_refused_before_anything_runs(changes, message, tmp_path):
