@@ -1,4 +1,4 @@
-"""`python -m analysis.benchmark`: the table and the picture of results/benchmarks/<device>/."""
+"""`python -m tspin_analysis.benchmark`: the table and the picture of results/benchmarks/<device>/."""
 
 import json
 import sys
@@ -8,9 +8,9 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import reading as load
-from analysis.figures import save
-from analysis.style import COLUMN_WIDTH, RC
+from . import reading as load
+from .figures import save
+from .style import COLUMN_WIDTH, RC
 
 REFERENCE = "TRL DPO"
 COLOURS = {

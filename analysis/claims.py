@@ -13,10 +13,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import reading as load
-from analysis.intervals import Estimate, estimate, of_seeds
-from analysis.scores import Comparison, Policy, Scores, scores_of
 from tspin.runs.stages import read_json
+
+from . import reading as load
+from .intervals import Estimate, estimate, of_seeds
+from .scores import Comparison, Policy, Scores, scores_of
 
 Verdict = Literal["replicated", "contradicted", "inconclusive at this scale"]
 REPLICATED: Verdict = "replicated"

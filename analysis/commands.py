@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.tables import Layout
+    from .tables import Layout
 
 FULL_WIDTH = 130  # characters: ten benchmarks fit from here on
 
@@ -28,8 +28,9 @@ def table(
 
     Example: tspin table 1 --preset pocket
     """
-    from analysis import responses, tables
     from tspin.errors import UserError
+
+    from . import responses, tables
 
     layouts = {str(found): layout for found, layout in tables.LAYOUTS.items()}
     if number == "5":
@@ -53,10 +54,11 @@ def figure(
 
     Example: tspin figure 7 --preset pocket
     """
-    from analysis import curves, dynamics, studies
-    from analysis.figures import save
-    from analysis.reading import write_atomically
     from tspin.errors import UserError
+
+    from . import curves, dynamics, studies
+    from .figures import save
+    from .reading import write_atomically
 
     folder = results / preset
     others: dict[str, studies.Draw] = {"3": dynamics.figure3, "7": dynamics.figure7}
@@ -81,9 +83,9 @@ def claims(preset: Preset = "pocket", results: Results = Path("results")) -> Non
     """
     import pandas as pd
 
-    from analysis import claims as scorecard
-    from analysis.reading import write_atomically
-    from analysis.scores import intervals, scores_of
+    from . import claims as scorecard
+    from .reading import write_atomically
+    from .scores import intervals, scores_of
 
     written = scorecard.write_claims(preset, results)
     rows = scorecard.scorecard(preset, results)
@@ -103,8 +105,8 @@ def compare(
 
     Example: tspin compare results/pocket:spin:0 results/pocket:tspin:0
     """
-    from analysis.compare import summary, write_page
-    from analysis.runs import load_run
+    from .compare import summary, write_page
+    from .runs import load_run
 
     first, second = load_run(run_a), load_run(run_b)
     written = write_page(first, second, out)
@@ -136,7 +138,7 @@ def _scores(preset: str, results: Path, layout: "Layout") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from analysis import figures, tables
+    from . import figures, tables
 
     written = tables.write_table1(preset, results, layout)
     if layout is tables.TABLE1:

@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import reading as load
-from analysis.runs import Run
-from analysis.style import MISSING, RC
+from . import reading as load
+from .runs import Run
+from .style import MISSING, RC
 
 COLOURS = ("#D55E00", "#0072B2")  # A and B, whatever their methods
 PROMPTS = 10

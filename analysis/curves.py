@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import reading as load
-from analysis.scores import AVG, Scores, scores_of
-from analysis.style import COLUMN_WIDTH, METHODS, RC
+from . import reading as load
+from .scores import AVG, Scores, scores_of
+from .style import COLUMN_WIDTH, METHODS, RC
 
 SPREAD = 0.08  # methods stand beside each other, so that intervals do not hide each other
 

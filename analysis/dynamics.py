@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis import reading as load
-from analysis.style import COLUMN_WIDTH, METHODS, RC
 from tspin.errors import UserError
+
+from . import reading as load
+from .style import COLUMN_WIDTH, METHODS, RC
 
 PAIR = ("spin", "tspin")
 ROLES = {"labelled": ("y (labelled)", "-"), "synthetic": ("y′ (synthetic)", "--")}

@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import reading as load
-from analysis.style import COLUMN_WIDTH, METHODS, RC
-from analysis.tables import ITERATIONS, table1
+from . import reading as load
+from .style import COLUMN_WIDTH, METHODS, RC
+from .tables import ITERATIONS, table1
 
 DODGE = {"spin": -0.06, "tspin": 0.06}  # so that the error bars of one iteration stand beside each other
 BASE_X = -1

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import reading as load
-from analysis.style import METHODS
-from analysis.tables import grid, latex
 from tspin.errors import UserError
+
+from . import reading as load
+from .style import METHODS
+from .tables import grid, latex
 
 
 def table5(preset: str, results: Path = Path("results"), prompt_id: int | None = None) -> pd.DataFrame:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import reading as load
-from analysis.style import LABELLED, SYNTHETIC
 from tspin.errors import UserError
+
+from . import reading as load
+from .style import LABELLED, SYNTHETIC
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import reading as load
-from analysis.intervals import Estimate, corrected, estimate, p_value
+from . import reading as load
+from .intervals import Estimate, corrected, estimate, p_value
 
 Policy = tuple[str, int | None]  # method and iteration; None for base and sft
 AVG = "Avg"

@@ -11,12 +11,13 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import reading as load
-from analysis.curves import SPREAD
-from analysis.figures import BASE_X
-from analysis.style import COLUMN_WIDTH, METHODS, RC
-from analysis.tables import grid
 from tspin.errors import UserError
+
+from . import reading as load
+from .curves import SPREAD
+from .figures import BASE_X
+from .style import COLUMN_WIDTH, METHODS, RC
+from .tables import grid
 
 KEYS = {"method", "seed", "iteration", "avg", "avg_se"}
 SEQUENCE = ["#440154", "#31688E", "#35B779", "#B5DE2B"]  # settings in order: dark to light, apart without colour too

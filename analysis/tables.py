@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis import reading as load
-from analysis.scores import scores_of
-from analysis.style import METHODS, MISSING
+from . import reading as load
+from .scores import scores_of
+from .style import METHODS, MISSING
 
 ITERATIONS = range(5)
 Key = tuple[str, int | None]

@@ -10,9 +10,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from analysis import commands, figures, tables
-from analysis import reading as load
 from tspin.errors import UserError
+from tspin_analysis import commands, figures, tables
+from tspin_analysis import reading as load
 
 LABELS = ["Chain sum", "Syllogism"]
 HEADER = "preset,method,seed,iteration,benchmark,metric,value,stderr,n"
@@ -251,8 +251,8 @@ def test_help_carries_an_example() -> None:
 
 
 def test_analysis_imports_no_torch_and_the_command_nothing_heavy() -> None:
-    code = "import sys, analysis.commands; assert not {'torch', 'pandas', 'matplotlib'} & set(sys.modules); "
-    code += "import analysis.figures, analysis.tables; assert 'torch' not in sys.modules"
+    code = "import sys, tspin_analysis.commands; assert not {'torch', 'pandas', 'matplotlib'} & set(sys.modules); "
+    code += "import tspin_analysis.figures, tspin_analysis.tables; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from transformers import LlamaConfig
 
-from analysis.benchmark import COLOURS, TARGETS, ratios, report
 from tspin.config import REPOSITORY
+from tspin_analysis.benchmark import COLOURS, TARGETS, ratios, report
 
 TINY = LlamaConfig(
     vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from analysis import claims, dynamics, scores
-from analysis import reading as load
 from tspin.cli import app
 from tspin.errors import UserError
+from tspin_analysis import claims, dynamics, scores
+from tspin_analysis import reading as load
 
 PROBLEMS, BENCHMARKS = 40, 3
 LEVELS = {  # percent; the shapes that the paper prints

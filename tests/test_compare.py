@@ -11,9 +11,9 @@ import pytest
 from test_selfplay import play
 from typer.testing import CliRunner
 
-from analysis import compare
-from analysis.runs import Run, load_run
 from tspin.cli import app
+from tspin_analysis import compare
+from tspin_analysis.runs import Run, load_run
 
 HOSTILE = '<script>document.title="broken"</script><img src=x onerror="document.title=1">'
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.intervals import corrected, estimate, of_seeds, p_value
+from tspin_analysis.intervals import corrected, estimate, of_seeds, p_value
 
 
 def scores(seeds: int, mean: float, between: float, problems: int = 50, seed: int = 0) -> np.ndarray:
@@ -33,7 +33,7 @@ def test_missing_problems_and_single_seeds():
 def test_many_seeds_have_the_interval_that_drawing_problems_gives(monkeypatch):
     values = scores(40, 40, 3)
     quick = estimate(values)
-    monkeypatch.setattr("analysis.intervals.MANY", 100)
+    monkeypatch.setattr("tspin_analysis.intervals.MANY", 100)
     slow = estimate(values)
     assert quick.mean == slow.mean
     assert (quick.low, quick.high) == pytest.approx((slow.low, slow.high), abs=0.1)

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from analysis import studies
 from tspin.cli import app
 from tspin.config import load_config
+from tspin_analysis import studies
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
