@@ -1,16 +1,6 @@
 """Rewards and log-likelihoods of every response of an iteration, before and after its training.
 
-One row a prompt and role (Parquet, schema SCHEMA):
-
-prompt_id     int32   the prompt's row in the data set
-role          string  labelled (y), synthetic (y′) or proto (y0)
-tokens        int16   the response's tokens, the end token included
-finished      bool    whether it has an end token, and was not cut
-reference     float32 log π of the response under the method's reference policy; empty where it has none
-before        float32 log π_θt, the policy that the iteration started from, in nats, summed over the response
-after         float32 log π_θt+1, the policy that it ended with
-reward_before float32 r by the method's own definition (tspin.objectives) under π_θt; empty for SFT
-reward_after  float32 the same under π_θt+1
+One row a prompt and role (Parquet, tspin.schema.DIAGNOSTICS).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,22 +9,9 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
-from tspin.objectives import LABELLED, SYNTHETIC, Coefficients, Method, SequenceLogps
+from tspin.objectives import Coefficients, Method, SequenceLogps
+from tspin.schema import DIAGNOSTICS, LABELLED, SYNTHETIC, gaps, misaligned
 from tspin.triplets import Triplet
-
-SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.int32()),
-        ("role", pa.string()),
-        ("tokens", pa.int16()),
-        ("finished", pa.bool_()),
-        ("reference", pa.float32()),
-        ("before", pa.float32()),
-        ("after", pa.float32()),
-        ("reward_before", pa.float32()),
-        ("reward_after", pa.float32()),
-    ]
-)
 
 Logps = Mapping[str, Sequence[float]]  # role → log π of each triplet's response
 
@@ -47,7 +24,7 @@ def sample_table(
     after: Logps,
     reference: Logps | None,
 ) -> pd.DataFrame:
-    """The table of SCHEMA. before, after, reference: log π of the triplets' responses by role, in their order."""
+    """The table of DIAGNOSTICS. before, after, reference: log π of the triplets' responses by role, in their order."""
     rows = []
     lengths = {role: torch.tensor([len(t.responses[role].ids) for t in triplets]) for role in before}
     known = {} if reference is None else {role: torch.tensor(reference[role]) for role in before}
@@ -74,7 +51,7 @@ def sample_table(
         )
     table = pd.concat([part.astype({"reference": float, "reward_before": float, "reward_after": float})
                        for part in rows], ignore_index=True)  # fmt: skip
-    return pa.Table.from_pandas(table, schema=SCHEMA, preserve_index=False).to_pandas()
+    return pa.Table.from_pandas(table, schema=DIAGNOSTICS, preserve_index=False).to_pandas()
 
 
 def diagnose(
@@ -109,14 +86,5 @@ def summary(table: pd.DataFrame) -> dict[str, float]:
         facts[f"log_likelihood_after/{role}"] = float(row["after"])
         facts[f"reward_after/{role}"] = float(row["reward_after"])
     if {LABELLED, SYNTHETIC} <= set(means.index):
-        gap = gaps(table)
-        facts["misaligned_share"] = float(((gap["reward"] > 0) & (gap["log_likelihood"] < 0)).mean())
+        facts["misaligned_share"] = float(misaligned(gaps(table)).mean())
     return {name: value for name, value in facts.items() if value == value}
-
-
-def gaps(table: pd.DataFrame, when: str = "after") -> pd.DataFrame:
-    """Reward and log-likelihood of y minus those of y′, a row a prompt: columns reward, log_likelihood."""
-    by_role = {role: rows.set_index("prompt_id") for role, rows in table.groupby("role")}
-    labelled, synthetic = by_role[LABELLED], by_role[SYNTHETIC]
-    columns = {"reward": f"reward_{when}", "log_likelihood": when}
-    return pd.DataFrame({name: labelled[column] - synthetic[column] for name, column in columns.items()})

@@ -44,7 +44,7 @@ def measure(
     """The numbers above; those of y and y0 that `warnings` compares with are named …/labelled and …/initial.
 
     synthetic, labelled, initial: y′, y and y0 of the same prompts; none of y′ for methods without self-play.
-    table: the iteration's diagnostics (tspin.diagnostics.SCHEMA), if there are any.
+    table: the iteration's diagnostics (tspin.schema.DIAGNOSTICS), if there are any.
     """
     found: dict[str, float] = {}
     if synthetic:

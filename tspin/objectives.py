@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-LABELLED, SYNTHETIC, PROTO = "labelled", "synthetic", "proto"
-ROLES = (LABELLED, SYNTHETIC, PROTO)
+from tspin.schema import LABELLED, PROTO, ROLES, SYNTHETIC
 
 # ℓ: monotone decreasing and convex. Logistic is the paper's default.
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
