@@ -23,9 +23,9 @@ def test_interval_covers_the_truth_and_widens_with_the_spread_between_seeds():
 def test_missing_problems_and_single_seeds():
     values = scores(5, 40, 0)
     values[:, 1, 20:] = np.nan
-    found = estimate(values)
-    by_hand = np.mean([(one[0].mean() + one[1, :20].mean()) / 2 for one in values])
-    assert found.mean == pytest.approx(by_hand) and found.low < by_hand < found.high
+    result = estimate(values)
+    by_hand = np.mean([(seed[0].mean() + seed[1, :20].mean()) / 2 for seed in values])
+    assert result.mean == pytest.approx(by_hand) and result.low < by_hand < result.high
     single = estimate(scores(1, 40, 0))
     assert single.high - single.low == pytest.approx(2 * 1.96 * 10 / 10, rel=0.2)
 
@@ -49,7 +49,7 @@ def test_p_values():
     assert corrected([]) == []
 
 
-def test_numbers_a_seed():
-    found = of_seeds([1.0, 2.0, 3.0])
-    assert (found.mean, found.low) == (2.0, pytest.approx(2 - 4.3027 / 3**0.5, rel=1e-4))
-    assert of_seeds([1.0]).high == float("inf")
+def test_a_number_per_seed():
+    three = of_seeds([1.0, 2.0, 3.0])
+    assert (three.mean, three.low) == (2.0, pytest.approx(2 - 4.3027 / 3**0.5, rel=1e-4))
+    assert of_seeds([1.0]).high == float("inf") and of_seeds([1.0, 1.0])[:3] == (1.0, 1.0, 1.0)

@@ -54,8 +54,8 @@ def _keys(name: str) -> list[str]:
 
 def test_seeds_and_problems_both_count():
     """Two seeds of 30 and 32, each ± 1 over the same problems: variance 1 + 2 / 2."""
-    found = studies.averaged(table("ten").query("iteration == 0 and method == 'spin'"), ["method"])
-    assert found["avg"].item() == 31 and found["half"].item() == pytest.approx(1.96 * 2**0.5)
+    mean = studies.averaged(table("ten").query("iteration == 0 and method == 'spin'"), ["method"])
+    assert mean["avg"].item() == 31 and mean["half"].item() == pytest.approx(1.96 * 2**0.5)
 
 
 def test_a_study_that_was_not_run_says_how(tmp_path):
@@ -72,7 +72,7 @@ def test_every_study_is_a_config_and_is_drawn():
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    drawn = {name for name, _ in studies.FIGURES.values()}
+    drawn = set(studies.STUDY_OF.values())
     files = sorted((ROOT / "experiments" / "studies").glob("*.yaml"))
     assert {path.stem for path in files} == drawn
     for path in files:
