@@ -61,7 +61,7 @@ sweep: $(READY)
 
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python experiments/checks/benchmark/run.py
-	$(VENV)/bin/python -m analysis.benchmark
+	$(VENV)/bin/python -m tspin_analysis.benchmark
 
 # Peaks of real steps beside what `tspin plan` predicts.
 plan-check: $(READY)

@@ -5,23 +5,26 @@ several comparisons takes p-values corrected for their number (Holm). A part tha
 inconclusive, and the row says what to run.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from analysis import reading as load
-from analysis.intervals import Estimate, estimate, of_seeds
-from analysis.scores import Comparison, Policy, Scores, scores_of
-from tspin.runs.files import read_json
+from tspin.runs.files import read_json, write_json, write_text
+from tspin.schema import gaps, misaligned
+
+from .intervals import Estimate, estimate, of_seeds
+from .reading import read_table
+from .scores import Comparison, Policy, scores_of
+from .writing import markdown
 
 Verdict = Literal["replicated", "contradicted", "inconclusive at this scale"]
 REPLICATED: Verdict = "replicated"
 CONTRADICTED: Verdict = "contradicted"
 OPEN: Verdict = "inconclusive at this scale"
+OPPOSITE = {REPLICATED: CONTRADICTED, CONTRADICTED: REPLICATED, OPEN: OPEN}
 
 MARGIN = 0.5  # points of percent: a difference of Avg that is too small to matter
 SIGNIFICANT = 0.05
@@ -35,7 +38,7 @@ class Missing(Exception):
 
 
 class Finding(NamedTuple):
-    """One part of a claim: what was found, in words, and what it says about the claim."""
+    """One part of a claim: what the results say, in words, and what that means for the claim."""
 
     text: str
     verdict: Verdict
@@ -56,9 +59,9 @@ class Claim(NamedTuple):
 class Evidence:
     """A preset's results as the claims read them."""
 
-    def __init__(self, preset: str, results: Path = Path("results")):
-        self.preset, self.results = preset, results
-        self.scores: Scores = scores_of(preset, results)
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.scores = scores_of(folder)
         self.iterations = sorted({t for m, t in self.scores.policies() if m in ("spin", "tspin") and t is not None})
 
     def need(self, *policies: Policy) -> None:
@@ -66,7 +69,7 @@ class Evidence:
         absent = [m if t is None else f"{m} {t}" for m, t in policies if not self.scores.has((m, t))]
         if absent:
             methods = ",".join(dict.fromkeys(name.split()[0] for name in absent))
-            raise Missing(f"not run: {', '.join(absent)} (tspin run --preset {self.preset} --methods {methods})")
+            raise Missing(f"not run: {', '.join(absent)} (tspin run --preset {self.folder.name} --methods {methods})")
 
     def course(self, method: str) -> list[Policy]:
         """A method's policies over the iterations that were run; two at least."""
@@ -77,73 +80,61 @@ class Evidence:
         """The policy that a method ended with."""
         return self.course(method)[-1]
 
-    def diagnostics(self, method: str, iteration: int) -> pd.DataFrame:
-        """One row a prompt and seed with the gaps of y over y′ after training: reward, log_likelihood."""
-        table = load.parquet("diagnostics", self.preset, self.results)
+    def changes(self, method: str) -> list[Comparison]:
+        """Each iteration of a method against the one before."""
+        course = self.course(method)
+        return self.scores.compare(list(zip(course[1:], course[:-1], strict=True)))
+
+    def gaps(self, method: str, iteration: int) -> pd.DataFrame:
+        """A row per seed and prompt with the gaps of y over y′ after training: reward, log_likelihood."""
+        table = read_table(self.folder, "diagnostics")
         table = table[(table["method"] == method) & (table["iteration"] == iteration)]
         if table.empty:
             raise Missing(f"not run: diagnostics of {method} {iteration}")
-        by_role = {role: rows.set_index(["seed", "prompt_id"]) for role, rows in table.groupby("role")}
-        y, other = by_role["labelled"], by_role["synthetic"]
-        gaps = {"reward": y["reward_after"] - other["reward_after"], "log_likelihood": y["after"] - other["after"]}
-        return pd.DataFrame(gaps).reset_index()
+        return gaps(table)
 
 
-def sign(found: Estimate, margin: float = 0.0) -> Verdict:
-    """Whether a quantity that should be positive is: by its interval."""
-    if found.low > -margin:
+def sign(estimate: Estimate, above: float = 0.0, margin: float = 0.0) -> Verdict:
+    """Whether a quantity that should be `above` a number is, by its interval; a little (`margin`) below counts too."""
+    if estimate.low > above - margin:
         return REPLICATED
-    return CONTRADICTED if found.high < 0 else OPEN
+    return CONTRADICTED if estimate.high < above else OPEN
 
 
-def falls(steps: list[Comparison]) -> list[Comparison]:
-    """The steps that surely fall."""
-    return [step for step in steps if step.difference.mean < 0 and step.p < SIGNIFICANT]
+def falls(steps: list[Comparison]) -> bool:
+    """Whether one of the steps surely falls."""
+    return any(step.difference.mean < 0 and step.p < SIGNIFICANT for step in steps)
+
+
+def never_falls(steps: list[Comparison]) -> Verdict:
+    """Whether none of the steps falls: surely none, or surely one."""
+    if falls(steps):
+        return CONTRADICTED
+    return REPLICATED if all(step.difference.low > -MARGIN for step in steps) else OPEN
 
 
 def per_seed(table: pd.DataFrame, value: pd.Series) -> Estimate:
     """The mean over prompts of each seed; its interval by bootstrap over seeds and prompts."""
     arrays = [rows.to_numpy(float) for _, rows in value.groupby(table["seed"])]
-    width = max(map(len, arrays))
-    stacked = np.full((len(arrays), 1, width), np.nan)
+    stacked = np.full((len(arrays), 1, max(map(len, arrays))), np.nan)
     for row, array in zip(stacked, arrays, strict=True):
         row[0, : len(array)] = array
     return estimate(stacked)
 
 
-def _changes(evidence: Evidence, method: str) -> list[Comparison]:
-    course = evidence.course(method)
-    return evidence.scores.compare(list(zip(course[1:], course[:-1], strict=True)))
-
-
-def _steps_text(steps: list[Comparison]) -> str:
-    return "; ".join(
-        f"{step.second[1]}→{step.first[1]} {step.difference.mean:+.2f} "
-        f"[{step.difference.low:+.2f}, {step.difference.high:+.2f}] p {step.p:.2g}"
-        for step in steps
-    )
+def _better(evidence: Evidence, first: Policy, second: Policy, words: str, margin: float = 0.0) -> Finding:
+    evidence.need(first, second)
+    difference = estimate(evidence.scores.differences(first, second))
+    return Finding(f"{words}: {difference:+.2f}", sign(difference, margin=margin))
 
 
 def c1(evidence: Evidence) -> list[Finding]:
-    spin, tspin = _changes(evidence, "spin"), _changes(evidence, "tspin")
-    if falls(spin):
-        spin_verdict = REPLICATED
-    else:
-        spin_verdict = CONTRADICTED if all(s.difference.low > -MARGIN for s in spin) else OPEN
-    if falls(tspin):
-        tspin_verdict = CONTRADICTED
-    else:
-        tspin_verdict = REPLICATED if all(s.difference.low > -MARGIN for s in tspin) else OPEN
+    spin, tspin = evidence.changes("spin"), evidence.changes("tspin")
+    texts = ["; ".join(f"{step.second[1]}→{step.first[1]} {step}" for step in steps) for steps in (spin, tspin)]
     return [
-        Finding(f"SPIN falls at least once: {_steps_text(spin)}", spin_verdict),
-        Finding(f"T-SPIN never falls: {_steps_text(tspin)}", tspin_verdict),
+        Finding(f"SPIN falls at least once: {texts[0]}", OPPOSITE[never_falls(spin)]),
+        Finding(f"T-SPIN never falls: {texts[1]}", never_falls(tspin)),
     ]
-
-
-def _better(evidence: Evidence, first: Policy, second: Policy, words: str, margin: float = 0.0) -> Finding:
-    evidence.need(first, second)
-    found = estimate(evidence.scores.differences(first, second))
-    return Finding(f"{words}: {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]", sign(found, margin))
 
 
 def c2(evidence: Evidence) -> list[Finding]:
@@ -155,32 +146,22 @@ def c2(evidence: Evidence) -> list[Finding]:
 
 
 def c3(evidence: Evidence) -> list[Finding]:
-    shares = {}
-    for method in ("spin", "tspin"):
-        table = evidence.diagnostics(method, 1)
-        shares[method] = per_seed(table, (table["reward"] > 0) & (table["log_likelihood"] < 0))
-    mean, low, high, seeds = shares["spin"]
-    spin = Estimate(mean - LARGE_SHARE, low - LARGE_SHARE, high - LARGE_SHARE, seeds)
-    none = shares["tspin"].mean == 0
+    tables = [evidence.gaps(method, 1) for method in ("spin", "tspin")]
+    spin, tspin = (per_seed(table, misaligned(table)) for table in tables)
     return [
-        Finding(f"SPIN's misaligned share {_percent(shares['spin'])}", sign(spin)),
-        Finding(f"T-SPIN's {_percent(shares['tspin'])}", REPLICATED if none else CONTRADICTED),
+        Finding(f"SPIN's misaligned share {spin:.1%}", sign(spin, above=LARGE_SHARE)),
+        Finding(f"T-SPIN's {tspin:.1%}", REPLICATED if tspin.mean == 0 else CONTRADICTED),
     ]
-
-
-def _percent(found: Estimate) -> str:
-    return f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"
 
 
 def c4(evidence: Evidence) -> list[Finding]:
     findings = []
-    for method, iterations, wanted in (("spin", (1, 2), -1), ("tspin", evidence.iterations, 1)):
+    for method, iterations in (("spin", [1, 2]), ("tspin", evidence.iterations)):
         for iteration in iterations:
-            table = evidence.diagnostics(method, iteration)
-            gap = per_seed(table, wanted * table["log_likelihood"])
-            low, high = sorted((wanted * gap.low, wanted * gap.high))
-            text = f"{method} {iteration}: {wanted * gap.mean:+.2f} [{low:+.2f}, {high:+.2f}] nats"
-            findings.append(Finding(text, sign(gap)))
+            table = evidence.gaps(method, iteration)
+            gap = per_seed(table, table["log_likelihood"])
+            verdict = sign(gap) if method == "tspin" else OPPOSITE[sign(gap)]
+            findings.append(Finding(f"{method} {iteration}: {gap:+.2f} nats", verdict))
     return findings
 
 
@@ -189,46 +170,34 @@ def c5(evidence: Evidence) -> list[Finding]:
 
 
 def c6(evidence: Evidence) -> list[Finding]:
-    evidence.need(("tspin_no_history", 0), ("tspin_no_history", 1))
-    own, full = evidence.last("tspin_no_history"), evidence.last("tspin")
+    without = evidence.course("tspin_no_history")
     return [
-        _better(evidence, ("tspin_no_history", 0), ("tspin_no_history", 1), "without it, iteration 0 − iteration 1"),
-        _better(evidence, full, own, "final with − final without"),
+        _better(evidence, without[0], without[1], "without it, iteration 0 − iteration 1"),
+        _better(evidence, evidence.last("tspin"), without[-1], "final with − final without"),
     ]
 
 
 def c7(evidence: Evidence) -> list[Finding]:
-    shared = [(("tspin", t), ("tspin_reference", t)) for _, t in evidence.course("tspin_reference")]
-    steps = evidence.scores.compare(shared)
-    text = "; ".join(
-        f"{s.first[1]}: {s.difference.mean:+.2f} [{s.difference.low:+.2f}, {s.difference.high:+.2f}] p {s.p:.2g}"
-        for s in steps
-    )
-    if falls(steps):
-        verdict = CONTRADICTED
-    else:
-        verdict = REPLICATED if all(s.difference.low > -MARGIN for s in steps) else OPEN
-    return [Finding(f"T-SPIN − T-SPIN_ref by iteration: {text}", verdict)]
+    steps = evidence.scores.compare([(("tspin", t), (name, t)) for name, t in evidence.course("tspin_reference")])
+    text = "; ".join(f"{step.first[1]}: {step}" for step in steps)
+    return [Finding(f"T-SPIN − T-SPIN_ref by iteration: {text}", never_falls(steps))]
 
 
 def c8(evidence: Evidence) -> list[Finding]:
-    path = evidence.results / evidence.preset / "studies" / "grid.csv"
+    path = evidence.folder / "studies" / "grid.csv"
     if not path.is_file():
         raise Missing("not run: the α × β grid (make study STUDY=grid)")
     grid = pd.read_csv(path)
     grid = grid[grid["iteration"] == 1]  # β does not act before
     cells = grid.groupby(["alpha", "beta"])["avg"].mean()
-    spread = float(cells.max() - cells.min())
-    error = float(np.sqrt((grid["avg_se"] ** 2).mean() * 2))
-    low, high = max(spread - 1.96 * error, 0.0), spread + 1.96 * error
-    verdict = REPLICATED if high < LITTLE else CONTRADICTED if low > LITTLE else OPEN
-    words = f"best − worst of {len(cells)} cells {spread:.2f} [{low:.2f}, {high:.2f}] points, from {cells.min():.2f}"
-    return [Finding(f"{words} to {cells.max():.2f}", verdict)]
+    difference, half = float(cells.max() - cells.min()), 1.96 * float(np.sqrt((grid["avg_se"] ** 2).mean() * 2))
+    spread = Estimate(difference, max(difference - half, 0.0), difference + half, grid["seed"].nunique())
+    words = f"best − worst of {len(cells)} cells {spread} points, from {cells.min():.2f} to {cells.max():.2f}"
+    return [Finding(words, OPPOSITE[sign(spread, above=LITTLE)])]
 
 
 def c9(evidence: Evidence) -> list[Finding]:
-    path = evidence.results / evidence.preset / "provenance.json"
-    runs = pd.DataFrame(read_json(path)["runs"])
+    runs = pd.DataFrame(read_json(evidence.folder / "provenance.json")["runs"])
     runs = runs[(runs["iteration"] > 0) & runs["method"].isin(["spin", "tspin"])]
     stages = [name for name in ("training_seconds", "sampling_seconds", "reference_seconds") if name in runs]
     runs = runs.assign(seconds=runs[stages].fillna(0).sum(axis=1))
@@ -249,7 +218,7 @@ CLAIMS = [
     Claim("C1", "SPIN's average falls at least once over iterations 1–4; T-SPIN's never falls", "Table 1, Fig. 2",
           "SPIN −0.23, +1.30, −0.22, −0.30; T-SPIN +2.81, +0.23, +0.44, +0.24",
           f"paired change of Avg; falls: corrected p < {SIGNIFICANT}; never falls: every interval above −{MARGIN}",
-          "more seeds, or more problems a benchmark", c1),
+          "more seeds, or more problems per benchmark", c1),
     Claim("C2", "final T-SPIN beats final SPIN, and SFT on four times the labels", "Table 1", "+2.85; +1.46",
           "paired difference of Avg surely above 0", "more seeds", c2),
     Claim("C3", "at iteration 1 a large share of SPIN's samples has a positive reward gap and a negative "
@@ -266,22 +235,23 @@ CLAIMS = [
     Claim("C7", "T-SPIN does at least as well as T-SPIN_ref at every iteration", "Fig. 4b", "curves only",
           f"paired differences: none surely below 0 (corrected), every interval above −{MARGIN}", "more seeds", c7),
     Claim("C8", "the average at iteration 1 varies little over α, β ∈ {0.1, 0.3, 0.5, 1}²", "Fig. 4c", "a heat map",
-          f"best cell − worst cell surely below {LITTLE} points", "more seeds a cell", c8),
+          f"best cell − worst cell surely below {LITTLE} points", "more seeds per cell", c8),
     Claim("C9", "an iteration of T-SPIN costs about what one of SPIN costs", "text", "about equal",
           f"ratio of time (sampling, reference pass, training) and of peak memory surely within {ABOUT_THE_SAME}",
           "a GPU of its own: a shared machine's clock wanders", c9),
 ]  # fmt: skip
 
 
-def scorecard(preset: str, results: Path = Path("results")) -> list[dict]:
-    """A row a claim: name, statement, where, paper, ours, test, verdict, decides (what would settle it)."""
-    evidence = Evidence(preset, results)
+def scorecard(folder: Path) -> list[dict[str, Any]]:
+    """A row per claim: name, statement, where, paper, ours, test, verdict, decides (what would settle it)."""
+    evidence = Evidence(folder)
     rows = []
     for claim in CLAIMS:
         try:
             findings = claim.findings(evidence)
         except Missing as missing:
             findings = [Finding(str(missing), OPEN)]
+        parts = [finding.verdict for finding in findings]
         rows.append(
             {
                 "claim": claim.name,
@@ -289,9 +259,9 @@ def scorecard(preset: str, results: Path = Path("results")) -> list[dict]:
                 "where": claim.where,
                 "paper": claim.paper,
                 "ours": [finding.text for finding in findings],
-                "parts": [finding.verdict for finding in findings],
+                "parts": parts,
                 "test": claim.test,
-                "verdict": overall([finding.verdict for finding in findings]),
+                "verdict": overall(parts),
                 "decides": claim.decides,
             }
         )
@@ -305,26 +275,27 @@ def overall(parts: list[Verdict]) -> Verdict:
     return REPLICATED if all(part == REPLICATED for part in parts) else OPEN
 
 
-def write_claims(preset: str, results: Path = Path("results")) -> list[Path]:
-    """Write `results/<preset>/claims.json` and `claims.md`; return their paths."""
-    rows, folder = scorecard(preset, results), results / preset
-    lines = [
-        f"# The paper's claims on the {preset} preset",
-        "",
+def write_claims(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write a scorecard as `claims.json` and `claims.md`; return their paths."""
+    verdicts = pd.DataFrame(
+        {
+            "": row["claim"],
+            "the paper says": f"{row['statement']} ({row['where']})",
+            "its numbers": row["paper"],
+            "ours": "\n".join(f"{text} → {part}" for text, part in zip(row["ours"], row["parts"], strict=True)),
+            "verdict": f"**{row['verdict']}**",
+        }
+        for row in rows
+    )
+    rules = pd.DataFrame(
+        [(row["claim"], row["test"], row["decides"]) for row in rows], columns=["", "rule", "what would decide it"]
+    )
+    head = (
+        f"# The paper's claims on the {folder.name} preset\n\n"
         "Differences are points of the average, intervals 95 % (bootstrap over seeds and problems), p-values corrected "
-        "for their number (Holm). The rules are in `analysis/claims.py`. Written by `tspin claims`.",
-        "",
-        "| | the paper says | its numbers | ours | verdict |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        parts = "<br>".join(f"{text} → {part}" for text, part in zip(row["ours"], row["parts"], strict=True))
-        says = f"{row['statement']} ({row['where']})"
-        lines.append(f"| {row['claim']} | {says} | {row['paper']} | {parts} | **{row['verdict']}** |")
-    lines += ["", "| | rule | what would decide it |", "| --- | --- | --- |"]
-    lines += [f"| {row['claim']} | {row['test']} | {row['decides']} |" for row in rows]
-    content = json.dumps({"preset": preset, "claims": rows}, indent=2, ensure_ascii=False) + "\n"
-    return [
-        load.write_atomically(folder / "claims.json", content.encode()),
-        load.write_atomically(folder / "claims.md", ("\n".join(lines) + "\n").encode()),
-    ]
+        "for their number (Holm). The rules are in `analysis/claims.py`. Written by `tspin claims`."
+    )
+    write_json(folder / "claims.json", {"preset": folder.name, "claims": rows})
+    tables = [markdown(cells, align="left") for cells in (verdicts, rules)]
+    write_text(folder / "claims.md", "\n\n".join([head, *tables]) + "\n")
+    return [folder / "claims.json", folder / "claims.md"]

@@ -9,10 +9,8 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.tables import Layout
-
 FULL_WIDTH = 130  # characters: ten benchmarks fit from here on
-
+TEXTS = ["Method", "Avg", "Paper's Avg"]  # the columns of a table of scores that are no benchmark
 
 Preset = Annotated[str, typer.Option(help="Preset whose results are drawn.")]
 Results = Annotated[Path, typer.Option(help="Folder that holds one folder of results a preset.")]
@@ -28,18 +26,16 @@ def table(
 
     Example: tspin table 1 --preset pocket
     """
-    from analysis import responses, tables
     from tspin.errors import UserError
 
-    layouts = {str(found): layout for found, layout in tables.LAYOUTS.items()}
+    from .tables import LAYOUTS
+
     if number == "5":
-        written = responses.write_table5(preset, results, prompt)
-        _print(responses.table5(preset, results, prompt).map(lambda text: " ".join(str(text).split())))
-        _wrote(written)
-    elif number in layouts:
-        _scores(preset, results, layouts[number])
+        _texts(results / preset, prompt)
+    elif number in LAYOUTS:
+        _scores(results / preset, number)
     else:
-        raise UserError(f"there is no table {number}; there are: {', '.join([*layouts, '5'])}")
+        raise UserError(f"there is no table {number}; there are: {', '.join([*LAYOUTS, '5'])}")
 
 
 def figure(
@@ -53,25 +49,23 @@ def figure(
 
     Example: tspin figure 7 --preset pocket
     """
-    from analysis import curves, dynamics, studies
-    from analysis.figures import save
-    from analysis.reading import write_atomically
     from tspin.errors import UserError
+    from tspin.runs.files import write_text
 
-    folder = results / preset
-    others: dict[str, studies.Draw] = {"3": dynamics.figure3, "7": dynamics.figure7}
+    from . import curves, dynamics, studies
+    from .writing import write_figure
+
+    folder, stem = results / preset, results / preset / f"figure{number}"
+    draw = {**curves.FIGURES, **dynamics.FIGURES, **studies.FIGURES}
+    if number not in draw:
+        raise UserError(f"there is no figure {number}; there are: {', '.join(sorted(draw))}")
+    texts = []
     if number in studies.FIGURES:
-        name, draw_study = studies.FIGURES[number]
-        table = write_atomically(folder / "studies" / f"{name}.md", studies.markdown(name, preset, results).encode())
-        stem = folder / f"figure{number}" if number != name else folder / "studies" / name
-        _wrote([*save(draw_study(preset, results), stem), table])
-    elif number in others:
-        _wrote(save(others[number](preset, results), folder / f"figure{number}"))
-    elif number in curves.FIGURES:
-        _wrote(save(curves.draw(number, preset, results), folder / f"figure{number}"))
-    else:
-        known = ", ".join(sorted([*curves.FIGURES, *others, *studies.FIGURES]))
-        raise UserError(f"there is no figure {number}; there are: {known}")
+        study = studies.STUDY_OF[number]
+        stem = folder / "studies" / number if number == study else stem
+        texts = [folder / "studies" / f"{study}.md"]
+        write_text(texts[0], studies.study_text(study, folder))
+    _wrote([*write_figure(draw[number](folder), stem), *texts])
 
 
 def claims(preset: Preset = "pocket", results: Results = Path("results")) -> None:
@@ -81,17 +75,15 @@ def claims(preset: Preset = "pocket", results: Results = Path("results")) -> Non
     """
     import pandas as pd
 
-    from analysis import claims as scorecard
-    from analysis.reading import write_atomically
-    from analysis.scores import intervals, scores_of
+    from .claims import scorecard, write_claims
+    from .scores import means, scores_of
+    from .writing import write_csv
 
-    written = scorecard.write_claims(preset, results)
-    rows = scorecard.scorecard(preset, results)
+    folder = results / preset
+    rows = scorecard(folder)
+    written = write_claims(rows, folder)
     _print(pd.DataFrame([{"Claim": f"{r['claim']} {r['statement']}", "Verdict": r["verdict"]} for r in rows]))
-    table = intervals(scores_of(preset, results))
-    content = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
-    written.append(write_atomically(results / preset / "intervals.csv", content.encode()))
-    _wrote(written)
+    _wrote([*written, write_csv(folder / "intervals.csv", means(scores_of(folder)))])
 
 
 def compare(
@@ -103,13 +95,47 @@ def compare(
 
     Example: tspin compare results/pocket:spin:0 results/pocket:tspin:0
     """
-    from analysis.compare import summary, write_page
-    from analysis.runs import load_run
+    from tspin.runs.files import write_text
+
+    from .compare import page, summary
+    from .runs import load_run
 
     first, second = load_run(run_a), load_run(run_b)
-    written = write_page(first, second, out)
+    write_text(out, page(first, second))
     _print(summary(first, second))
-    _wrote([written])
+    _wrote([out])
+
+
+def _texts(folder: Path, prompt: int | None) -> None:
+    from .responses import response_caption, response_cells, response_table
+    from .writing import write_table
+
+    table = response_table(folder, prompt)
+    cells = response_cells(table)
+    written = write_table(folder / "table5", table, cells, response_caption(folder), align="left")
+    _print(cells)
+    _wrote(written)
+
+
+def _scores(folder: Path, number: str) -> None:
+    from rich.console import Console
+
+    from .curves import average_by_iteration
+    from .tables import LAYOUTS, score_caption, score_cells, score_table
+    from .writing import write_figure, write_table
+
+    table = score_table(folder, LAYOUTS[number])
+    cells, caption = score_cells(table), score_caption(table, folder, LAYOUTS[number])
+    written = write_table(folder / f"table{number}", table, cells, caption)
+    if number == "1":
+        written += write_figure(average_by_iteration(table, folder.name), folder / "average_by_iteration")
+    console = Console(highlight=False)
+    full = console.width >= FULL_WIDTH
+    _print(cells if full else cells[TEXTS], benchmarks=[str(name) for name in cells if name not in TEXTS], padding=0)
+    console.print(f"\n{caption}", markup=False)
+    if not full:
+        console.print(f"Every benchmark: in {written[1]}, and here from {FULL_WIDTH} columns on.", markup=False)
+    _wrote(written)
 
 
 def _wrote(paths: list[Path]) -> None:
@@ -118,47 +144,21 @@ def _wrote(paths: list[Path]) -> None:
     Console(highlight=False).print("Wrote " + ", ".join(map(str, paths)), markup=False)
 
 
-def _print(cells: "pd.DataFrame") -> None:
+def _print(cells: "pd.DataFrame", benchmarks: list[str] | None = None, padding: int = 1) -> None:
+    """Print a table of texts; one of scores has numbers in every column but the first."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    view = Table(box=None, padding=(0, 1, 1, 0), pad_edge=False, header_style="bold")
-    for name in map(str, cells):
-        view.add_column(Text(name), overflow="fold")
+    view = Table(box=None, padding=(0, 1, padding, 0), pad_edge=False, header_style="bold")
+    for position, name in enumerate(map(str, cells)):
+        scores, label = benchmarks is not None, benchmarks is not None and name in benchmarks
+        view.add_column(Text(_short(name) if label else name), justify="right" if scores and position else "left",
+                        vertical="bottom" if scores else "top", overflow="fold", no_wrap=scores and not label,
+                        min_width=5 if label else None)  # fmt: skip
     for line in cells.to_numpy().tolist():
         view.add_row(*(Text(str(cell)) for cell in line))
     Console(highlight=False).print(view)
-
-
-def _scores(preset: str, results: Path, layout: "Layout") -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from analysis import figures, tables
-
-    written = tables.write_table1(preset, results, layout)
-    if layout is tables.TABLE1:
-        written += figures.average_by_iteration(preset, results)
-    console = Console(highlight=False)
-    full = console.width >= FULL_WIDTH
-    cells = tables.table1_cells(tables.table1(preset, results, layout))
-    if not full:
-        cells = cells[["Method", "Avg", "Paper's Avg"]]
-    view = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for name in map(str, cells):
-        text = name in ("Method", "Avg", "Paper's Avg")
-        header = name if text else _short(name)
-        view.add_column(Text(header), justify="left" if name == "Method" else "right", vertical="bottom",
-                        overflow="fold", no_wrap=text, min_width=None if text else 5)  # fmt: skip
-    for line in cells.to_numpy().tolist():
-        view.add_row(*line)
-    console.print(view)
-    console.print(f"\n{tables.table1_caption(preset, results, layout)}", markup=False)
-    if not full:
-        console.print(f"Every benchmark: in {written[1]}, and here from {FULL_WIDTH} columns on.", markup=False)
-    _wrote(written)
 
 
 def _short(label: str, width: int = 6) -> str:

@@ -11,9 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import reading as load
-from analysis.runs import Run
-from analysis.style import MISSING, RC
+from .dynamics import running_means, with_gap
+from .runs import Run
+from .style import MISSING, RC
+from .writing import number
 
 COLOURS = ("#D55E00", "#0072B2")  # A and B, whatever their methods
 PROMPTS = 10
@@ -22,31 +23,27 @@ GIB = 2**30
 
 def summary(first: Run, second: Run) -> pd.DataFrame:
     """What to know first, as texts: columns "", A and B."""
-    rows = {"method": [first.method, second.method]}
-    found = [facts(run) for run in (first, second)]
-    rows |= {name: [one[name] for one in found] for name in found[0]}
-    return pd.DataFrame([{"": name, "A": a, "B": b} for name, (a, b) in rows.items()])
+    columns = [{"method": run.method, **facts(run)} for run in (first, second)]
+    return pd.DataFrame([{"": name, "A": columns[0][name], "B": columns[1][name]} for name in columns[0]])
 
 
 def facts(run: Run) -> dict[str, str]:
     """A run in a few texts, by the names that `summary` shows."""
-    average = run.average()
+    average, gap, costs = run.average(), run.likelihood_gap(), run.costs
+    peak = costs["peak_bytes"].max()
     changes = average.diff().dropna()
     drops = changes[changes < 0]
-    misaligned, costs = run.misaligned(), run.costs
-    gap = run.samples.groupby("iteration")["log_likelihood"].mean() if len(run.samples) else pd.Series(dtype=float)
-    peak = costs["peak_bytes"].max()
     return {
-        "Avg after the last iteration, %": _text(average.iloc[-1] if len(average) else None, ".2f"),
+        "Avg after the last iteration, %": number(average.iloc[-1] if len(average) else None),
         "drops between iterations": f"{len(drops)} of {len(changes)}" if len(changes) else MISSING,
-        "worst drop, points": _text(drops.min() if len(drops) else None, ".2f"),
-        "variance of the change, points²": _text(changes.var() if len(changes) > 1 else None, ".2f"),
-        "misaligned after iteration 1": _text(misaligned.get(1), ".1%"),
-        "log-likelihood gap at the end, nats": _text(gap.iloc[-1] if len(gap) else None, "+.2f"),
+        "worst drop, points": number(drops.min()),
+        "variance of the change, points²": number(changes.var()),
+        "misaligned after iteration 1": number(run.misaligned().get(1), ".1%"),
+        "log-likelihood gap at the end, nats": number(gap.iloc[-1] if len(gap) else None, "+.2f"),
         "warnings (after iteration)": _warned(run),
-        "time, s": _text(costs["seconds"].sum(), ".0f"),
-        "training tokens": _text(costs["tokens"].sum(), ",.0f"),
-        "peak memory, GiB": _text(peak / GIB if pd.notna(peak) else None, ".2f"),
+        "time, s": number(costs["seconds"].sum(), ".0f"),
+        "training tokens": number(costs["tokens"].sum(), ",.0f"),
+        "peak memory, GiB": number(peak / GIB if pd.notna(peak) else None),
     }
 
 
@@ -58,15 +55,17 @@ def _warned(run: Run) -> str:
 
 
 def by_iteration(first: Run, second: Run) -> pd.DataFrame:
-    """Scores as texts: a row an iteration and benchmark (Avg first), columns A, B and their difference."""
+    """Scores as texts: a row per iteration and benchmark (Avg first), columns A, B and their difference."""
+    scores = [
+        {(int(t), "Avg"): average for t, average in zip(run.average().index, run.average(), strict=True)}
+        | {(int(row["iteration"]), str(row["label"])): row["value"] for row in run.scores.to_dict("records")}
+        for run in (first, second)
+    ]
     rows = []
-    tables = [run.scores for run in (first, second)]
-    for t in sorted({int(t) for run in (first, second) for t in run.average().index}):
-        averages = [run.average().get(t) for run in (first, second)]
-        rows.append(_row(t, "Avg", *averages))
-        own = [table[table["iteration"] == t].set_index("label")["value"] for table in tables if len(table)]
-        labels = list(dict.fromkeys(str(label) for one in own for label in one.index))
-        rows += [_row(t, label, *(one.get(label) for one in own)) for label in labels if len(own) == 2]
+    for t, label in sorted(dict.fromkeys([*scores[0], *scores[1]]), key=lambda cell: cell[0]):
+        a, b = (values.get((t, label)) for values in scores)
+        change = None if a is None or b is None else b - a
+        rows.append((t, label, number(a), number(b), number(change, "+.2f")))
     return pd.DataFrame(rows, columns=["iteration", "benchmark", "A", "B", "B − A"])
 
 
@@ -76,21 +75,16 @@ def prompts(first: Run, second: Run) -> list[dict[str, Any]]:
     if texts.empty or first.responses.empty or second.responses.empty:
         return []
     counts = [run.responses.groupby("prompt_id")["iteration"].nunique() for run in (first, second)]
-    both = pd.concat(counts, axis=1).min(axis=1).dropna()
+    both = pd.concat(counts, axis=1, join="inner").min(axis=1)
     chosen = sorted(both[both == both.max()].index)
     chosen = chosen[:: max(len(chosen) // PROMPTS, 1)][:PROMPTS]
-    shown = []
-    for prompt_id in chosen:
-        known = texts[texts["prompt_id"] == prompt_id]
-        if known.empty:
-            continue
-        answers = [
-            run.responses[run.responses["prompt_id"] == prompt_id].set_index("iteration")["text"]
-            for run in (first, second)
-        ]
-        iterations = sorted({int(t) for one in answers for t in one.index if t >= 0})
-        rows = [(t, *(one.get(t, MISSING) for one in answers)) for t in iterations]
-        shown.append({**known.iloc[0].to_dict(), "rows": rows})
+    responses = [run.responses.set_index(["prompt_id", "iteration"])["text"].sort_index() for run in (first, second)]
+    shown: list[dict[str, Any]] = []
+    for prompt in texts[texts["prompt_id"].isin(chosen)].sort_values("prompt_id").to_dict("records"):
+        a, b = (drawn.loc[prompt["prompt_id"]] for drawn in responses)
+        iterations = sorted({int(t) for t in [*a.index, *b.index] if t >= 0})
+        rows = [(t, a.get(t, MISSING), b.get(t, MISSING)) for t in iterations]
+        shown.append({**{str(name): value for name, value in prompt.items()}, "rows": rows})
     return shown
 
 
@@ -100,13 +94,11 @@ def picture(first: Run, second: Run) -> Figure:
     average, gap, share = figure.subplots(3, 1)
     for run, colour, name in zip((first, second), COLOURS, "AB", strict=True):
         label = f"{name}: {run.method}"
-        _line(average, run.average(), colour, label, marker="o")
+        _draw(average, run.average(), colour, label, marker="o")
         if {"log_likelihood/labelled", "log_likelihood/synthetic"} <= set(run.steps):
-            table = run.steps.sort_values(["iteration", "step"])
-            value = table["log_likelihood/labelled"] - table["log_likelihood/synthetic"]
-            smooth = value.groupby(table["iteration"]).transform(lambda v: v.rolling(5, 1, center=True).mean())
-            _line(gap, smooth.reset_index(drop=True), colour, label)
-        _line(share, 100 * run.misaligned(), colour, label, marker="o")
+            steps = with_gap(run.steps.sort_values(["iteration", "step"]))
+            _draw(gap, running_means(steps, ["gap"], ["iteration"])["gap"].reset_index(drop=True), colour, label)
+        _draw(share, 100 * run.misaligned(), colour, label, marker="o")
     average.set(title="Average over benchmarks", ylabel="%", xlabel="Iteration")
     gap.set(title="log π(y) − log π(y′), running mean of 5 steps", ylabel="nats", xlabel="Step, all iterations")
     gap.axhline(0, color="black", linewidth=0.6)
@@ -139,21 +131,6 @@ def page(first: Run, second: Run) -> str:
     )
 
 
-def write_page(first: Run, second: Run, out: Path) -> Path:
-    """Write the page atomically."""
-    return load.write_atomically(out, page(first, second).encode())
-
-
-def _line(axes: Axes, values: pd.Series, colour: str, label: str, marker: str | None = None) -> None:
+def _draw(axes: Axes, values: pd.Series, colour: str, label: str, marker: str | None = None) -> None:
     if len(values):
         axes.plot(values.index.to_numpy(), values.to_numpy(float), color=colour, label=label, marker=marker)
-
-
-def _row(iteration: int, label: str, a: float | None, b: float | None) -> dict[str, Any]:
-    difference = None if a is None or b is None else b - a
-    return {"iteration": iteration, "benchmark": label, "A": _text(a, ".2f"), "B": _text(b, ".2f"),
-            "B − A": _text(difference, "+.2f")}  # fmt: skip
-
-
-def _text(value: float | None, form: str) -> str:
-    return MISSING if value is None or pd.isna(value) else format(value, form)

@@ -1,10 +1,8 @@
 """Figures 3 and 7: rewards and log-likelihoods of y and y′ during training, and where the two disagree."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn
@@ -12,106 +10,111 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis import reading as load
-from analysis.style import COLUMN_WIDTH, METHODS, RC
 from tspin.errors import UserError
+from tspin.schema import LABELLED, RUN, SYNTHETIC, gaps
+
+from .drawing import new_figure
+from .reading import read_table
+from .style import look
 
 PAIR = ("spin", "tspin")
-ROLES = {"labelled": ("y (labelled)", "-"), "synthetic": ("y′ (synthetic)", "--")}
+ROLES = {LABELLED: ("y (labelled)", "-"), SYNTHETIC: ("y′ (synthetic)", "--")}
+SIGNS = {1.0: "> 0", 0.0: "= 0", -1.0: "< 0"}
 SMOOTHED = 5  # steps in a running mean: each step sees a batch of its own
 
 
-def steps(preset: str, results: Path = Path("results")) -> pd.DataFrame:
-    """steps.parquet of SPIN and T-SPIN, each curve a running mean over SMOOTHED steps, with the gap of y over y′.
+def read_steps(folder: Path) -> pd.DataFrame:
+    """`steps.parquet` of SPIN and T-SPIN, each curve a running mean, with the gap of log π(y) over log π(y′).
 
     Raises UserError if it is missing, or holds neither method.
     """
-    table = load.parquet("steps", preset, results)
-    table = table[table["method"].isin(PAIR)].sort_values(["method", "seed", "iteration", "step"])
+    table = read_table(folder, "steps")
+    table = table[table["method"].isin(PAIR)].sort_values([*RUN, "step"])
     if table.empty:
-        raise UserError(f"no steps of {' or '.join(PAIR)}: tspin run --preset {preset} --methods {','.join(PAIR)}")
-    kinds = [f"{kind}/{role}" for kind in ("reward", "log_likelihood") for role in ROLES]
-    runs = table.groupby(["method", "seed", "iteration"])[kinds]
-    table[kinds] = runs.transform(lambda curve: curve.rolling(SMOOTHED, min_periods=1, center=True).mean())
-    table["gap"] = table["log_likelihood/labelled"] - table["log_likelihood/synthetic"]
-    return table
+        methods = ",".join(PAIR)
+        raise UserError(f"no steps of {' or '.join(PAIR)}: tspin run --preset {folder.name} --methods {methods}")
+    curves = [f"{kind}/{role}" for kind in ("reward", "log_likelihood") for role in ROLES]
+    table[curves] = running_means(table, curves, RUN)
+    return with_gap(table)
 
 
-def sign_shares(preset: str, results: Path = Path("results"), iteration: int = 1) -> pd.DataFrame:
+def running_means(table: pd.DataFrame, columns: list[str], keys: list[str]) -> pd.DataFrame:
+    """Running means over SMOOTHED steps of a step log's columns, those of each run (`keys`) by themselves."""
+    return table.groupby(keys)[columns].transform(lambda curve: curve.rolling(SMOOTHED, 1, center=True).mean())
+
+
+def with_gap(steps: pd.DataFrame) -> pd.DataFrame:
+    """A step log with `gap`, log π(y) − log π(y′) in nats."""
+    return steps.assign(gap=steps[f"log_likelihood/{LABELLED}"] - steps[f"log_likelihood/{SYNTHETIC}"])
+
+
+def sign_shares(folder: Path, iteration: int = 1) -> pd.DataFrame:
     """Share of the prompts by sign of both gaps after an iteration: method, reward, log_likelihood (±1, 0), share.
 
     The mean over seeds. Raises UserError where the diagnostics are missing, or neither method has that iteration.
     """
-    table = load.parquet("diagnostics", preset, results)
-    table = table[table["method"].isin(PAIR) & (table["iteration"] == iteration)]
+    table = read_table(folder, "diagnostics")
+    table = gaps(table[table["method"].isin(PAIR) & (table["iteration"] == iteration)])
     if table.empty:
-        raise UserError(f"no samples of iteration {iteration} in {results / preset}; figure 3 is drawn there")
-    wide = table.pivot(index=["method", "seed", "prompt_id"], columns="role", values=["reward_after", "after"])
-    signs = pd.DataFrame(
-        {
-            "reward": np.sign(wide["reward_after", "labelled"] - wide["reward_after", "synthetic"]),
-            "log_likelihood": np.sign(wide["after", "labelled"] - wide["after", "synthetic"]),
-        }
-    ).reset_index()
+        raise UserError(f"no samples of iteration {iteration} in {folder}; figure 3 is drawn there")
+    signs = table.assign(reward=np.sign(table["reward"]), log_likelihood=np.sign(table["log_likelihood"]))
     counts = signs.groupby(["method", "seed"])[["reward", "log_likelihood"]].value_counts(normalize=True)
     seeds = signs.groupby("method")["seed"].nunique()
     shares = counts.groupby(["method", "reward", "log_likelihood"]).sum().rename("share").reset_index()
     return shares.assign(share=shares["share"] / shares["method"].map(seeds))
 
 
-def figure3(preset: str, results: Path = Path("results"), iteration: int = 1) -> Figure:
-    """Figure 3 at an iteration: a row a method; rewards, log-likelihoods, joint signs.
+def figure3(folder: Path, iteration: int = 1) -> Figure:
+    """Figure 3 at an iteration: a row per method; rewards, log-likelihoods, joint signs.
 
     A method without that iteration has a row that says so. Raises UserError where neither has it.
     """
-    table, shares = steps(preset, results), sign_shares(preset, results, iteration)
+    table, shares = read_steps(folder), sign_shares(folder, iteration)
     table = table[table["iteration"] == iteration]
     if table.empty:
-        raise UserError(f"no steps of iteration {iteration} in {results / preset}; figure 3 is drawn there")
-    with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(2 * COLUMN_WIDTH, 3.9), layout="constrained")
+        raise UserError(f"no steps of iteration {iteration} in {folder}; figure 3 is drawn there")
+    with new_figure(2, 3.9) as figure:
         panels = figure.subplots(2, 3, width_ratios=[1.2, 1.2, 1])
+        drawn = []
         for row, method in zip(panels, PAIR, strict=True):
-            own = table[table["method"] == method]
-            if own.empty:
-                _absent(row, method, iteration)
+            steps = table[table["method"] == method]
+            if steps.empty:
+                _say_absent(row, method, iteration)
                 continue
-            _roles(row[0], own, "reward", method)
+            drawn.append(row)
+            _draw_roles(row[0], steps, "reward", method)
             row[0].set_ylabel("Reward")
-            _roles(row[1], own, "log_likelihood", method)
+            _draw_roles(row[1], steps, "log_likelihood", method)
             row[1].set_ylabel("Log-likelihood (nats)")
-            _signs(row[2], shares[shares["method"] == method])
-            row[0].set_title(f"{METHODS[method].label}: rewards", loc="left")
+            _draw_signs(row[2], shares[shares["method"] == method])
+            row[0].set_title(f"{look(method).label}: rewards", loc="left")
             row[1].set_title("log-likelihoods", loc="left")
             row[2].set_title("share of prompts", loc="left")
-        drawn = [row for row, method in zip(panels, PAIR, strict=True) if method in set(table["method"])]
         drawn[0][0].legend(frameon=False)
         for axes in drawn[-1][:2]:
             axes.set_xlabel(f"Step of iteration {iteration}")
         return figure
 
 
-def figure7(preset: str, results: Path = Path("results"), iterations: tuple[int, ...] = (0, 1, 2)) -> Figure:
-    """Figure 7: log-likelihoods of y and y′ by step, and their gap; a column an iteration.
+def figure7(folder: Path, iterations: tuple[int, ...] = (0, 1, 2)) -> Figure:
+    """Figure 7: log-likelihoods of y and y′ by step, and their gap; a column per iteration.
 
     Where a method lacks an iteration, its panel says so.
     """
-    table = steps(preset, results)
-    with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(2 * COLUMN_WIDTH, 4.8), layout="constrained")
+    table = read_steps(folder)
+    with new_figure(2, 4.8) as figure:
         panels = figure.subplots(3, len(iterations), sharey="row", squeeze=False)
         for column, iteration in zip(panels.T, iterations, strict=True):
-            now = table[table["iteration"] == iteration]
+            steps = {method: table[(table["iteration"] == iteration) & (table["method"] == method)] for method in PAIR}
             for axes, method in zip(column, PAIR, strict=False):
-                own = now[now["method"] == method]
-                if own.empty:
-                    _absent([axes], method, iteration)
+                if steps[method].empty:
+                    _say_absent([axes], method, iteration)
                     continue
-                _roles(axes, own, "log_likelihood", method)
-                axes.set_title(f"{METHODS[method].label}, iteration {iteration}", loc="left")
-            for name, own in now.groupby("method"):
-                style = METHODS[str(name)]
-                _band(column[2], own, "gap", style.colour, "-", style.label)
+                _draw_roles(axes, steps[method], "log_likelihood", method)
+                axes.set_title(f"{look(method).label}, iteration {iteration}", loc="left")
+            for method in PAIR:
+                if len(steps[method]):
+                    _draw_band(column[2], steps[method], "gap", look(method).colour, "-", look(method).label)
             column[2].axhline(0, color="black", linewidth=0.6)
             column[2].set_title(f"gap, iteration {iteration}", loc="left")
             column[2].set_xlabel("Step")
@@ -123,35 +126,36 @@ def figure7(preset: str, results: Path = Path("results"), iterations: tuple[int,
         return figure
 
 
-def _absent(row: Iterable[Axes], method: str, iteration: int) -> None:
+def _say_absent(row: Iterable[Axes], method: str, iteration: int) -> None:
     for axes in row:
         axes.set_axis_off()
-        text = f"{METHODS[method].label}:\niteration {iteration} was not run"
+        text = f"{look(method).label}:\niteration {iteration} was not run"
         axes.text(0.5, 0.5, text, ha="center", va="center", color="#666666", transform=axes.transAxes)
 
 
-def _roles(axes: Axes, table: pd.DataFrame, kind: str, method: str) -> None:
+def _draw_roles(axes: Axes, steps: pd.DataFrame, kind: str, method: str) -> None:
     for role, (label, line) in ROLES.items():
-        _band(axes, table, f"{kind}/{role}", METHODS[method].colour, line, label)
+        _draw_band(axes, steps, f"{kind}/{role}", look(method).colour, line, label)
 
 
-def _band(axes: Axes, table: pd.DataFrame, column: str, colour: str, line: str, label: str) -> None:
+def _draw_band(axes: Axes, steps: pd.DataFrame, column: str, colour: str, line: str, label: str) -> None:
     """The mean over seeds and its 95 % interval (bootstrap over seeds, seaborn's)."""
-    many = table["seed"].nunique() > 1
-    seaborn.lineplot(table, x="step", y=column, ax=axes, color=colour, linestyle=line, label=label, legend=False,
+    many = steps["seed"].nunique() > 1
+    seaborn.lineplot(steps, x="step", y=column, ax=axes, color=colour, linestyle=line, label=label, legend=False,
                      errorbar=("ci", 95) if many else None, seed=0, linewidth=1.2)  # fmt: skip
     axes.set(xlabel="", ylabel="")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 
 
-def _signs(axes: Axes, shares: pd.DataFrame) -> None:
+def _draw_signs(axes: Axes, shares: pd.DataFrame) -> None:
     """A heat map of shares: reward gap against log-likelihood gap, each below, at or above zero."""
-    signs = [1.0, 0.0, -1.0]
     table = shares.pivot(index="log_likelihood", columns="reward", values="share")
-    table = table.reindex(index=signs, columns=signs[::-1]).fillna(0.0)
-    names: dict[Any, str] = {1.0: "> 0", 0.0: "= 0", -1.0: "< 0"}
+    table = table.reindex(index=list(SIGNS), columns=list(reversed(SIGNS))).fillna(0.0)
+    names = list(SIGNS.values())
     seaborn.heatmap(table, ax=axes, annot=True, fmt=".0%", cmap="Blues", cbar=False, vmin=0, vmax=1, linewidths=1,
-                    xticklabels=[names[s] for s in table.columns], yticklabels=[names[s] for s in table.index],
-                    annot_kws={"fontsize": 8})  # fmt: skip
+                    xticklabels=names[::-1], yticklabels=names, annot_kws={"fontsize": 8})  # fmt: skip
     axes.set(xlabel="Reward gap", ylabel="Log-likelihood gap")
     axes.tick_params(length=0)
+
+
+FIGURES: dict[str, Callable[[Path], Figure]] = {"3": figure3, "7": figure7}

@@ -6,6 +6,7 @@ share their problems, so that a difference is taken problem by problem before an
 """
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -18,15 +19,19 @@ LEVEL = 0.95
 
 
 class Estimate(NamedTuple):
-    """A mean with its 95 % interval and the number of seeds behind it."""
+    """A mean with its 95 % interval and the number of seeds behind it; a format applies to all of its numbers."""
 
     mean: float
     low: float
     high: float
     seeds: int
 
+    def __format__(self, form: str) -> str:
+        form = form or ".2f"
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
     def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return format(self)
 
 
 def seed_means(values: np.ndarray) -> np.ndarray:
@@ -47,35 +52,38 @@ def estimate(values: np.ndarray) -> Estimate:
         half = stats.norm.ppf((1 + LEVEL) / 2) * _problem_error(values[0])
         return Estimate(mean, mean - half, mean + half, seeds)
     generator = np.random.default_rng(0)
-    if seeds > MANY:
-        means, errors = seed_means(values), np.array([_problem_error(one) for one in values])
+    resampled = (_normal_means if seeds > MANY else _drawn_means)(values, generator)
+    result = stats.bootstrap((np.arange(seeds),), resampled, n_resamples=RESAMPLES, batch=50, vectorized=True,
+                             confidence_level=LEVEL, method="percentile", rng=generator)  # fmt: skip
+    return Estimate(mean, float(result.confidence_interval.low), float(result.confidence_interval.high), seeds)
 
-        def shaken(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
-            drawn = drawn.astype(int)
-            return (means[drawn] + errors[drawn] * generator.standard_normal(drawn.shape)).mean(-1)
 
-        return _interval(mean, seeds, shaken, generator)
-    counts = (~np.isnan(values)).sum(-1)  # real problems stand first
+def _normal_means(values: np.ndarray, generator: np.random.Generator) -> Callable[..., np.ndarray]:
+    """Drawn seeds, numbers of shape (…, seeds) → the mean of their means, each with the error of its problems."""
+    means, errors = seed_means(values), np.array([_problem_error(seed) for seed in values])
 
     def resampled(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
-        drawn = drawn.astype(int)  # (…, seeds)
+        drawn = drawn.astype(int)
+        return (means[drawn] + errors[drawn] * generator.standard_normal(drawn.shape)).mean(-1)
+
+    return resampled
+
+
+def _drawn_means(values: np.ndarray, generator: np.random.Generator) -> Callable[..., np.ndarray]:
+    """Drawn seeds, numbers of shape (…, seeds) → the mean over problems of theirs that are drawn again."""
+    counts = (~np.isnan(values)).sum(-1)  # real problems stand first
+    benchmark = np.arange(values.shape[1])[:, None]
+
+    def resampled(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        drawn = drawn.astype(int)
         picks = generator.random((*drawn.shape, *values.shape[1:]), dtype=np.float32)
         picks = (picks * counts[drawn][..., None]).astype(np.int32)
-        benchmark = np.arange(values.shape[1])[:, None]
         again = values[drawn[..., None, None], benchmark, picks]
         real = np.arange(values.shape[2]) < counts[drawn][..., None]
         sums = np.where(real, again, 0).sum(-1)  # (…, seeds, benchmarks)
         return (sums / counts[drawn]).mean((-1, -2))
 
-    return _interval(mean, seeds, resampled, generator)
-
-
-def _interval(
-    mean: float, seeds: int, statistic: Callable[..., np.ndarray], generator: np.random.Generator
-) -> Estimate:
-    found = stats.bootstrap((np.arange(seeds),), statistic, n_resamples=RESAMPLES, batch=50, vectorized=True,
-                            confidence_level=LEVEL, method="percentile", rng=generator)  # fmt: skip
-    return Estimate(mean, float(found.confidence_interval.low), float(found.confidence_interval.high), seeds)
+    return resampled
 
 
 def p_value(differences: np.ndarray) -> float:
@@ -88,7 +96,7 @@ def p_value(differences: np.ndarray) -> float:
         return 1.0
     if len(means) >= 3 and means.std() > 0:
         return float(stats.ttest_1samp(means, 0).pvalue)
-    error = np.sqrt(sum(_problem_error(one) ** 2 for one in differences)) / len(differences)
+    error = np.sqrt(sum(_problem_error(seed) ** 2 for seed in differences)) / len(differences)
     return float(2 * stats.norm.sf(abs(means.mean()) / error)) if error > 0 else 0.0
 
 
@@ -98,13 +106,13 @@ def corrected(p_values: Sequence[float]) -> list[float]:
 
 
 def of_seeds(values: Sequence[float]) -> Estimate:
-    """The mean of one number a seed, with its t interval (one seed: no interval)."""
+    """The mean of one number per seed, with its t interval (one seed: no interval)."""
     array = np.asarray(values, dtype=float)
     mean = float(array.mean())
-    if len(array) < 2 or array.std() == 0:
-        return Estimate(
-            mean, mean if len(array) > 1 else float("-inf"), mean if len(array) > 1 else float("inf"), len(array)
-        )
+    if len(array) < 2:
+        return Estimate(mean, -inf, inf, len(array))
+    if array.std() == 0:
+        return Estimate(mean, mean, mean, len(array))
     low, high = stats.t.interval(LEVEL, len(array) - 1, loc=mean, scale=stats.sem(array))
     return Estimate(mean, float(low), float(high), len(array))
 

@@ -1,27 +1,21 @@
-"""The files that tables and figures start from, checked, and the atomic write that they end with."""
+"""The files of a preset's results, `results/<preset>/`, checked as they are read; and the paper's numbers."""
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
 from tspin.errors import UserError
-from tspin.runs.files import atomic_path
+from tspin.schema import EVALUATION_COLUMNS, ONCE, RUN
 
 PAPER = Path(__file__).parent / "paper"
-KEY = ["method", "seed", "iteration", "benchmark", "metric"]
-DTYPES = {
-    "preset": "str",
-    "method": "str",
-    "seed": "Int64",
-    "iteration": "Int64",
-    "benchmark": "str",
-    "metric": "str",
-    "value": "float64",
-    "stderr": "float64",
-    "n": "Int64",
+PUBLISHED = {
+    "Zephyr-7B": ["table1_zephyr", "table2_without_historical_advantage"],
+    "Mistral-7B": ["table4_mistral"],
 }
+TYPES = {"seed": "Int64", "iteration": "Int64", "value": "float64", "stderr": "float64", "n": "Int64"}
+DTYPES = {name: TYPES.get(name, "str") for name in EVALUATION_COLUMNS}
 
 
 class Column(NamedTuple):
@@ -33,98 +27,89 @@ class Column(NamedTuple):
     metric: str
 
 
-def _unusable(path: Path, preset: str, problem: str) -> UserError:
-    return UserError(f"{path}: {problem}; make it with: make reproduce-table1 PRESET={preset}")
+def unusable(path: Path, problem: str) -> UserError:
+    """The error that names a file of `results/<preset>/`, what is wrong with it and the command that makes it."""
+    return UserError(f"{path}: {problem}; make it with: make reproduce-table1 PRESET={path.parent.name}")
 
 
-def _existing(path: Path, preset: str) -> Path:
-    if not path.is_file():
-        raise _unusable(path, preset, "no such file")
-    return path
-
-
-def suite(preset: str, results: Path = Path("results")) -> list[Column]:
-    """The tabulated columns of `results/<preset>/suite.json`, in the table's order.
+def read_suite(folder: Path) -> list[Column]:
+    """The tabulated columns of `suite.json`, in the table's order.
 
     Raises `UserError` if the file is missing, malformed or names a label twice.
     """
-    path = _existing(results / preset / "suite.json", preset)
+    path = _existing(folder / "suite.json")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["columns"]
         columns = [Column(**{field: str(entry[field]) for field in Column._fields}) for entry in entries]
     except KeyError as error:
-        raise _unusable(path, preset, f"lacks {error}") from error
+        raise unusable(path, f"lacks {error}") from error
     except (ValueError, TypeError) as error:
-        raise _unusable(path, preset, "is not a suite") from error
+        raise unusable(path, "is not a suite") from error
     if not columns or len({column.label for column in columns}) < len(columns):
-        raise _unusable(path, preset, "names a label twice" if columns else "has no columns")
+        raise unusable(path, "names a label twice" if columns else "has no columns")
     return columns
 
 
-def evaluations(preset: str, results: Path = Path("results")) -> pd.DataFrame:
-    """All of `results/<preset>/evaluations.csv`: `value` and `stderr` in percent, `iteration` NA at base and sft.
+def read_evaluations(folder: Path) -> pd.DataFrame:
+    """All of `evaluations.csv`: `value` and `stderr` in percent, `iteration` NA at base and sft.
 
     Raises `UserError` if the file is missing, empty or malformed, or holds another preset's rows or a score twice.
     """
-    path = _existing(results / preset / "evaluations.csv", preset)
+    path = _existing(folder / "evaluations.csv")
     try:
         scores = pd.read_csv(path, dtype=DTYPES)
     except (ValueError, TypeError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise _unusable(path, preset, f"cannot be read ({reason})") from error
+        raise unusable(path, f"cannot be read ({_one_line(error)})") from error
     if absent := [name for name in DTYPES if name not in scores]:
-        raise _unusable(path, preset, f"lacks the columns {', '.join(absent)}")
+        raise unusable(path, f"lacks the columns {', '.join(absent)}")
     if scores.empty:
-        raise _unusable(path, preset, "has no rows")
+        raise unusable(path, "has no rows")
+    names = scores[["preset", "method", "seed", "benchmark", "metric"]]
+    once = scores["method"].isin(ONCE)
     problems = {
-        "a preset, method, seed, benchmark or metric is empty": scores[["preset", *KEY]]
-        .drop(columns="iteration")
-        .isna()
-        .any(axis=1),
-        f"the preset is not {preset}": scores["preset"] != preset,
-        "iteration must be empty for base and sft, and only there": scores["iteration"].isna()
-        != scores["method"].isin(["base", "sft"]),
-        "a score is there twice": scores.duplicated(KEY),
+        "a preset, method, seed, benchmark or metric is empty": names.isna().any(axis=1),
+        f"the preset is not {folder.name}": scores["preset"] != folder.name,
+        "iteration must be empty for base and sft, and only there": scores["iteration"].isna() != once,
+        "a score is there twice": scores.duplicated([*RUN, "benchmark", "metric"]),
     }
     for problem, rows in problems.items():
         if rows.any():
-            raise _unusable(path, preset, f"line {int(rows.to_numpy().argmax()) + 2}: {problem}")
+            raise unusable(path, f"line {int(rows.to_numpy().argmax()) + 2}: {problem}")
     return scores
 
 
-def tabulated(preset: str, results: Path = Path("results")) -> pd.DataFrame:
-    """The scores that the table shows: `evaluations` with each benchmark's tabulated metric only, and its `label`.
+def read_scores(folder: Path) -> pd.DataFrame:
+    """The scores that the table shows: of `evaluations.csv` each benchmark's tabulated metric, and its `label`.
 
-    Raises `UserError` as `evaluations` and `suite` do, and if the two files have no score in common.
+    Raises `UserError` as `read_evaluations` and `read_suite` do, and if the two files have no score in common.
     """
-    columns = pd.DataFrame(suite(preset, results))[["benchmark", "metric", "label"]]
-    scores = evaluations(preset, results).merge(columns, on=["benchmark", "metric"])
+    columns = pd.DataFrame(read_suite(folder))[["benchmark", "metric", "label"]]
+    scores = read_evaluations(folder).merge(columns, on=["benchmark", "metric"])
     if scores.empty:
-        raise _unusable(results / preset / "evaluations.csv", preset, "has no score that suite.json tabulates")
+        raise unusable(folder / "evaluations.csv", "has no score that suite.json tabulates")
     return scores
 
 
-def parquet(name: str, preset: str, results: Path = Path("results")) -> pd.DataFrame:
-    """`results/<preset>/<name>.parquet`; columns: tspin.experiment.results. Raises `UserError` if it is unreadable."""
-    path = _existing(results / preset / f"{name}.parquet", preset)
+def read_table(folder: Path, name: str) -> pd.DataFrame:
+    """`<name>.parquet`; columns: tspin.experiment.results. Raises `UserError` if it is missing or unreadable."""
+    path = _existing(folder / f"{name}.parquet")
     try:
         return pd.read_parquet(path)
     except (ValueError, OSError) as error:
-        raise _unusable(path, preset, f"cannot be read ({' '.join(str(error).split())})") from error
+        raise unusable(path, f"cannot be read ({_one_line(error)})") from error
 
 
-def published(name: str) -> pd.DataFrame:
-    """The paper's numbers in percent, as printed: `analysis/paper/<name>.csv`, `iteration` NA for base and sft."""
-    return pd.read_csv(PAPER / f"{name}.csv", dtype={"iteration": "Int64"})
+def read_paper(model: str) -> pd.DataFrame:
+    """What the paper prints of a model, in percent: method, iteration (NA for base and sft), benchmarks, Avg."""
+    files = [PAPER / f"{name}.csv" for name in PUBLISHED[model]]
+    return pd.concat([pd.read_csv(path, dtype={"iteration": "Int64"}) for path in files], ignore_index=True)
 
 
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table, each as a dict from column to value."""
-    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Put `content` at `path`, so that a reader or a crash meets the old file or the new one, never a part."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise unusable(path, "no such file")
     return path
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -4,56 +4,54 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import reading as load
-from analysis.style import METHODS
-from analysis.tables import grid, latex
 from tspin.errors import UserError
 
+from .reading import read_table
+from .style import in_order, look
 
-def table5(preset: str, results: Path = Path("results"), prompt_id: int | None = None) -> pd.DataFrame:
-    """Texts of one prompt: columns Response, and one a method; rows the label, y0, and the policies by iteration.
+GIVEN = {"prompt": "prompt", "labelled y": "labelled", "proto-synthetic y0": "proto"}  # row → column of the prompts
+
+
+def response_table(folder: Path, prompt_id: int | None = None) -> pd.DataFrame:
+    """Texts of one prompt: columns Response, and one per method; rows the label, y0, and the policies by iteration.
 
     prompt_id: one of the prompts that have every response; the first of them when None. Raises UserError for another.
     """
-    prompts, responses = load.parquet("prompts", preset, results), load.parquet("responses", preset, results)
-    found = shown_prompts(responses)
-    chosen = found[0] if prompt_id is None else prompt_id
-    if chosen not in found:
-        raise UserError(f"no responses at every iteration to prompt {chosen}; there are: {', '.join(map(str, found))}")
+    prompts, responses = read_table(folder, "prompts"), read_table(folder, "responses")
+    shown = shown_prompts(responses)
+    chosen = shown[0] if prompt_id is None else prompt_id
+    if chosen not in shown:
+        raise UserError(f"no responses at every iteration to prompt {chosen}; there are: {', '.join(map(str, shown))}")
     prompt = prompts[prompts["prompt_id"] == chosen].iloc[0]
-    own = responses[responses["prompt_id"] == chosen]
-    methods = [name for name in METHODS if name in set(own.loc[own["iteration"].notna(), "method"])]
-    given = {"prompt": "prompt", "labelled y": "labelled", "proto-synthetic y0": "proto"}
-    rows = [{"Response": name, **{METHODS[m].label: prompt[column] for m in methods}} for name, column in given.items()]
-    for iteration in sorted(own["iteration"].dropna().unique()):
-        texts = own[own["iteration"] == iteration].set_index("method")["text"]
-        rows.append({"Response": f"iteration {iteration}", **{METHODS[m].label: texts.get(m, "") for m in methods}})
+    drawn = responses[(responses["prompt_id"] == chosen) & responses["iteration"].notna()]
+    methods = in_order(drawn["method"])
+    rows = [{"Response": row, **{look(m).label: prompt[column] for m in methods}} for row, column in GIVEN.items()]
+    for iteration, part in drawn.groupby("iteration"):
+        texts = part.set_index("method")["text"]
+        rows.append({"Response": f"iteration {iteration}", **{look(m).label: texts.get(m, "") for m in methods}})
     return pd.DataFrame(rows)
 
 
 def shown_prompts(responses: pd.DataFrame) -> list[int]:
     """The prompts that have a response at every iteration of every method."""
-    iterative = responses[responses["iteration"].notna()]
-    wanted = iterative.groupby(["method", "iteration"]).ngroups
-    counts = iterative.groupby("prompt_id").size()
-    found = sorted(int(prompt) for prompt in counts[counts == wanted].index)
-    if not found:
+    drawn = responses[responses["iteration"].notna()]
+    wanted = drawn.groupby(["method", "iteration"]).ngroups
+    counts = drawn.groupby("prompt_id").size()
+    prompts = sorted(int(prompt) for prompt in counts[counts == wanted].index)
+    if not prompts:
         raise UserError("no prompt has a response at every iteration of every method: run all methods with one seed")
-    return found
+    return prompts
 
 
-def write_table5(preset: str, results: Path = Path("results"), prompt_id: int | None = None) -> list[Path]:
-    """Write `results/<preset>/table5.csv`, `.md` and `.tex`; return their paths."""
-    table = table5(preset, results, prompt_id)
-    seed = int(load.parquet("responses", preset, results)["seed"].min())
-    caption = (
-        f"Table 5 ({preset}, seed {seed}): responses to one training prompt, sampled as y′ is, from the policy that "
-        "each iteration ended with. The paper's own is Zephyr-7B's."
+def response_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """`response_table` with each text on one line."""
+    return table.map(lambda text: " ".join(str(text).split()))
+
+
+def response_caption(folder: Path) -> str:
+    """What a reader must know to read the table."""
+    seed = int(read_table(folder, "responses")["seed"].min())
+    return (
+        f"Table 5 ({folder.name}, seed {seed}): responses to one training prompt, sampled as y′ is, from the policy "
+        "that each iteration ended with. The paper's own is Zephyr-7B's."
     )
-    shown = table.map(lambda text: " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;"))
-    stem = results / preset / "table5"
-    return [
-        load.write_atomically(stem.with_suffix(".csv"), table.to_csv(index=False, lineterminator="\n").encode()),
-        load.write_atomically(stem.with_suffix(".md"), f"{grid(shown)}\n\n{caption}\n".encode()),
-        load.write_atomically(stem.with_suffix(".tex"), latex(table, caption).encode()),
-    ]

@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from analysis import reading as load
-from analysis.style import LABELLED, SYNTHETIC
 from tspin.errors import UserError
+from tspin.schema import gaps, misaligned
+
+from .reading import read_evaluations, read_scores, read_suite, read_table
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Run:
 
     scores: label, value (percent). steps: as logged. samples: prompt_id, and the gaps of y over y′ after training,
     reward and log_likelihood. costs: seconds, tokens, peak_bytes. responses: prompt_id, text, of the policy that the
-    iteration ended with. prompts: prompt_id, prompt, labelled. warnings: name, of tspin.guards; None where an earlier
-    version, which had none, made the run.
+    iteration ended with. prompts: prompt_id, prompt, labelled. warnings: name, of tspin.diagnostics; None where no
+    iteration recorded whether there were any.
     """
 
     name: str
@@ -34,16 +36,15 @@ class Run:
 
     def average(self) -> pd.Series:
         """Avg by iteration: the mean over benchmarks, in percent."""
-        if self.scores.empty:
-            return pd.Series(dtype=float)
-        return self.scores.groupby("iteration")["value"].mean()
+        return _mean_by_iteration(self.scores, lambda scores: scores["value"])
 
     def misaligned(self) -> pd.Series:
         """By iteration, the share of prompts where y has the higher reward and the lower log-likelihood."""
-        if self.samples.empty:
-            return pd.Series(dtype=float)
-        wrong = (self.samples["reward"] > 0) & (self.samples["log_likelihood"] < 0)
-        return wrong.groupby(self.samples["iteration"]).mean()
+        return _mean_by_iteration(self.samples, misaligned)
+
+    def likelihood_gap(self) -> pd.Series:
+        """By iteration, the mean of log π(y) − log π(y′) in nats."""
+        return _mean_by_iteration(self.samples, lambda samples: samples["log_likelihood"])
 
 
 def load_run(spec: str) -> Run:
@@ -67,94 +68,91 @@ def load_run(spec: str) -> Run:
 
 
 def _from_results(folder: Path, method: str, seed: int) -> Run:
-    preset, results = folder.name, folder.parent
-
-    def own(table: pd.DataFrame) -> pd.DataFrame:
+    def of_run(table: pd.DataFrame) -> pd.DataFrame:
         rows = table[(table["method"] == method) & (table["seed"] == seed)]
         return rows.assign(iteration=rows["iteration"].fillna(0).astype(int))
 
     def optional(name: str) -> pd.DataFrame:
-        path = folder / f"{name}.parquet"
-        return load.parquet(name, preset, results) if path.is_file() else pd.DataFrame()
+        return read_table(folder, name) if (folder / f"{name}.parquet").is_file() else pd.DataFrame()
 
-    scores = own(load.tabulated(preset, results))
+    scores = of_run(read_scores(folder))
     if scores.empty:
-        found = load.evaluations(preset, results)[["method", "seed"]].drop_duplicates()
-        known = ", ".join(f"{m}:{s}" for m, s in found.itertuples(index=False))
+        runs = read_evaluations(folder)[["method", "seed"]].drop_duplicates()
+        known = ", ".join(f"{m}:{s}" for m, s in runs.itertuples(index=False))
         raise UserError(f"{folder} has no run {method}:{seed}; it has: {known}")
-    order = [column.label for column in load.suite(preset, results)]
-    scores["label"] = pd.Categorical(scores["label"], order)
-    tables = {name: optional(name) for name in ("steps", "diagnostics", "responses", "prompts")}
-    kept = {name: own(table) if len(table) else table for name, table in tables.items() if name != "prompts"}
-    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    costs = [cost for cost in provenance["runs"] if (cost["method"], cost["seed"]) == (method, seed)]
+    scores["label"] = pd.Categorical(scores["label"], [column.label for column in read_suite(folder)])
+    recorded = {name: optional(name) for name in ("steps", "diagnostics", "responses")}
+    tables = {name: of_run(table) if len(table) else table for name, table in recorded.items()}
+    costs = [
+        cost for cost in _json(folder / "provenance.json")["runs"] if (cost["method"], cost["seed"]) == (method, seed)
+    ]
     return Run(
-        f"{folder}:{method}:{seed}",
-        method,
-        scores.sort_values(["iteration", "label"])[["iteration", "label", "value"]],
-        kept["steps"], _gaps(kept["diagnostics"]), _costs(costs), kept["responses"], tables["prompts"],
-        _warnings({cost["iteration"]: cost["warnings"] for cost in costs if "warnings" in cost}),
-    )  # fmt: skip
+        name=f"{folder}:{method}:{seed}",
+        method=method,
+        scores=scores.sort_values(["iteration", "label"])[["iteration", "label", "value"]],
+        steps=tables["steps"],
+        samples=_samples(tables["diagnostics"]),
+        costs=_costs(costs),
+        responses=tables["responses"],
+        prompts=optional("prompts"),
+        warnings=_warnings({cost["iteration"]: cost["warnings"] for cost in costs if "warnings" in cost}),
+    )
 
 
 def _from_folder(folder: Path) -> Run:
-    iterations = sorted(int(path.name.split("-")[1]) for path in folder.glob("iteration-*"))
+    folders = [path for path in folder.glob("iteration-*") if path.is_dir()]  # iteration-0-synthetic.parquet is none
+    iterations = {t: path for t, path in sorted((int(path.name.split("-")[1]), path) for path in folders)}
 
     def each(read: Callable[[Path], pd.DataFrame | None]) -> pd.DataFrame:
-        tables = {t: read(folder / f"iteration-{t}") for t in iterations}
-        found = [table.assign(iteration=t) for t, table in tables.items() if table is not None]
-        return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+        tables = {t: read(path) for t, path in iterations.items()}
+        recorded = [table.assign(iteration=t) for t, table in tables.items() if table is not None]
+        return pd.concat(recorded, ignore_index=True) if recorded else pd.DataFrame()
 
-    def parquet(name: str) -> Callable[[Path], pd.DataFrame | None]:
-        return lambda path: pd.read_parquet(path / name) if (path / name).is_file() else None
+    def parquet(name: str) -> pd.DataFrame:
+        return each(lambda path: pd.read_parquet(path / name) if (path / name).is_file() else None)
 
-    def scores(path: Path) -> pd.DataFrame | None:
-        record = path / "evaluation.stage.json"
-        if not record.is_file():
-            return None
-        columns = json.loads(record.read_text(encoding="utf-8"))["inputs"]["suite"]["columns"]
-        wanted = pd.DataFrame(columns)[["benchmark", "metric", "label"]]
-        return wanted.merge(pd.read_csv(path / "evaluation" / "scores.csv"), on=["benchmark", "metric"])
-
-    responses = each(parquet("synthetic.parquet"))
+    responses = parquet("synthetic.parquet")
     if len(responses):  # what iteration t trained on as y′ came from the policy of iteration t − 1
         responses = responses.assign(iteration=responses["iteration"] - 1)
-    last = each(parquet("examples.parquet"))
-    costs = []
-    for t in iterations:
-        cost = {"iteration": t}
-        for stage in ("model", "synthetic.parquet", "reference.parquet"):
-            record = folder / f"iteration-{t}" / f"{stage}.stage.json"
-            if record.is_file():
-                content = json.loads(record.read_text(encoding="utf-8"))
-                cost |= content["facts"] if stage == "model" else {f"{stage}_seconds": content["seconds"]}
-        costs.append(cost)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
     prompts = folder / "prompts.parquet"
+    guards = {t: path / "guards.json" for t, path in iterations.items()}
     return Run(
-        str(folder), settings["method"], each(scores), each(parquet("steps.parquet")),
-        _gaps(each(parquet("diagnostics.parquet"))), _costs(costs),
-        pd.concat([responses, last], ignore_index=True),
-        pd.read_parquet(prompts) if prompts.is_file() else pd.DataFrame(),
-        _warnings({t: json.loads(path.read_text(encoding="utf-8"))["warnings"]
-                   for t in iterations if (path := folder / f"iteration-{t}" / "guards.json").is_file()}),
-    )  # fmt: skip
+        name=str(folder),
+        method=_json(folder / "config.json")["settings"]["method"],
+        scores=each(_scores),
+        steps=parquet("steps.parquet"),
+        samples=_samples(parquet("diagnostics.parquet")),
+        costs=_costs([{"iteration": t, **_facts(path)} for t, path in iterations.items()]),
+        responses=pd.concat([responses, parquet("examples.parquet")], ignore_index=True),
+        prompts=pd.read_parquet(prompts) if prompts.is_file() else pd.DataFrame(),
+        warnings=_warnings({t: _json(path)["warnings"] for t, path in guards.items() if path.is_file()}),
+    )
 
 
-def _warnings(found: Mapping[int, Iterable[str]]) -> pd.DataFrame | None:
-    rows = [{"iteration": t, "name": name} for t, names in found.items() for name in names]
-    return pd.DataFrame(rows, columns=["iteration", "name"]) if found else None
+def _scores(iteration: Path) -> pd.DataFrame | None:
+    record = iteration / "evaluation.stage.json"
+    if not record.is_file():
+        return None
+    columns = pd.DataFrame(_json(record)["inputs"]["suite"]["columns"])[["benchmark", "metric", "label"]]
+    return columns.merge(pd.read_csv(iteration / "evaluation" / "scores.csv"), on=["benchmark", "metric"])
 
 
-def _gaps(table: pd.DataFrame) -> pd.DataFrame:
-    if table.empty or not {LABELLED, SYNTHETIC} <= set(table["role"]):
-        return pd.DataFrame()
-    wide = table.pivot(index=["iteration", "prompt_id"], columns="role", values=["reward_after", "after"])
-    columns = {"reward": "reward_after", "log_likelihood": "after"}
-    return pd.DataFrame({n: wide[c, LABELLED] - wide[c, SYNTHETIC] for n, c in columns.items()}).reset_index()
+def _facts(iteration: Path) -> dict[str, Any]:
+    """What an iteration's training recorded, and the seconds of the other stages."""
+    facts: dict[str, Any] = {}
+    for stage in ("model", "synthetic.parquet", "reference.parquet"):
+        record = iteration / f"{stage}.stage.json"
+        if record.is_file():
+            content = _json(record)
+            facts |= content["facts"] if stage == "model" else {f"{stage}_seconds": content["seconds"]}
+    return facts
 
 
-def _costs(costs: list[dict]) -> pd.DataFrame:
+def _samples(diagnostics: pd.DataFrame) -> pd.DataFrame:
+    return gaps(diagnostics) if len(diagnostics) else diagnostics
+
+
+def _costs(costs: list[dict[str, Any]]) -> pd.DataFrame:
     rows = [
         {
             "iteration": cost["iteration"],
@@ -165,3 +163,16 @@ def _costs(costs: list[dict]) -> pd.DataFrame:
         for cost in costs
     ]
     return pd.DataFrame(rows, columns=["iteration", "seconds", "tokens", "peak_bytes"]).sort_values("iteration")
+
+
+def _warnings(names_by_iteration: Mapping[int, Iterable[str]]) -> pd.DataFrame | None:
+    rows = [{"iteration": t, "name": name} for t, names in names_by_iteration.items() for name in names]
+    return pd.DataFrame(rows, columns=["iteration", "name"]) if names_by_iteration else None
+
+
+def _mean_by_iteration(table: pd.DataFrame, value: Callable[[pd.DataFrame], pd.Series]) -> pd.Series:
+    return value(table).groupby(table["iteration"]).mean() if len(table) else pd.Series(dtype=float)
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import reading as load
-from analysis.intervals import Estimate, corrected, estimate, p_value
+from tspin.schema import BASE
+
+from .intervals import Estimate, corrected, estimate, p_value
+from .reading import read_suite, read_table
 
 Policy = tuple[str, int | None]  # method and iteration; None for base and sft
 AVG = "Avg"
@@ -22,49 +24,50 @@ class Comparison(NamedTuple):
     difference: Estimate
     p: float
 
+    def __str__(self) -> str:
+        return f"{self.difference:+.2f} p {self.p:.2g}"
+
 
 class Scores:
-    """The problem-by-problem scores of a preset: results/<preset>/problems.parquet.
+    """The problem-by-problem scores of a preset: `problems.parquet` of its results folder.
 
     labels: the table's columns. Raises UserError when a file is missing or malformed.
     """
 
-    def __init__(self, preset: str, results: Path = Path("results")):
-        columns = load.suite(preset, results)
+    def __init__(self, folder: Path):
+        columns = read_suite(folder)
         self.labels = [column.label for column in columns]
-        table = load.parquet("problems", preset, results)
-        order = {column.benchmark: position for position, column in enumerate(columns)}
-        table = table.assign(benchmark=table["benchmark"].map(order), iteration=table["iteration"].fillna(-1))
-        problems = 1 + int(table["doc_id"].max())
-        self._values: dict[tuple[str, int, int], np.ndarray] = {}
-        for key, rows in table.groupby(["method", "seed", "iteration"]):
-            method, seed, iteration = map(str, tuple(key))  # type: ignore[arg-type]
-            array = np.full((len(order), problems), np.nan)
-            array[rows["benchmark"].to_numpy(int), rows["doc_id"].to_numpy(int)] = rows["value"].to_numpy(float)
-            if not np.isnan(array).all(-1).any():  # a run without one of the benchmarks has no average
-                self._values[str(method), int(iteration), int(seed)] = array
+        table = read_table(folder, "problems")
+        position = {column.benchmark: number for number, column in enumerate(columns)}
+        table = table.assign(benchmark=table["benchmark"].map(position), iteration=table["iteration"].fillna(-1))
+        shape = len(position), 1 + int(table["doc_id"].max())
+        self._values: dict[Policy, dict[int, np.ndarray]] = {}  # by policy and seed, both in order
+        for key, rows in table.groupby(["method", "iteration", "seed"]):
+            method, iteration, seed = map(str, tuple(key))  # type: ignore[arg-type]
+            values = np.full(shape, np.nan)
+            values[rows["benchmark"].to_numpy(int), rows["doc_id"].to_numpy(int)] = rows["value"].to_numpy(float)
+            if not np.isnan(values).all(-1).any():  # a run without one of the benchmarks has no average
+                policy = method, None if int(iteration) < 0 else int(iteration)
+                self._values.setdefault(policy, {})[int(seed)] = values
 
     def policies(self) -> list[Policy]:
         """What there is, by method and iteration."""
-        found = sorted({(method, iteration) for method, iteration, _ in self._values})
-        return [(method, None if iteration < 0 else iteration) for method, iteration in found]
+        return list(self._values)
 
     def seeds(self, policy: Policy) -> list[int]:
         """The seeds of a policy; the base is one policy, whatever the seeds."""
-        method, iteration = policy[0], -1 if policy[1] is None else policy[1]
-        seeds = sorted(seed for name, at, seed in self._values if (name, at) == (method, iteration))
-        return seeds[:1] if method == "base" else seeds
+        seeds = list(self._values.get(policy, {}))
+        return seeds[:1] if policy[0] == BASE else seeds
 
     def values(self, policy: Policy, seeds: list[int] | None = None) -> np.ndarray:
         """(seeds, benchmarks, problems) in percent; the base is repeated for every seed asked for."""
-        own = self.seeds(policy)
-        chosen = own if seeds is None else seeds
-        method, iteration = policy[0], -1 if policy[1] is None else policy[1]
-        return np.stack([self._values[method, iteration, own[0] if method == "base" else seed] for seed in chosen])
+        values, first = self._values[policy], self.seeds(policy)[0]
+        wanted = self.seeds(policy) if seeds is None else seeds
+        return np.stack([values[first if policy[0] == BASE else seed] for seed in wanted])
 
     def has(self, *policies: Policy) -> bool:
         """Whether all of them were run."""
-        return all(self.seeds(policy) for policy in policies)
+        return all(policy in self._values for policy in policies)
 
     def mean(self, policy: Policy, label: str = AVG) -> Estimate:
         """The mean of a column over seeds, with its interval."""
@@ -72,33 +75,34 @@ class Scores:
 
     def differences(self, first: Policy, second: Policy, label: str = AVG) -> np.ndarray:
         """first − second problem by problem, over the seeds that both have."""
-        seeds = [s for s in self.seeds(first) if second[0] == "base" or s in self.seeds(second)]
-        if first[0] == "base":
+        seeds = [s for s in self.seeds(first) if second[0] == BASE or s in self.seeds(second)]
+        if first[0] == BASE:
             seeds = self.seeds(second)
         return self._column(self.values(first, seeds) - self.values(second, seeds), label)
 
     def compare(self, pairs: list[tuple[Policy, Policy]], label: str = AVG) -> list[Comparison]:
         """Paired differences with p-values corrected for their number."""
-        found = [self.differences(first, second, label) for first, second in pairs]
-        p_values = corrected([p_value(one) for one in found])
-        rows = zip(pairs, found, p_values, strict=True)
-        return [Comparison(first, second, estimate(values), p) for (first, second), values, p in rows]
+        differences = [self.differences(first, second, label) for first, second in pairs]
+        p_values = corrected([p_value(values) for values in differences])
+        rows = zip(pairs, differences, p_values, strict=True)
+        return [Comparison(*pair, estimate(values), p) for pair, values, p in rows]
 
     def _column(self, values: np.ndarray, label: str) -> np.ndarray:
         return values if label == AVG else values[:, [self.labels.index(label)]]
 
 
 @lru_cache(maxsize=8)
-def scores_of(preset: str, results: Path = Path("results")) -> Scores:
+def scores_of(folder: Path) -> Scores:
     """`Scores`, read once."""
-    return Scores(preset, results)
+    return Scores(folder)
 
 
-def intervals(scores: Scores) -> pd.DataFrame:
+def means(scores: Scores) -> pd.DataFrame:
     """Every mean: method, iteration, benchmark, mean, low, high, seeds."""
-    rows = []
-    for policy in scores.policies():
-        for label in [*scores.labels, AVG]:
-            found = scores.mean(policy, label)
-            rows.append({"method": policy[0], "iteration": policy[1], "benchmark": label, **found._asdict()})
+    rows = [
+        {"method": method, "iteration": iteration, "benchmark": label}
+        | scores.mean((method, iteration), label)._asdict()
+        for method, iteration in scores.policies()
+        for label in [*scores.labels, AVG]
+    ]
     return pd.DataFrame(rows).astype({"iteration": "Int64"})

@@ -1,9 +1,11 @@
 """How a method looks, in every table and figure: its display name, colour and marker, in the order of the rows."""
 
+import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 
-class MethodStyle(NamedTuple):
+class Look(NamedTuple):
     """Display name, Okabe–Ito colour (told apart by colour-blind readers) and Matplotlib marker of a method."""
 
     label: str
@@ -12,18 +14,18 @@ class MethodStyle(NamedTuple):
 
 
 METHODS = {
-    "base": MethodStyle("base", "#000000", "D"),
-    "sft": MethodStyle("SFT", "#009E73", "^"),
-    "spin": MethodStyle("SPIN", "#D55E00", "s"),
-    "tspin": MethodStyle("T-SPIN", "#0072B2", "o"),
-    "tspin_no_history": MethodStyle("T-SPIN w/o H-A", "#56B4E9", "v"),
-    "tspin_reference": MethodStyle("T-SPIN_ref", "#CC79A7", "P"),
-    "dpo": MethodStyle("DPO", "#E69F00", "X"),
-    "simpo": MethodStyle("SimPO", "#F0E442", "<"),
-    "space": MethodStyle("SPACE", "#7F7F7F", ">"),
+    "base": Look("base", "#000000", "D"),
+    "sft": Look("SFT", "#009E73", "^"),
+    "spin": Look("SPIN", "#D55E00", "s"),
+    "tspin": Look("T-SPIN", "#0072B2", "o"),
+    "tspin_no_history": Look("T-SPIN w/o H-A", "#56B4E9", "v"),
+    "tspin_reference": Look("T-SPIN_ref", "#CC79A7", "P"),
+    "dpo": Look("DPO", "#E69F00", "X"),
+    "simpo": Look("SimPO", "#F0E442", "<"),
+    "space": Look("SPACE", "#7F7F7F", ">"),
 }
+SPARE = [("#882255", "*"), ("#44AA99", "p"), ("#999933", "h"), ("#332288", "d"), ("#AA4499", "8")]
 
-LABELLED, SYNTHETIC = "labelled", "synthetic"  # roles, as in tspin.objectives (which needs torch)
 COLUMN_WIDTH = 3.5  # inches: one column of a two-column page
 MISSING = "–"
 
@@ -48,3 +50,16 @@ RC: Any = {  # Any: Matplotlib types the keys as a Literal of every parameter th
     # Matplotlib draws SVG ids from a random salt; a fixed one keeps an unchanged figure out of the diff.
     "svg.hashsalt": "tspin",
 }
+
+
+def look(method: str) -> Look:
+    """How a method is drawn. One that METHODS lacks gets its name, and a colour and marker that follow from it."""
+    if method in METHODS:
+        return METHODS[method]
+    return Look(method, *SPARE[zlib.crc32(method.encode()) % len(SPARE)])
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """The different methods among some names: in the order of METHODS, then those that it lacks, by name."""
+    order = {method: position for position, method in enumerate(METHODS)}
+    return sorted(set(methods), key=lambda method: (order.get(method, len(order)), method))

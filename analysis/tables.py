@@ -1,98 +1,86 @@
-"""The paper's tables, from `results/<preset>/`."""
+"""The paper's tables of scores, 1, 2 and 4, from `results/<preset>/`."""
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis import reading as load
-from analysis.scores import scores_of
-from analysis.style import METHODS, MISSING
+from tspin.schema import BASE, ONCE
+
+from .reading import Column, read_paper, read_scores, read_suite
+from .scores import Policy, scores_of
+from .style import MISSING, look
+from .writing import number
 
 ITERATIONS = range(5)
-Key = tuple[str, int | None]
+NAN = float("nan")
 SUITE = ["GSM8K", "MATH", "MuSR", "MMLU", "MMLU-Pro", "GPQA", "HellaSwag", "WinoGrande", "BBH", "IFEval"]
 
 
 class Layout(NamedTuple):
-    """A table of scores: its number in the paper, the model there, the methods of its rows, the published files."""
+    """A table of scores: its number in the paper, the model there, and the methods of its rows."""
 
     number: int
     model: str
     methods: tuple[str, ...]
-    published: tuple[str, ...]
 
     @property
-    def rows(self) -> list[Key]:
+    def rows(self) -> list[Policy]:
         """(method, iteration) of every row; base and SFT have no iteration."""
-        once = [(m, None) for m in self.methods if m in ("base", "sft")]
-        return [*once, *((m, t) for m in self.methods if m not in ("base", "sft") for t in ITERATIONS)]
+        return [(m, t) for m in self.methods for t in ([None] if m in ONCE else ITERATIONS)]
 
 
 LAYOUTS = {
-    1: Layout(1, "Zephyr-7B", ("base", "sft", "spin", "tspin"), ("table1_zephyr",)),
-    2: Layout(2, "Zephyr-7B", ("tspin_no_history", "tspin"), ("table1_zephyr", "table2_without_historical_advantage")),
-    4: Layout(4, "Mistral-7B", ("base", "sft", "spin", "tspin"), ("table4_mistral",)),
+    "1": Layout(1, "Zephyr-7B", ("base", "sft", "spin", "tspin")),
+    "2": Layout(2, "Zephyr-7B", ("tspin_no_history", "tspin")),
+    "4": Layout(4, "Mistral-7B", ("base", "sft", "spin", "tspin")),
 }
-TABLE1 = LAYOUTS[1]
 
 
-def table1(preset: str, results: Path = Path("results"), layout: Layout = TABLE1) -> pd.DataFrame:
-    """A table of scores in percent, a row a method and iteration; a row is there, of NAs, if it was not run.
+def score_table(folder: Path, layout: Layout = LAYOUTS["1"]) -> pd.DataFrame:
+    """A table of scores in percent, a row per method and iteration; a row is there, of NAs, if it was not run.
 
-    Table 1 has base, SFT, SPIN and T-SPIN by iteration; other layouts have other methods.
-    After the benchmarks (named by label) come `avg`, its standard error `avg_se`, its 95 % interval
-    `avg_low` to `avg_high`, `avg_change` over the previous
-    iteration (at iteration 0: over base), and the paper's `paper_avg` and `paper_change`. A score is the mean over the
-    row's `seeds`. A seed that lacks a benchmark is left out of a row that has complete seeds; a row without any shows
-    what there is and has no `avg`. `avg_change` is NA where the two iterations rest on different seeds.
+    After method, iteration, seeds and the benchmarks (named by label) come
+
+    avg, avg_se, avg_low, avg_high: the benchmarks' mean, its standard error and its 95 % interval
+    avg_change: over the previous iteration, at iteration 0 over base; NA where the two rest on different seeds
+    paper_avg, paper_change: the same in the paper
+
+    A score is the mean over the row's `seeds`. A seed that lacks a benchmark is left out of a row that has complete
+    seeds; a row without any shows what there is and has no `avg`.
     Raises `UserError` if a file of the preset is missing or malformed.
     """
-    labels = [column.label for column in load.suite(preset, results)]
-    scores = load.tabulated(preset, results)
-    rows = {key: _row(scores, labels, key) for key in {("base", None): 0, **dict.fromkeys(layout.rows)}}
-    paper = {
-        (row["method"], None if pd.isna(row["iteration"]) else row["iteration"]): row["Avg"]
-        for name in layout.published
-        for row in load.records(load.published(name))
-    }
-    for (method, iteration), row in rows.items():
-        row["avg_change"] = row["paper_change"] = float("nan")
-        row["paper_avg"] = paper.get((method, iteration), float("nan"))
-        if iteration is None:
-            continue
-        before: Key = (method, iteration - 1) if iteration > 0 else ("base", None)
-        row["paper_change"] = row["paper_avg"] - paper[before]
-        # The base model is the same for every seed, so it may have been evaluated with one.
-        if iteration == 0 or row["seeds"] == rows[before]["seeds"]:
-            row["avg_change"] = row["avg"] - rows[before]["avg"]
-    _add_intervals(rows, preset, results)
-    order = ["method", "iteration", "seeds", *labels, "avg", "avg_se", "avg_low", "avg_high", "avg_change", "paper_avg"]
-    order.append("paper_change")
-    return pd.DataFrame([rows[key] for key in layout.rows])[order].astype({"iteration": "Int64"})
+    labels = [column.label for column in read_suite(folder)]
+    scores, paper = read_scores(folder), read_paper(layout.model)
+    with_problems = (folder / "problems.parquet").is_file()
+    iterations = [None if pd.isna(t) else t for t in paper["iteration"]]
+    printed = dict(zip(zip(paper["method"], iterations, strict=True), paper["Avg"], strict=True))
+    rows: dict[Policy, dict[str, Any]] = {}
+    for policy in dict.fromkeys([(BASE, None), *layout.rows]):
+        method, iteration = policy
+        row = _row(scores, labels, policy)
+        row["avg_low"], row["avg_high"] = row["avg"] - 1.96 * row["avg_se"], row["avg"] + 1.96 * row["avg_se"]
+        if with_problems and row["seeds"] and row["seeds"] == " ".join(map(str, scores_of(folder).seeds(policy))):
+            _, row["avg_low"], row["avg_high"], _ = scores_of(folder).mean(policy)
+        row |= {"avg_change": NAN, "paper_avg": printed.get(policy, NAN), "paper_change": NAN}
+        if iteration is not None:
+            before: Policy = (method, iteration - 1) if iteration > 0 else (BASE, None)
+            row["paper_change"] = row["paper_avg"] - printed[before]
+            # The base model is the same for every seed, so it may have been evaluated with one.
+            if iteration == 0 or row["seeds"] == rows[before]["seeds"]:
+                row["avg_change"] = row["avg"] - rows[before]["avg"]
+        rows[policy] = row
+    return pd.DataFrame([rows[policy] for policy in layout.rows]).astype({"iteration": "Int64"})
 
 
-def _add_intervals(rows: dict[Key, dict[str, Any]], preset: str, results: Path) -> None:
-    """Put `avg_low` and `avg_high` into rows: 95 % intervals from the problems' scores, or from the standard error."""
-    has_problems = (results / preset / "problems.parquet").is_file()
-    scores = scores_of(preset, results) if has_problems else None
-    for key, row in rows.items():
-        half = 1.96 * row["avg_se"]
-        row["avg_low"], row["avg_high"] = row["avg"] - half, row["avg"] + half
-        if scores is not None and row["seeds"] == " ".join(map(str, scores.seeds(key))) and row["seeds"]:
-            found = scores.mean(key)
-            row["avg_low"], row["avg_high"] = found.low, found.high
-
-
-def _row(scores: pd.DataFrame, labels: list[str], key: Key) -> dict[str, Any]:
-    method, iteration = key
+def _row(scores: pd.DataFrame, labels: list[str], policy: Policy) -> dict[str, Any]:
+    method, iteration = policy
     at = scores["iteration"].isna() if iteration is None else scores["iteration"].eq(iteration).fillna(False)
-    own = scores[(scores["method"] == method) & at.astype(bool)]
-    values = own.pivot(index="seed", columns="label", values="value").reindex(columns=labels)
-    stderrs = own.pivot(index="seed", columns="label", values="stderr").reindex(columns=labels)
+    runs = scores[(scores["method"] == method) & at.astype(bool)]
+    values = runs.pivot(index="seed", columns="label", values="value").reindex(columns=labels)
+    stderrs = runs.pivot(index="seed", columns="label", values="stderr").reindex(columns=labels)
     complete = values.dropna()
-    if method == "base":  # one model, evaluated once: its seeds are copies, with no spread to report
+    if method == BASE:  # one model, evaluated once: its seeds are copies, with no spread to report
         values, complete = values.iloc[:1], complete.iloc[:1]
     averages = complete.mean(axis=1)
     if len(complete) > 1:
@@ -101,7 +89,7 @@ def _row(scores: pd.DataFrame, labels: list[str], key: Key) -> dict[str, Any]:
         # The benchmarks are independent samples; a stderr that lm-eval does not give leaves the whole unknown.
         error = (stderrs.loc[complete.index[0]] ** 2).sum(skipna=False) ** 0.5 / len(labels)
     else:
-        error = float("nan")
+        error = NAN
     shown = values if complete.empty else complete
     return {
         "method": method,
@@ -113,18 +101,35 @@ def _row(scores: pd.DataFrame, labels: list[str], key: Key) -> dict[str, Any]:
     }
 
 
-def table1_caption(preset: str, results: Path = Path("results"), layout: Layout = TABLE1) -> str:
+def score_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """`score_table` as text: the row's name, the benchmarks, "Avg" and "Paper's Avg" with their changes."""
+    names = list(table.columns)
+    labels = names[names.index("seeds") + 1 : names.index("avg")]
+    cells = []
+    for row in table.to_dict("records"):
+        ours, paper = MISSING, number(row["paper_avg"])
+        if pd.notna(row["avg"]):
+            ours = f"{number(row['avg'])} [{number(row['avg_low'], '.1f')}, {number(row['avg_high'], '.1f')}]"
+        if pd.notna(row["iteration"]):
+            paper += f" ({number(row['paper_change'], '+.2f')})"
+            if pd.notna(row["avg"]):
+                ours += f" ({number(row['avg_change'], '+.2f')})"
+        scores = {label: number(row[label]) for label in labels}
+        cells.append({"Method": _name(row), **scores, "Avg": ours, "Paper's Avg": paper})
+    return pd.DataFrame(cells)
+
+
+def score_caption(table: pd.DataFrame, folder: Path, layout: Layout = LAYOUTS["1"]) -> str:
     """What a reader must know to read the table: preset, seeds, problems, metrics, the error, the paper's column."""
-    columns = load.suite(preset, results)
-    table, scores = table1(preset, results, layout), load.tabulated(preset, results)
-    ran = [row for row in load.records(table) if row["seeds"]]
+    columns = read_suite(folder)
+    ran = [row for row in table.to_dict("records") if row["seeds"]]
     every = " ".join(str(seed) for seed in sorted({int(seed) for row in ran for seed in row["seeds"].split()}))
-    sentences = [f"Table {layout.number} ({preset}): scores in percent, {_seeds(every)}."]
-    if other := [f"{_name(row)} ({_seeds(row['seeds'])})" for row in ran if row["seeds"] != every]:
-        sentences.append(f"Rows with fewer seeds: {', '.join(other)}.")
-    sentences.append(_problems(columns, scores))
+    sentences = [f"Table {layout.number} ({folder.name}): scores in percent, {_seeds(every)}."]
+    if others := [f"{_name(row)} ({_seeds(row['seeds'])})" for row in ran if row["seeds"] != every]:
+        sentences.append(f"Rows with fewer seeds: {', '.join(others)}.")
+    sentences.append(_problems(columns, read_scores(folder)))
     counts = {len(row["seeds"].split()) for row in ran if pd.notna(row["avg"])}
-    if (results / preset / "problems.parquet").is_file():
+    if (folder / "problems.parquet").is_file():
         errors = ["by bootstrap over seeds and, within a seed, problems"] if max(counts, default=0) > 1 else []
         if 1 in counts:
             errors.append(("in rows with one seed " if errors else "") + "over problems alone")
@@ -147,7 +152,7 @@ def _seeds(seeds: str) -> str:
     return f"seed{'s' if ' ' in seeds else ''} {seeds.replace(' ', ', ')}"
 
 
-def _problems(columns: list[load.Column], scores: pd.DataFrame) -> str:
+def _problems(columns: list[Column], scores: pd.DataFrame) -> str:
     counts = {}
     for column in columns:
         n = scores.loc[scores["label"] == column.label, "n"].dropna()
@@ -163,70 +168,6 @@ def _problems(columns: list[load.Column], scores: pd.DataFrame) -> str:
     return f"Problems per benchmark: {each}; {metric}." if metric else f"Problems (metric) per benchmark: {each}."
 
 
-def _name(row: dict[str, Any]) -> str:
-    label = METHODS[row["method"]].label
+def _name(row: dict[Any, Any]) -> str:
+    label = look(row["method"]).label
     return label if pd.isna(row["iteration"]) else f"{label} {row['iteration']}"
-
-
-def number(value: float, form: str = ".2f") -> str:
-    """`value` as text, or the sign for missing."""
-    # Adding 0.0 turns the -0.0 of a rounded small loss into 0.0, which prints as +0.00.
-    return MISSING if pd.isna(value) else format(round(value, 2) + 0.0, form)
-
-
-def table1_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """`table1` as text, two decimals: the row's name, the benchmarks, "Avg" and "Paper's Avg" with their changes."""
-    names = list(table.columns)
-    labels = names[names.index("seeds") + 1 : names.index("avg")]
-    cells = []
-    for row in load.records(table):
-        ours, paper = MISSING, number(row["paper_avg"])
-        if pd.notna(row["avg"]):
-            ours = f"{number(row['avg'])} [{number(row['avg_low'], '.1f')}, {number(row['avg_high'], '.1f')}]"
-        if pd.notna(row["iteration"]):
-            paper += f" ({number(row['paper_change'], '+.2f')})"
-            if pd.notna(row["avg"]):
-                ours += f" ({number(row['avg_change'], '+.2f')})"
-        named = {label: number(row[label]) for label in labels}
-        cells.append({"Method": _name(row), **named, "Avg": ours, "Paper's Avg": paper})
-    return pd.DataFrame(cells)
-
-
-def write_table1(preset: str, results: Path = Path("results"), layout: Layout = TABLE1) -> list[Path]:
-    """Write `results/<preset>/table<number>.csv` (four decimals, missing cells empty), `.md` and `.tex`.
-
-    Returns their paths. Raises `UserError` as `table1` does.
-    """
-    table = table1(preset, results, layout)
-    cells, caption = table1_cells(table), table1_caption(preset, results, layout)
-    csv = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
-    stem = results / preset / f"table{layout.number}"
-    return [
-        load.write_atomically(stem.with_suffix(".csv"), csv.encode()),
-        load.write_atomically(stem.with_suffix(".md"), f"{grid(cells)}\n\n{caption}\n".encode()),
-        load.write_atomically(stem.with_suffix(".tex"), latex(cells, caption).encode()),
-    ]
-
-
-def grid(cells: pd.DataFrame) -> str:
-    """A table of texts as Markdown, all columns but the first aligned to the right; labels may hold any character."""
-    rows = [[_markdown(str(cell)) for cell in row] for row in (cells.columns, *cells.to_numpy())]
-    lines = [rows[0], ["---"] + ["---:"] * (len(cells.columns) - 1), *rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def latex(cells: pd.DataFrame, caption: str) -> str:
-    """A table of texts as a LaTeX table (needs booktabs)."""
-    escaped = cells.rename(columns=_tex).map(_tex)
-    align = "l" + "r" * (len(cells.columns) - 1)
-    body = escaped.style.hide(axis="index").to_latex(hrules=True, column_format=align)
-    return f"\\begin{{table}}\n\\centering\n{body}\\caption{{{_tex(caption)}}}\n\\end{{table}}\n"
-
-
-def _markdown(text: str) -> str:
-    return re.sub("<(?=[A-Za-z/!])", "&lt;", " ".join(text.replace("|", r"\|").split()))
-
-
-def _tex(text: str) -> str:
-    special = {sign: "\\" + sign for sign in "&%$#_{}"} | {"\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$"}
-    return "".join({**special, MISSING: "--"}.get(sign, sign) for sign in text)

@@ -1,6 +1,7 @@
 """The analysis half: published numbers, Table 1 against sums by hand, its files, and its errors in one line."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +11,23 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from analysis import commands, figures, tables
-from analysis import reading as load
 from tspin.errors import UserError
+from tspin.schema import ONCE
+from tspin_analysis import commands, curves, style, tables, writing
+from tspin_analysis.reading import read_paper, read_suite
 
 LABELS = ["Chain sum", "Syllogism"]
 HEADER = "preset,method,seed,iteration,benchmark,metric,value,stderr,n"
 
 
 def write_results(root: Path, rows: list[str], labels: list[str] = LABELS) -> Path:
+    """A folder of results, `<root>/pocket`."""
     folder = root / "pocket"
     folder.mkdir(parents=True, exist_ok=True)
     columns = [{"benchmark": f"b{i}", "label": label, "group": "g", "metric": "em"} for i, label in enumerate(labels)]
     (folder / "suite.json").write_text(json.dumps({"name": "pocket", "columns": columns}))
     (folder / "evaluations.csv").write_text("\n".join([HEADER, *rows]) + "\n")
-    return root
+    return folder
 
 
 def scores(method: str, seed: int, iteration: int | str, *values: float, stderr: float = 1.0) -> list[str]:
@@ -55,19 +58,19 @@ def results(tmp_path: Path) -> Path:
     )
 
 
-@pytest.mark.parametrize("name", ["table1_zephyr", "table2_without_historical_advantage", "table4_mistral"])
-def test_published_average_is_the_mean_of_its_columns_but_for_one_slip(name: str) -> None:
-    paper = load.published(name)
+@pytest.mark.parametrize("model", ["Zephyr-7B", "Mistral-7B"])
+def test_published_average_is_the_mean_of_its_columns_but_for_one_slip(model: str) -> None:
+    paper = read_paper(model)
     means = paper.iloc[:, 2:-1].mean(axis=1)
     assert paper.shape[1] == 2 + 10 + 1
     off = paper[(means - paper["Avg"]).abs() > 0.005 + 1e-9]
     slips = {(r.method, r.iteration): (r.Avg, round(means[r.Index], 2)) for r in off.itertuples()}
     slip = {("tspin_no_history", 3): (41.64, 41.69)}
-    assert slips == (slip if name == "table2_without_historical_advantage" else {})
+    assert slips == (slip if model == "Zephyr-7B" else {})
 
 
 def test_rows_averages_changes_and_errors(results: Path) -> None:
-    table = tables.table1("pocket", results)
+    table = tables.score_table(results)
     names = [(m, None if pd.isna(t) else t) for m, t in zip(table["method"], table["iteration"], strict=True)]
     assert names == [("base", None), ("sft", None), *(("spin", t) for t in range(5)), *(("tspin", t) for t in range(5))]
 
@@ -87,13 +90,13 @@ def test_rows_averages_changes_and_errors(results: Path) -> None:
 
 
 def test_what_was_not_run_is_missing(results: Path) -> None:
-    table = tables.table1("pocket", results)
+    table = tables.score_table(results)
     assert row(table, "spin", 4)[[*LABELS, "avg", "avg_se", "avg_change"]].isna().all()
     # Iteration 0 rests on seed 0, iteration 1 on two seeds: a difference would compare other runs.
     assert pd.isna(row(table, "spin", 1)["avg_change"])
     assert pd.isna(row(table, "tspin", 2)["avg_change"])
 
-    cells = tables.table1_cells(table).set_index("Method")
+    cells = tables.score_cells(table).set_index("Method")
     assert cells.loc["SPIN 4", LABELS].tolist() == ["–", "–"]
     assert cells.loc["SPIN 4", "Avg"] == "–"
     assert cells.loc["SPIN 1", "Avg"] == "20.00 [20.0, 20.0] (–)"
@@ -104,25 +107,25 @@ def test_what_was_not_run_is_missing(results: Path) -> None:
 
 def test_a_seed_without_a_benchmark(tmp_path: Path) -> None:
     half = scores("tspin", 1, 0, 90)
-    table = tables.table1("pocket", write_results(tmp_path, scores("tspin", 0, 0, 20, 30, stderr=2) + half))
+    table = tables.score_table(write_results(tmp_path, scores("tspin", 0, 0, 20, 30, stderr=2) + half))
     both = row(table, "tspin", 0)
     assert (both["Chain sum"], both["avg"], both["seeds"]) == (20, 25, "0")
     assert both["avg_se"] == pytest.approx(8**0.5 / 2)
     assert pd.isna(both["avg_change"])
 
-    only = row(tables.table1("pocket", write_results(tmp_path, half)), "tspin", 0)
+    only = row(tables.score_table(write_results(tmp_path, half)), "tspin", 0)
     assert only["Chain sum"] == 90
     assert only[["Syllogism", "avg", "avg_se"]].isna().all()
 
 
 def test_an_unknown_stderr_leaves_the_error_unknown(tmp_path: Path) -> None:
     rows = scores("base", 0, "", 10, 20)[:1] + ["pocket,base,0,,b1,em,20,,200"]
-    table = tables.table1("pocket", write_results(tmp_path, rows))
-    assert tables.table1_cells(table)["Avg"][0] == "15.00 [–, –]"
+    table = tables.score_table(write_results(tmp_path, rows))
+    assert tables.score_cells(table)["Avg"][0] == "15.00 [–, –]"
 
 
 def test_caption(results: Path) -> None:
-    caption = tables.table1_caption("pocket", results)
+    caption = tables.score_caption(tables.score_table(results), results)
     for part in (
         "Table 1 (pocket): scores in percent, seeds 0, 1.",
         "Rows with fewer seeds: base (seed 0), SFT (seed 0), SPIN 0 (seed 0).",
@@ -132,36 +135,38 @@ def test_caption(results: Path) -> None:
         "–: not there yet.",
     ):
         assert part in caption
-    single = write_results(results, scores("base", 3, "", 1, 2))
-    assert "seed 3." in (caption := tables.table1_caption("pocket", single))
+    single = write_results(results.parent, scores("base", 3, "", 1, 2))
+    assert "seed 3." in tables.score_caption(tables.score_table(single), single)
 
 
 def test_files(results: Path) -> None:
-    csv, markdown, latex = tables.write_table1("pocket", results)
+    table = tables.score_table(results)
+    csv, markdown, latex = writing.write_table(results / "table1", table, tables.score_cells(table), "Table 1")
     again = pd.read_csv(csv, dtype={"iteration": "Int64"}, keep_default_na=False, na_values={"avg": [""]})
     assert again["avg"].tolist()[:3] == [15, 35, 25]
     assert again["avg"].isna().sum() == 6
     lines = markdown.read_text().splitlines()
-    assert lines[0] == "| Method | Chain sum | Syllogism | Avg | Paper's Avg |"
-    assert len(lines) == 2 + 12 + 2
-    assert lines[-1].startswith("Table 1 (pocket)")
+    assert re.split(r" *\| *", lines[0])[1:-1] == ["Method", "Chain sum", "Syllogism", "Avg", "Paper's Avg"]
+    assert len(lines) == 2 + 12 + 2 and len({len(line) for line in lines[:14]}) == 1
+    assert lines[-1] == "Table 1"
 
-    png, svg = figures.average_by_iteration("pocket", results)
+    stem = results / "average_by_iteration"
+    png, svg = writing.write_figure(curves.average_by_iteration(table, "pocket"), stem)
     assert png.read_bytes().startswith(b"\x89PNG")
     before = svg.read_bytes()
-    figures.average_by_iteration("pocket", results)
+    writing.write_figure(curves.average_by_iteration(table, "pocket"), stem)
     assert svg.read_bytes() == before and b"<dc:date>" not in before
     assert latex.read_text().count(r"\\") == 13 and r"\begin{tabular}{lrrrr}" in latex.read_text()
     written = {csv.name, latex.name, markdown.name, png.name, svg.name}
-    assert {path.name for path in csv.parent.iterdir()} == written | {"evaluations.csv", "suite.json"}
+    assert {path.name for path in results.iterdir()} == written | {"evaluations.csv", "suite.json"}
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = load.write_atomically(tmp_path / "table.md", b"old")
+    path = writing.write_csv(tmp_path / "table.csv", pd.DataFrame({"x": [1]}))
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        load.write_atomically(path, b"new")
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+        writing.write_csv(path, pd.DataFrame({"x": [2]}))
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["x\n1\n"]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +183,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_a_bad_evaluations_file_is_named_in_one_line(tmp_path: Path, rows: list[str], problem: str) -> None:
     with pytest.raises(UserError) as caught:
-        tables.table1("pocket", write_results(tmp_path, rows))
+        tables.score_table(write_results(tmp_path, rows))
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/pocket/evaluations.csv: {problem}")
     assert message.endswith("make it with: make reproduce-table1 PRESET=pocket")
@@ -186,10 +191,9 @@ def test_a_bad_evaluations_file_is_named_in_one_line(tmp_path: Path, rows: list[
 
 
 def test_missing_files_and_columns_are_named(results: Path) -> None:
-    folder = results / "pocket"
-    (folder / "evaluations.csv").write_text("method,seed\nbase,0\n")
+    (results / "evaluations.csv").write_text("method,seed\nbase,0\n")
     with pytest.raises(UserError, match=r"evaluations\.csv: lacks the columns preset, iteration, benchmark"):
-        tables.table1("pocket", results)
+        tables.score_table(results)
     for content, problem in {
         "{": "is not a suite",
         "[]": "is not a suite",
@@ -197,11 +201,11 @@ def test_missing_files_and_columns_are_named(results: Path) -> None:
         '{"columns": []}': "has no columns",
         '{"columns": [{"benchmark": "b0"}]}': "lacks 'label'",
     }.items():
-        (folder / "suite.json").write_text(content)
+        (results / "suite.json").write_text(content)
         with pytest.raises(UserError, match=rf"suite\.json: {problem}; make it with"):
-            load.suite("pocket", results)
+            read_suite(results)
     with pytest.raises(UserError, match=r"absent/suite\.json: no such file; .* PRESET=absent$"):
-        tables.table1("absent", results)
+        tables.score_table(results.parent / "absent")
 
 
 PAPER_LABELS = ["GSM8K", "MATH", "MuSR", "MMLU", "MMLU-Pro", "GPQA", "HellaSwag", "WinoGrande", "BBH", "IFEval"]
@@ -215,9 +219,9 @@ def test_the_terminal_table_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int, labels: list[str]
 ) -> None:
     rows = [line for t in range(5) for m in ("spin", "tspin") for line in scores(m, 0, t, *[100 - 9.99 * t] * 10)]
-    results = write_results(tmp_path, scores("base", 0, "", *[12.34] * 10) + rows, labels)
+    write_results(tmp_path, scores("base", 0, "", *[12.34] * 10) + rows, labels)
     monkeypatch.setenv("COLUMNS", str(width))
-    commands.table("1", "pocket", results)
+    commands.table("1", "pocket", tmp_path)
     lines = capsys.readouterr().out.splitlines()
     shown = next(line for line in lines if line.startswith("T-SPIN 1"))
     assert shown.count("90.01") == (11 if width == 130 else 1)
@@ -240,7 +244,7 @@ def test_long_labels_are_cut_between_words() -> None:
 
 def test_an_unknown_table_lists_those_that_exist(results: Path) -> None:
     with pytest.raises(UserError, match="there is no table 3; there are: 1, 2, 4, 5"):
-        commands.table("3", "pocket", results)
+        commands.table("3", "pocket", results.parent)
 
 
 def test_help_carries_an_example() -> None:
@@ -251,14 +255,33 @@ def test_help_carries_an_example() -> None:
 
 
 def test_analysis_imports_no_torch_and_the_command_nothing_heavy() -> None:
-    code = "import sys, analysis.commands; assert not {'torch', 'pandas', 'matplotlib'} & set(sys.modules); "
-    code += "import analysis.figures, analysis.tables; assert 'torch' not in sys.modules"
+    code = "import sys, tspin_analysis.commands; assert not {'torch', 'pandas', 'matplotlib'} & set(sys.modules); "
+    code += "from tspin_analysis import claims, compare, curves, studies; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_labels_of_any_characters_keep_the_tables_whole():
     label = "A|B $x_1$ \\input{f} <script>\n5 < 6"
     cells = pd.DataFrame({"Method": [label], "GSM8K": ["1.0 ± 0.2"]})
-    (row,) = tables.grid(cells).splitlines()[2:]
-    assert row == r"| A\|B $x_1$ \input{f} &lt;script> 5 < 6 | 1.0 ± 0.2 |"
-    assert r"A|B \$x\_1\$ \textbackslash{}input\{f\}" in tables.latex(cells, "")
+    (row,) = writing.markdown(cells).splitlines()[2:]
+    assert row == r"| A\|B $x_1$ \input{f} &lt;script><br>5 < 6 | 1.0 ± 0.2 |"
+    assert r"A|B \$x\_1\$ \textbackslash{}input\{f\}" in writing.latex(cells, "")
+
+
+def test_every_method_has_a_look_and_one_without_gets_one_from_its_name() -> None:
+    from tspin.objectives import METHODS
+
+    assert {*METHODS, "base"} == set(style.METHODS)
+    assert {name for name, method in METHODS.items() if not method.self_play} == set(ONCE) - {"base"}
+    assert style.in_order(["zpo", "tspin", "base", "apo", "tspin"]) == ["base", "tspin", "apo", "zpo"]
+    new = style.look("zpo")
+    assert new.label == "zpo" and new == style.look("zpo")
+    assert not {(new.colour, new.marker)} & {(look.colour, look.marker) for look in style.METHODS.values()}
+
+
+@pytest.mark.parametrize(("value", "form", "text"), [
+    (1.005, ".1f", "1.0"), (-0.001, ".2f", "0.00"), (-0.001, "+.2f", "+0.00"), (-0.0001, ".1%", "0.0%"),
+    (-0.01, "+.2f", "-0.01"), (-1200.4, ",.0f", "-1,200"), (None, ".2f", "–"), (float("nan"), "+.2f", "–"),
+])  # fmt: skip
+def test_numbers_as_text(value: float | None, form: str, text: str) -> None:
+    assert writing.number(value, form) == text

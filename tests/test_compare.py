@@ -11,9 +11,9 @@ import pytest
 from test_selfplay import play
 from typer.testing import CliRunner
 
-from analysis import compare
-from analysis.runs import Run, load_run
 from tspin.cli import app
+from tspin_analysis import compare
+from tspin_analysis.runs import Run, load_run
 
 HOSTILE = '<script>document.title="broken"</script><img src=x onerror="document.title=1">'
 
@@ -59,8 +59,9 @@ def test_page_in_a_browser(tmp_path):
     first = run(HOSTILE, [40, 42, 41])  # a folder's name, and all that comes from files
     first.scores["label"] = HOSTILE + first.scores["label"]
     warned = pd.DataFrame([(1, HOSTILE)], columns=["iteration", "name"])
-    page = compare.write_page(replace(first, warnings=warned), run("t$pin", [41, 42, 43]), tmp_path / "page.html")
-    text = page.read_text()
+    text = compare.page(replace(first, warnings=warned), run("t$pin", [41, 42, 43]))
+    page = tmp_path / "page.html"
+    page.write_text(text)
     assert not re.search(r'(src|href)="(?!data:)', text.replace("&#34;", ""))  # nothing from elsewhere
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     shown = subprocess.run(
@@ -83,6 +84,7 @@ def test_runs_from_folders_and_from_results(tmp_path, model_folder, rows):
     loaded = load_run(paths[1])
     assert loaded.method == "tspin" and len(loaded.prompts) == len(rows)
     assert set(loaded.samples["iteration"]) == {0, 1} and (loaded.costs["seconds"] > 0).all()
+    assert loaded.costs["iteration"].tolist() == [0, 1]
     assert set(loaded.responses["iteration"]) == {0}  # the second y′, drawn from the policy that iteration 0 ended with
     result = CliRunner().invoke(app, ["compare", *paths, "--out", str(tmp_path / "page.html")])
     assert result.exit_code == 0, result.output

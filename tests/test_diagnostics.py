@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 
 from tspin.cli import app
 from tspin.data.tables import Response
-from tspin.diagnostics import SCHEMA, gaps, sample_table, summary
-from tspin.objectives import METHODS, ROLES
+from tspin.diagnostics import sample_table, summary
+from tspin.objectives import METHODS
+from tspin.schema import DIAGNOSTICS, ROLES, gaps
 from tspin.triplets import Triplet
 
 
@@ -22,13 +23,13 @@ def test_table_by_hand():
     after = {"labelled": [-3.0, -5.0], "synthetic": [-5.5, -4.5], "proto": [-5.2, -3.1]}
     triplets = [triplet(7, 4), triplet(9, 5)]
     table = sample_table(METHODS["spin"], {"lam": 0.5}, triplets, before, after, before)
-    assert list(table) == SCHEMA.names and len(table) == 6
+    assert list(table) == DIAGNOSTICS.names and len(table) == 6
     y = table[table["role"] == "labelled"].set_index("prompt_id")
     assert y.loc[7, ["tokens", "reference", "before", "after"]].tolist() == [4, -4.0, -4.0, -3.0]
     assert y["reward_before"].tolist() == [0, 0] and y["reward_after"].tolist() == [0.5, 0.5]
     assert y["finished"].tolist() == [True, False]
     # Prompt 9: y gains on its reference while y′ loses, and yet y′ stays the likelier.
-    assert gaps(table).loc[9].tolist() == pytest.approx([1.25, -0.5])
+    assert gaps(table).set_index("prompt_id").loc[9].tolist() == pytest.approx([1.25, -0.5])
     facts = summary(table)
     assert facts["misaligned_share"] == 0.5 and facts["log_likelihood_after/labelled"] == -4.0
 

@@ -20,9 +20,9 @@ from tspin.data.encoding import encode_dataset
 from tspin.engines.here import Training, score, train
 from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.hub import offline as hub
-from tspin.objectives import PROTO, SYNTHETIC
 from tspin.planning.architectures import find_config, shape_of
 from tspin.planning.plan import Data, Hardware, plan
+from tspin.schema import PROTO, SYNTHETIC
 from tspin.triplets import make_triplets, with_reference
 
 PRESETS = ["zephyr-7b", "mistral-7b"]

@@ -5,19 +5,8 @@ import math
 import pytest
 import torch
 
-from tspin.objectives import (
-    LABELLED,
-    METHODS,
-    PROTO,
-    ROLES,
-    SYNTHETIC,
-    SequenceLogps,
-    sft_loss,
-    simpo_loss,
-    space_loss,
-    spin_loss,
-    tspin_loss,
-)
+from tspin.objectives import METHODS, SequenceLogps, sft_loss, simpo_loss, space_loss, spin_loss, tspin_loss
+from tspin.schema import LABELLED, PROTO, ROLES, SYNTHETIC
 
 
 def tensor(*values: float) -> torch.Tensor:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from tspin_analysis.readme import FILES, filled
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.intervals import corrected, estimate, of_seeds, p_value
+from tspin_analysis.intervals import corrected, estimate, of_seeds, p_value
 
 
 def scores(seeds: int, mean: float, between: float, problems: int = 50, seed: int = 0) -> np.ndarray:
@@ -23,9 +23,9 @@ def test_interval_covers_the_truth_and_widens_with_the_spread_between_seeds():
 def test_missing_problems_and_single_seeds():
     values = scores(5, 40, 0)
     values[:, 1, 20:] = np.nan
-    found = estimate(values)
-    by_hand = np.mean([(one[0].mean() + one[1, :20].mean()) / 2 for one in values])
-    assert found.mean == pytest.approx(by_hand) and found.low < by_hand < found.high
+    result = estimate(values)
+    by_hand = np.mean([(seed[0].mean() + seed[1, :20].mean()) / 2 for seed in values])
+    assert result.mean == pytest.approx(by_hand) and result.low < by_hand < result.high
     single = estimate(scores(1, 40, 0))
     assert single.high - single.low == pytest.approx(2 * 1.96 * 10 / 10, rel=0.2)
 
@@ -33,7 +33,7 @@ def test_missing_problems_and_single_seeds():
 def test_many_seeds_have_the_interval_that_drawing_problems_gives(monkeypatch):
     values = scores(40, 40, 3)
     quick = estimate(values)
-    monkeypatch.setattr("analysis.intervals.MANY", 100)
+    monkeypatch.setattr("tspin_analysis.intervals.MANY", 100)
     slow = estimate(values)
     assert quick.mean == slow.mean
     assert (quick.low, quick.high) == pytest.approx((slow.low, slow.high), abs=0.1)
@@ -49,7 +49,7 @@ def test_p_values():
     assert corrected([]) == []
 
 
-def test_numbers_a_seed():
-    found = of_seeds([1.0, 2.0, 3.0])
-    assert (found.mean, found.low) == (2.0, pytest.approx(2 - 4.3027 / 3**0.5, rel=1e-4))
-    assert of_seeds([1.0]).high == float("inf")
+def test_a_number_per_seed():
+    three = of_seeds([1.0, 2.0, 3.0])
+    assert (three.mean, three.low) == (2.0, pytest.approx(2 - 4.3027 / 3**0.5, rel=1e-4))
+    assert of_seeds([1.0]).high == float("inf") and of_seeds([1.0, 1.0])[:3] == (1.0, 1.0, 1.0)

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from analysis import studies
 from tspin.cli import app
+from tspin_analysis import studies
 
 SETTINGS = {
     "base": ("path", ["runs/pocket-bases/weak", "pocket", "runs/pocket-bases/strong"], ("base", "spin", "tspin")),
@@ -51,8 +51,8 @@ def _keys(name: str) -> list[str]:
 
 def test_seeds_and_problems_both_count():
     """Two seeds of 30 and 32, each ± 1 over the same problems: variance 1 + 2 / 2."""
-    found = studies.averaged(table("ten").query("iteration == 0 and method == 'spin'"), ["method"])
-    assert found["avg"].item() == 31 and found["half"].item() == pytest.approx(1.96 * 2**0.5)
+    mean = studies.averaged(table("ten").query("iteration == 0 and method == 'spin'"), ["method"])
+    assert mean["avg"].item() == 31 and mean["half"].item() == pytest.approx(1.96 * 2**0.5)
 
 
 def test_a_study_that_was_not_run_says_how(tmp_path):

@@ -1,16 +1,6 @@
 """What an iteration did: rewards and log-likelihoods of every response, and signs of degeneration.
 
-Diagnostics have one row per prompt and role (Parquet, schema SCHEMA):
-
-prompt_id     int32   the prompt's row in the data set
-role          string  labelled (y), synthetic (y′) or proto (y0)
-tokens        int16   the response's tokens, the end token included
-finished      bool    whether it has an end token, and was not cut
-reference     float32 log π of the response under the method's reference policy; empty where it has none
-before        float32 log π_θt, the policy that the iteration started from, in nats, summed over the response
-after         float32 log π_θt+1, the policy that it ended with
-reward_before float32 r by the method's own definition (tspin.objectives) under π_θt; empty for SFT
-reward_after  float32 the same under π_θt+1
+Diagnostics have one row per prompt and role (Parquet, tspin.schema.DIAGNOSTICS).
 
 Degeneration is what responses and log-likelihoods look like when self-play goes wrong. Reference-free training has no
 anchor: nothing but the data keeps log π(y′) from going to −∞. `degeneration` measures it, of the y′ that the iteration
@@ -36,18 +26,10 @@ import pyarrow as pa
 import torch
 
 from tspin.data.tables import Response
-from tspin.objectives import LABELLED, SYNTHETIC, Coefficients, Method, SequenceLogps
+from tspin.objectives import Coefficients, Method, SequenceLogps
+from tspin.schema import DIAGNOSTICS, LABELLED, SYNTHETIC, gaps, misaligned
 from tspin.triplets import Triplet
 
-SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.int32()),
-        ("role", pa.string()),
-        ("tokens", pa.int16()),
-        ("finished", pa.bool_()),
-        *((name, pa.float32()) for name in ("reference", "before", "after", "reward_before", "reward_after")),
-    ]
-)
 MANY = 10_000
 # Where a measure is told. Each is a change that no healthy run of the committed evidence shows, or that leaves less
 # than half of what training needs; they are for looking, not for stopping.
@@ -71,7 +53,7 @@ def sample_table(
     after: Logps,
     reference: Logps | None,
 ) -> pd.DataFrame:
-    """The table of SCHEMA.
+    """The table of DIAGNOSTICS.
 
     before, after, reference: log π of the triplets' responses under each policy, in their order; reference is None for
     methods without one.
@@ -100,7 +82,7 @@ def sample_table(
         }
         for role in before
     ]
-    table: pd.DataFrame = pa.concat_tables([pa.table(part, schema=SCHEMA) for part in parts]).to_pandas()
+    table: pd.DataFrame = pa.concat_tables([pa.table(part, schema=DIAGNOSTICS) for part in parts]).to_pandas()
     return table
 
 
@@ -116,17 +98,8 @@ def summary(table: pd.DataFrame) -> dict[str, float]:
         facts[f"log_likelihood_after/{role}"] = float(row["after"])
         facts[f"reward_after/{role}"] = float(row["reward_after"])
     if {LABELLED, SYNTHETIC} <= set(means.index):
-        gap = gaps(table)
-        facts["misaligned_share"] = float(((gap["reward"] > 0) & (gap["log_likelihood"] < 0)).mean())
+        facts["misaligned_share"] = float(misaligned(gaps(table)).mean())
     return {name: value for name, value in facts.items() if value == value}
-
-
-def gaps(table: pd.DataFrame, when: str = "after") -> pd.DataFrame:
-    """Reward and log-likelihood of y minus those of y′, a row per prompt: columns reward, log_likelihood."""
-    by_role = {role: rows.set_index("prompt_id") for role, rows in table.groupby("role")}
-    labelled, synthetic = by_role[LABELLED], by_role[SYNTHETIC]
-    columns = {"reward": f"reward_{when}", "log_likelihood": when}
-    return pd.DataFrame({name: labelled[column] - synthetic[column] for name, column in columns.items()})
 
 
 def degeneration(

@@ -26,9 +26,10 @@ from tspin.engines.engine import Engine
 from tspin.engines.here import Training
 from tspin.engines.launch import trains_in_bfloat16
 from tspin.models import Policy
-from tspin.objectives import METHODS, PROTO, SYNTHETIC, Coefficients, Method
+from tspin.objectives import METHODS, Coefficients, Method
 from tspin.runs.files import sha256, write_json
 from tspin.runs.unfinished import Unfinished
+from tspin.schema import PROTO, SYNTHETIC
 from tspin.triplets import Triplet, make_triplets, with_reference
 
 

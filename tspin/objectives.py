@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tspin.errors import UserError, unknown
+from tspin.schema import LABELLED, PROTO, ROLES, SYNTHETIC
 
-LABELLED, SYNTHETIC, PROTO = "labelled", "synthetic", "proto"
-PAIR, ROLES = (LABELLED, SYNTHETIC), (LABELLED, SYNTHETIC, PROTO)
+PAIR = (LABELLED, SYNTHETIC)
 
 # ℓ: monotone decreasing and convex. Logistic is the paper's default.
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {

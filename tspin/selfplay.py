@@ -26,13 +26,13 @@ from tspin.engines.engine import Engine
 from tspin.errors import UserError
 from tspin.iteration import Iteration, Run, diagnose, measure, sample, score_reference, train
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
-from tspin.objectives import PROTO, SYNTHETIC
 from tspin.runs.claims import claim_folder
 from tspin.runs.files import atomic_path, folder_fingerprint, sha256, write_json
 from tspin.runs.locks import owned
 from tspin.runs.seeds import stage_seed
 from tspin.runs.stages import DamagedStage, Stage, check_stage, note_damage, run_stage
 from tspin.runs.unfinished import Unfinished
+from tspin.schema import PROTO, SYNTHETIC
 
 PROMPT_SCHEMA = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), ("labelled", pa.string())])
 

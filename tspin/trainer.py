@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from tspin.devices import out_of_memory
 from tspin.errors import UserError
-from tspin.objectives import LABELLED, PROTO, SYNTHETIC, Coefficients, Method, SequenceLogps
+from tspin.objectives import Coefficients, Method, SequenceLogps
+from tspin.schema import LABELLED, PROTO, SYNTHETIC
 from tspin.triplet_logps import logps_of
 from tspin.triplets import IDLE, Triplet, TripletCollator
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tspin.data.tables import Example, Response, View
 from tspin.logprobs import Layout, choose_layout, uses_flex_attention
-from tspin.objectives import LABELLED
 from tspin.packing import (
     FLEX_BLOCK,
     ROW_TOKENS,
@@ -23,6 +22,7 @@ from tspin.packing import (
     plan_padded,
     plan_shared,
 )
+from tspin.schema import LABELLED
 
 IDLE = {"share": 0.0, "tokens": 0}  # a micro-batch that counts for nothing
 

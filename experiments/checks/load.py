@@ -73,7 +73,7 @@ def sample_and_train(folder: Path, rows: int) -> None:
     from tspin.data.tables import View, read_responses, response_statistics, write_responses
     from tspin.engines.here import Training, train
     from tspin.models import load_model
-    from tspin.objectives import PROTO, SYNTHETIC
+    from tspin.schema import PROTO, SYNTHETIC
     from tspin.triplets import make_triplets
 
     trainer = _trainer(folder, rows)

@@ -17,9 +17,9 @@ from typing import Any
 import pandas as pd
 
 from tspin.experiment.grid import Cell, Choice, Study, Sweep
-from tspin.experiment.results import BASE, read_results
+from tspin.experiment.results import read_results
 from tspin.runs.files import fingerprint, read_json, write_json, write_text
-from tspin.schema import RUN, STUDY_MEASURES
+from tspin.schema import BASE, RUN, STUDY_MEASURES
 
 
 def gather(sweep: Sweep, finished: Sequence[Cell]) -> str:

@@ -21,12 +21,11 @@ from submitit.helpers import Checkpointable
 from tspin.config import load_config
 from tspin.errors import UserError, unknown
 from tspin.evaluation.suites import load_suite
-from tspin.experiment.results import BASE
 from tspin.objectives import METHODS
 from tspin.runs.files import fingerprint, write_json
 from tspin.runs.redaction import redacted
 from tspin.runs.signals import stopping_at_once
-from tspin.schema import RUN, STUDY_MEASURES
+from tspin.schema import BASE, RUN, STUDY_MEASURES
 from tspin.sections import Section, read
 from tspin.yaml_files import find_yaml, read_yaml
 

@@ -24,13 +24,14 @@ from tspin.engines.vllm import evaluate_folder, require_vllm
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import Suite, load_suite
-from tspin.experiment.results import BASE, EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
+from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, find_method
 from tspin.runs.claims import claim_folder
 from tspin.runs.files import fingerprint
 from tspin.runs.locks import owned
 from tspin.runs.stages import DamagedStage, check_stage, note_damage, run_stage
+from tspin.schema import BASE
 from tspin.selfplay import IterationResult, SelfPlayTrainer
 from tspin.yaml_files import find_yaml
 

@@ -10,10 +10,10 @@ from rich.table import Table
 
 from tspin.config import Config, build_config
 from tspin.errors import UserError
-from tspin.experiment.results import BASE, RUN
 from tspin.runs.claims import first_difference
 from tspin.runs.files import read_json
 from tspin.runs.provenance import provenance
+from tspin.schema import BASE, RUN
 
 KEYS = [*RUN, "benchmark", "metric"]
 ERRORS = 3.0  # standard errors of a difference of averages that another machine may show

@@ -3,7 +3,7 @@
 evaluations.csv      preset, method, seed, iteration, benchmark, metric, value, stderr, n (percent)
 problems.parquet     method, seed, iteration, benchmark, doc_id, value: the tabulated metric of each problem (percent)
 steps.parquet        method, seed, iteration, and what training logged at each optimizer step
-diagnostics.parquet  method, seed, iteration, and a row a prompt and role (tspin.diagnostics.SCHEMA)
+diagnostics.parquet  method, seed, iteration, and a row a prompt and role (tspin.schema.DIAGNOSTICS)
 prompts.parquet      seed, prompt_id, prompt, labelled, proto: texts, of the smallest seed
 responses.parquet    method, seed, iteration, prompt_id, text: a response sampled from the policy that the iteration
                      ended with, of the smallest seed; "base" has the initial policy's. What iteration t trains on as
@@ -30,14 +30,12 @@ from tspin.evaluation.suites import Suite
 from tspin.objectives import METHODS
 from tspin.runs.files import atomic_path, read_json, write_json, write_text
 from tspin.runs.provenance import provenance
+from tspin.schema import BASE, EVALUATION_COLUMNS, RUN
 
-BASE = "base"
 EXAMPLES = 10
 TEXTS = 5_000
 DIAGNOSTIC_STEPS = 4096  # to a nat
 FILES = ("evaluations", "problems", "steps", "diagnostics", "prompts", "responses")
-RUN = ["method", "seed", "iteration"]
-EVALUATION_COLUMNS = ["preset", *RUN, "benchmark", "metric", "value", "stderr", "n"]
 
 
 @dataclass

@@ -22,10 +22,10 @@ from tspin.evaluation.suites import load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
 from tspin.iteration import Iteration, Run
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
-from tspin.objectives import PROTO, SYNTHETIC
 from tspin.runs.files import atomic_path, write_text
 from tspin.runs.locks import owned
 from tspin.runs.unfinished import Unfinished
+from tspin.schema import PROTO, SYNTHETIC
 
 
 @dataclass(frozen=True)

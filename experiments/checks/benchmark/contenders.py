@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from tspin.devices import multiplies_bfloat16
 from tspin.models import POCKET_MODEL, load_tokenizer
-from tspin.objectives import LABELLED, METHODS, ROLES, SYNTHETIC, spin_loss, tspin_loss
+from tspin.objectives import METHODS, spin_loss, tspin_loss
 from tspin.packing import pad_rows
+from tspin.schema import LABELLED, ROLES, SYNTHETIC
 from tspin.trainer import TripletTrainer
 from tspin.triplets import Triplet, collator_for
 

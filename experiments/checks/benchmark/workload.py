@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
 
 from tspin.data.tables import Response
-from tspin.objectives import ROLES
+from tspin.schema import ROLES
 from tspin.triplets import Triplet
 
 MIXES = {"prompt-heavy 4:1": 0.8, "even 1:1": 0.5, "response-heavy 1:4": 0.2}  # the prompt's share of prompt + response

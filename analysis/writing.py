@@ -1,0 +1,69 @@
+"""The files that tables and figures end as, each written whole or not at all: CSV, Markdown, LaTeX, PNG and SVG."""
+
+import re
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from tspin.runs.files import atomic_path, write_text
+
+from .style import MISSING, RC
+
+TEX = {**{sign: "\\" + sign for sign in "&%$#_{}"}, "\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", MISSING: "--"}
+
+
+def write_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure as `<stem>.png` and `.svg`; return both paths."""
+    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+    # A date or a library version in the file would change it with nothing to see.
+    for path, metadata in zip(paths, ({"Software": None}, {"Date": None, "Creator": None}), strict=True):
+        with atomic_path(path) as temporary, matplotlib.rc_context(RC):
+            figure.savefig(temporary, format=path.suffix[1:], dpi=300, metadata=metadata)
+    return paths
+
+
+def write_table(stem: Path, table: pd.DataFrame, cells: pd.DataFrame, caption: str, align: str = "right") -> list[Path]:
+    """Write `<stem>.csv` of a table, `.md` and `.tex` of its cells as texts with their caption; return the paths."""
+    paths = [write_csv(stem.with_suffix(".csv"), table), stem.with_suffix(".md"), stem.with_suffix(".tex")]
+    write_text(paths[1], f"{markdown(cells, align)}\n\n{caption}\n")
+    write_text(paths[2], latex(cells, caption, align))
+    return paths
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> Path:
+    """Write a table with four decimals, missing cells empty; return the path."""
+    write_text(path, table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
+    return path
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """`value` as text, or the sign for missing."""
+    if value is None or pd.isna(value):
+        return MISSING
+    return re.sub(r"^-(?=[0.]*%?$)", "+" if "+" in form else "", format(value, form))  # a small loss is no -0.00
+
+
+def markdown(cells: pd.DataFrame, align: str = "right") -> str:
+    """A table of texts of any characters as Markdown; the first column is aligned to the left, the rest as asked."""
+    texts = cells.rename(columns=_for_markdown).map(_for_markdown)
+    sides = ["left", *[align] * (len(cells.columns) - 1)]
+    return str(texts.to_markdown(index=False, disable_numparse=True, colalign=sides))
+
+
+def latex(cells: pd.DataFrame, caption: str, align: str = "right") -> str:
+    """The same as a LaTeX table (needs booktabs)."""
+    texts = cells.rename(columns=_for_latex).map(_for_latex)
+    body = texts.style.hide(axis="index").to_latex(hrules=True, column_format="l" + align[0] * (len(cells.columns) - 1))
+    return f"\\begin{{table}}\n\\centering\n{body}\\caption{{{_for_latex(caption)}}}\n\\end{{table}}\n"
+
+
+def _for_markdown(text: str) -> str:
+    """The text on a line of its own, with nothing in it that Markdown or HTML would take for theirs."""
+    lines = (" ".join(line.split()) for line in text.replace("|", r"\|").splitlines())
+    return "<br>".join(re.sub("<(?=[A-Za-z/!])", "&lt;", line) for line in lines)
+
+
+def _for_latex(text: str) -> str:
+    return "".join(TEX.get(sign, sign) for sign in text)
