@@ -1,4 +1,4 @@
-"""What the checks share: results with their provenance, measurements in processes of their own, the pocket prompts."""
+"""What the checks share: results with their provenance, and measurements in processes of their own."""
 
 import json
 import os
@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
-from tspin.config import load_config
-from tspin.engines.here import encode_dataset
-from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.runs.stages import provenance, write_json, write_text
 
 
@@ -41,11 +37,3 @@ def measured_apart(module: str, arguments: Sequence[str], environment: Mapping[s
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"{module} ended with {done.returncode}: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def pocket_prompts(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
-    """The first prompts that the pocket preset trains on, as tokens."""
-    settings = load_config("pocket").for_method("tspin")
-    arguments = training_arguments(settings, Path("unused"), 0)
-    examples = encode_dataset(load_dataset(settings.data), tokenizer, arguments)
-    return [examples[i].prompt_ids for i in range(count)]

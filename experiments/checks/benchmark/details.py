@@ -11,8 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import tspin.sampling
 from experiments.checks.benchmark.contenders import CONTENDERS
-from experiments.checks.benchmark.workload import DEVICE, EVEN, MIXES, Sizes, build, seconds, triplets
-from experiments.checks.evidence import pocket_prompts
+from experiments.checks.benchmark.workload import DEVICE, EVEN, MIXES, Sizes, build, pocket_prompts, seconds, triplets
 from tspin.logprobs import LOGITS_PER_CHUNK
 from tspin.models import POCKET_MODEL, load_model, load_tokenizer, multiplies_bfloat16
 from tspin.sampling import Decoding

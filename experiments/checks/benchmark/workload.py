@@ -1,14 +1,18 @@
-"""What the steps are timed on: models of a named shape with random weights, triplets of random tokens."""
+"""What is timed: models of a named shape with random weights on triplets of random tokens, and the pocket prompts."""
 
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tspin.config import load_config
 from tspin.data.tables import Response
+from tspin.engines.here import encode_dataset
+from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.objectives import ROLES
 from tspin.triplets import Triplet
 
@@ -89,6 +93,14 @@ def triplets(count: int, tokens: int, prompt_share: float, spread: float = 0.4) 
         )
         for number in range(count)
     ]
+
+
+def pocket_prompts(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
+    """The first prompts that the pocket preset trains on, as tokens."""
+    settings = load_config("pocket").for_method("tspin")
+    arguments = training_arguments(settings, Path("unused"), 0)
+    examples = encode_dataset(load_dataset(settings.data), tokenizer, arguments)
+    return [examples[i].prompt_ids for i in range(count)]
 
 
 def response_tokens(batch: Sequence[Triplet], responses: int = len(ROLES)) -> int:
