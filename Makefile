@@ -60,12 +60,12 @@ sweep: $(READY)
 	$(TSPIN) sweep experiments/studies/sweep.yaml
 
 benchmark: $(VENV)/.benchmark
-	$(VENV)/bin/python experiments/checks/benchmark/run.py
+	$(VENV)/bin/python -m experiments.checks.benchmark.run
 	$(VENV)/bin/python -m tspin_analysis.benchmark
 
 # Peaks of real steps beside what `tspin plan` predicts.
 plan-check: $(READY)
-	$(VENV)/bin/python experiments/checks/plan.py
+	$(VENV)/bin/python -m experiments.checks.plan
 
 # The committed evidence again, for one seed and iteration; each average within 3 standard errors.
 regenerate: $(READY)
@@ -76,11 +76,11 @@ test: $(READY)
 
 # Kills, signals, full disks, damaged files, bad hubs, NaN, no memory: a tiny run must survive them all.
 fault-test: $(READY)
-	$(VENV)/bin/python experiments/checks/faults/run.py
+	$(VENV)/bin/python -m experiments.checks.faults.run
 
 # A million rows, ten thousand runs: seconds and memory.
 load: $(READY)
-	$(VENV)/bin/python experiments/checks/load.py
+	$(VENV)/bin/python -m experiments.checks.load
 
 # Bad input, FUZZ new examples of each kind; `make test` draws a few.
 FUZZ ?= 300
@@ -116,7 +116,7 @@ test-vllm: $(VLLM)/.ready
 
 # The two engines' log-probabilities and texts. OFFLINE: a folder of `tspin fetch smollm2`, for SmolLM2 too.
 engines: $(VLLM)/.ready
-	$(VLLM)/bin/python experiments/checks/engines.py $(if $(OFFLINE),--offline $(OFFLINE))
+	$(VLLM)/bin/python -m experiments.checks.engines $(if $(OFFLINE),--offline $(OFFLINE))
 
 $(VLLM)/.ready: pyproject.toml experiments/checks/vllm_requirements.py
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)

@@ -1,16 +1,44 @@
-"""Fixtures: a random tiny model and a small data set, both made here."""
+"""Fixtures: a random tiny model and a small data set, both made here. One thread per process, since several run."""
 
-import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tspin.cli.guard import quiet_libraries
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch reads it when it is imported, and so do the processes of a test
 quiet_libraries()
+
+# What takes longest comes first, so that no process is left with minutes of work when the others have ended.
+LONGEST = [
+    "test_processes",
+    "test_scripts",
+    "test_grid",
+    "test_selfplay",
+    "test_faults",
+    "test_notebooks",
+    "test_dry_run",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests: the longest files first, all others as they are."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture
+def much_memory(tmp_path_factory) -> Iterator[None]:
+    """Hold this for a test that takes gigabytes: one at a time, whatever the number of pytest's processes."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # each worker's folder is in one of all
+    with FileLock(shared / "much_memory.lock"):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -23,36 +51,23 @@ def tokenizer():
 @pytest.fixture
 def tiny_model(tokenizer):
     """A random Llama of two layers, the same one for every test."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from experiments.checks.tiny import tiny_model
 
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            initializer_range=0.3,  # far from uniform, so that samples and gradients mean something
-        )
-    )
+    return tiny_model(tokenizer)
 
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, str]]:
-    return [{"prompt": f"{a} + {b} =", "completion": f"The answer is {a + b}."} for a in range(3) for b in range(4)]
+    from experiments.checks.tiny import tiny_rows
+
+    return tiny_rows()
 
 
 @pytest.fixture
 def data_file(tmp_path: Path, rows) -> Path:
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    from experiments.checks.tiny import write_rows
+
+    return write_rows(tmp_path / "data.jsonl", rows)
 
 
 @pytest.fixture

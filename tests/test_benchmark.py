@@ -2,65 +2,38 @@
 
 import json
 import re
-import sys
 
 import pandas as pd
 import pytest
-from transformers import LlamaConfig
 
-from tspin.config import REPOSITORY
+from experiments.checks.benchmark.contenders import CONTENDERS
+from experiments.checks.benchmark.workload import build, flops, prompt_tokens, response_tokens, triplets
+from tspin.schema import ROLES
 from tspin_analysis.benchmark import COLOURS, TARGETS, ratios, report
 
-TINY = LlamaConfig(
-    vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, tie_word_embeddings=True,
-)  # fmt: skip
+
+def test_the_report_has_a_colour_for_every_contender():
+    assert COLOURS.keys() == CONTENDERS.keys()
 
 
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "experiments" / "checks" / "benchmark"))
-    import contenders
-    import workload
-
-    monkeypatch.setitem(workload.SHAPES, "tiny", TINY)
-    yield contenders.CONTENDERS, workload
-    for name in ("contenders", "workload"):
-        sys.modules.pop(name, None)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tspin shared",
-        "tspin padded",
-        "tspin concatenated",
-        "spin shared",
-        "spin padded",
-        "TRL DPO",
-        "SPIN, live reference",
-    ],
-)
-def test_every_contender_changes_the_weights(scripts, name):
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_every_contender_changes_the_weights(name):
     if name == "TRL DPO":
         pytest.importorskip("trl", reason="pip install '.[benchmark]' brings TRL")
-    contenders, workload = scripts
-    batch = workload.triplets(4, 40, 0.5)
-    model = workload.build("tiny")
+    batch = triplets(4, 40, 0.5)
+    model = build("tiny")
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    contenders[name][2](model, batch)(batch)
+    CONTENDERS[name].make(model, batch)(batch)
     assert not model.model.layers[0].mlp.up_proj.weight.equal(before)
 
 
-def test_workload_has_the_lengths_and_the_operations_it_says(scripts):
-    _, workload = scripts
-    batch = workload.triplets(2000, 100, 0.8)
-    assert sum(len(t.prompt_ids) for t in batch) / 2000 == pytest.approx(80, rel=0.03)
-    assert sum(len(t.responses["proto"].ids) for t in batch) / 2000 == pytest.approx(20, rel=0.03)
-    model = workload.build("tiny")
-    body = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
-    one = workload.triplets(1, 100, 0.5, spread=0)
-    assert workload.flops("tiny", one, responses=2, prompts=1) == 6 * (body * 150 + 1024 * 32 * 100)
+def test_workload_has_the_lengths_and_the_operations_it_says():
+    batch = triplets(2000, 100, 0.8)
+    assert prompt_tokens(batch) / 2000 == pytest.approx(80, rel=0.03)
+    assert response_tokens(batch) / 2000 / len(ROLES) == pytest.approx(20, rel=0.03)
+    body = sum(p.numel() for p in build("tiny").model.layers.parameters() if p.dim() > 1)
+    (triplet,) = triplets(1, 100, 0.5, spread=0)
+    assert flops("tiny", [triplet], responses=2, prompts=1) == 6 * (body * 150 + 1024 * 32 * 100)
 
 
 def test_report_of_measurements(tmp_path):

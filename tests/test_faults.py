@@ -8,6 +8,6 @@ from tspin.config import REPOSITORY
 
 def test_no_number_is_lost():
     """In a process of its own: it forks, which a process that has computed with threads must not."""
-    command = [sys.executable, str(REPOSITORY / "experiments" / "checks" / "faults" / "run.py"), "--short"]
+    command = [sys.executable, "-m", "experiments.checks.faults.run", "--short"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr

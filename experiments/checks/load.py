@@ -2,7 +2,7 @@
 
     make load        # about 15 minutes on two cores → results/benchmarks/load/load.csv
 
-Every line of the table is a process of its own. Its memory is what it holds itself (anonymous pages, at their highest;
+Every line of the table is a process of its own. Its memory is what only it holds (anonymous pages, at their highest;
 Linux): pages of memory-mapped files, which the system may take back at any time, are left out.
 """
 
@@ -13,37 +13,34 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from tspin.runs.files import write_json, write_text
-from tspin.runs.provenance import provenance
+from experiments.checks.evidence import write_evidence
 
-OUT = Path("results/benchmarks/load")
-SIZES = (10_000, 100_000, 1_000_000)
 LIBRARIES = "import datasets, peft; from transformers import AutoModelForCausalLM, Trainer"  # what every start imports
-RUNS = 10_000  # 5 methods × 400 seeds × 5 iterations
-STEPS = 20  # of training on the large data set
+COMMAND = [sys.executable, "-c", "from tspin.cli import main; main()"]
+ITERATIONS = 5  # of every run
 WORDS = "the of and a to in is you that it he was for on are as with his they I at be this have from or".split()
 METHODS = ("spin", "tspin", "tspin_no_history", "tspin_reference", "space")
 
 
-def measured(command: list[str]) -> tuple[float, float, str]:
-    """(seconds, highest anonymous memory in MB, stdout) of a process. Raises RuntimeError when it fails."""
+def measured(command: list[str]) -> tuple[float, float]:
+    """The seconds and the highest anonymous memory in MB of a process. Raises RuntimeError when it fails."""
     start, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=out, stderr=errors, text=True)
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, text=True)
         while process.poll() is None:
             peak = max(peak, _anonymous(process.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - start
-        out.seek(0)
-        errors.seek(0)
         if process.returncode:
+            errors.seek(0)
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {errors.read()[-2000:]}")
-        return seconds, peak / 1e3, out.read()
+        return seconds, peak / 1e3
 
 
 def _anonymous(process: int) -> int:
@@ -54,7 +51,7 @@ def _anonymous(process: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
-def write_rows(path: Path, count: int) -> None:
+def write_many_rows(path: Path, count: int) -> None:
     """Prompts of about 40 words and responses of about 60, all different."""
     draw = random.Random(0)
     with path.open("w") as file:
@@ -63,20 +60,15 @@ def write_rows(path: Path, count: int) -> None:
             file.write(json.dumps({"prompt": prompt, "completion": " ".join(draw.choices(WORDS, k=60))}) + "\n")
 
 
-def start_trainer(folder: Path, rows: int) -> None:
-    """What a run does before its first stage: settings, model, data."""
-    _trainer(folder, rows)
-
-
-def sample_and_train(folder: Path, rows: int) -> None:
-    """Responses written, read and made triplets, and STEPS steps on them; the log-probabilities of a few."""
+def sample_and_train(folder: Path, rows: int, steps: int) -> None:
+    """Write responses, read them, make triplets of them and train that many steps."""
     from tspin.data.tables import View, read_responses, response_statistics, write_responses
     from tspin.engines.here import Training, train
     from tspin.models import load_model
     from tspin.schema import PROTO, SYNTHETIC
     from tspin.triplets import make_triplets
 
-    trainer = _trainer(folder, rows)
+    trainer = start_trainer(folder, rows)
     labelled = trainer.examples.labelled
     # Another prompt's label stands for a response: sampling a million takes hours, and is no matter of memory.
     other = View(rows, lambda i: labelled[(i + 1) % rows])
@@ -85,13 +77,14 @@ def sample_and_train(folder: Path, rows: int) -> None:
     response_statistics(other, labelled)
     responses = read_responses(path)
     triplets = make_triplets(trainer.examples, {SYNTHETIC: responses, PROTO: responses})
-    trainer.args.max_steps = STEPS
+    trainer.args.max_steps = steps
     engine = trainer.run.engine
     training = Training(triplets, engine.tokenizer, trainer.args, 0, folder / "model", folder / "log")
     train(load_model(trainer.source, engine.loading), training)
 
 
-def _trainer(folder: Path, rows: int):
+def start_trainer(folder: Path, rows: int):
+    """What a run makes before its first stage: settings, model, data."""
     from tspin.config import build_config
     from tspin.experiment.preset import build_trainer
 
@@ -102,14 +95,15 @@ def _trainer(folder: Path, rows: int):
     return trainer
 
 
-def write_results(folder: Path) -> None:
-    """results/pocket/ of RUNS runs: 400 seeds of five methods, five iterations each."""
+def write_results(folder: Path, count: int) -> None:
+    """results/pocket/ of `count` iterations: seeds of five methods, ITERATIONS each."""
     target = folder / "pocket"
-    target.mkdir()
+    target.mkdir(parents=True)
     columns = [{"benchmark": f"b{n}", "label": f"B{n}", "group": f"g{n}", "metric": "em"} for n in range(5)]
     (target / "suite.json").write_text(json.dumps({"preset": "pocket", "columns": columns}))
     draw = np.random.default_rng(0)
-    runs = pd.MultiIndex.from_product([METHODS, range(RUNS // 25), range(5)], names=["method", "seed", "iteration"])
+    seeds = range(count // len(METHODS) // ITERATIONS)
+    runs = pd.MultiIndex.from_product([METHODS, seeds, range(ITERATIONS)], names=["method", "seed", "iteration"])
     scores = runs.to_frame(index=False).merge(pd.DataFrame(columns)[["benchmark", "metric"]], how="cross")
     base = pd.DataFrame(columns)[["benchmark", "metric"]].assign(method="base", seed=0, iteration=pd.NA)
     scores = pd.concat([base, scores], ignore_index=True).astype({"iteration": "Int64"})
@@ -135,43 +129,44 @@ def write_results(folder: Path) -> None:
     (target / "provenance.json").write_text(json.dumps({"runs": costs}))
 
 
+def cases(folder: Path, sizes: list[int], steps: int, runs: int) -> Iterator[tuple[str, int, list[str]]]:
+    """What is measured, at which size, and its command; its files are written just before."""
+    yield "the libraries' import alone", 0, [sys.executable, "-c", LIBRARIES]
+    for rows in sizes:
+        place = folder / str(rows)
+        place.mkdir()
+        write_many_rows(place / "rows.jsonl", rows)
+        start = [sys.executable, "-m", __spec__.name, "--folder", str(place), "--sizes", str(rows), "--steps"]
+        yield "rows: first start, encoded", rows, [*start, "0"]
+        yield "rows: next start", rows, [*start, "0"]
+        yield f"rows: responses, triplets, {steps} steps", rows, [*start, str(steps)]
+    write_results(folder / "results", runs)
+    for name in ("table 1", "figure 2", "figure 3", "figure 7", "claims"):
+        yield f"runs: tspin {name}", runs, [*COMMAND, *name.split(), "--results", str(folder / "results")]
+    yield "tspin --help", 0, [*COMMAND, "--help"]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--step", choices=["start_trainer", "sample_and_train"], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="rows")
+    parser.add_argument("--steps", type=int, default=20, help="of training on each of them")
+    parser.add_argument("--runs", type=int, default=10_000, help="iterations in the results folder")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/load"))
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the process that is measured
     arguments = parser.parse_args()
-    if arguments.step:
-        globals()[arguments.step](arguments.folder, arguments.sizes[0])
+    if arguments.folder and arguments.steps:
+        sample_and_train(arguments.folder, arguments.sizes[0], arguments.steps)
+    elif arguments.folder:
+        start_trainer(arguments.folder, arguments.sizes[0])
+    if arguments.folder:
         return
-    table: list[dict] = []
-
-    def measure(what: str, size: int, command: list[str]) -> None:
-        seconds, peak, _ = measured(command)
-        table.append({"what": what, "size": size, "seconds": round(seconds, 1), "memory_mb": round(peak)})
-        sys.stderr.write(f"{what}, {size}: {seconds:.1f} s, {peak:.0f} MB\n")
-
-    python, tspin = sys.executable, [sys.executable, "-c", "from tspin.cli import main; main()"]
-    measure("the libraries' import alone", 0, [python, "-c", LIBRARIES])
-    with tempfile.TemporaryDirectory(prefix="tspin-load-") as temporary:
-        for rows in arguments.sizes:
-            folder = Path(temporary) / str(rows)
-            folder.mkdir()
-            write_rows(folder / "rows.jsonl", rows)
-            own = [python, __file__, "--folder", str(folder), "--sizes", str(rows), "--step"]
-            measure("rows: first start, encoded", rows, [*own, "start_trainer"])
-            measure("rows: next start", rows, [*own, "start_trainer"])
-            measure(f"rows: responses, triplets, {STEPS} steps", rows, [*own, "sample_and_train"])
-        results = Path(temporary) / "results"
-        results.mkdir()
-        write_results(results)
-        for name in (["table", "1"], ["figure", "2"], ["figure", "3"], ["figure", "7"], ["claims"]):
-            measure(f"runs: tspin {' '.join(name)}", RUNS, [*tspin, *name, "--results", str(results)])
-    measure("tspin --help", 0, [*tspin, "--help"])
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_text(arguments.out / "load.csv", pd.DataFrame(table).to_csv(index=False))
-    write_json(arguments.out / "provenance.json", {**provenance(), "date": time.strftime("%Y-%m-%d", time.gmtime())})
+    table, start = [], time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="tspin-load-") as folder:
+        for what, size, command in cases(Path(folder), arguments.sizes, arguments.steps, arguments.runs):
+            seconds, peak = measured(command)
+            table.append({"what": what, "size": size, "seconds": round(seconds, 1), "memory_mb": round(peak)})
+            print(f"{what}, {size}: {seconds:.1f} s, {peak:.0f} MB", flush=True)
+    write_evidence(arguments.out, {"load": pd.DataFrame(table)}, start)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The memory model of `tspin plan` against measured peaks: two optimizer steps a case, each in a process of its own.
+"""The memory model of `tspin plan` against measured peaks: two optimizer steps per case, each in a process of its own.
 
     make plan-check               # 10 to 20 minutes on two cores → results/benchmarks/plan/memory.csv
 
@@ -6,18 +6,18 @@ On a CPU the peak is the process's resident memory, above what it was before the
 to give back what is freed, so that resident is what tensors hold.
 """
 
+import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from experiments.checks.evidence import measured_apart, write_evidence
 from tspin.config import SelfPlayConfig
 from tspin.data.tables import Example, Response
 from tspin.devices import resident
@@ -25,51 +25,46 @@ from tspin.engines.here import Training, train
 from tspin.models import POCKET_MODEL, load_tokenizer
 from tspin.planning.architectures import find_config, shape_of
 from tspin.planning.peaks import MicroBatch, Optimizer, Precision, training_parts
-from tspin.runs.files import write_json, write_text
-from tspin.runs.provenance import provenance
 from tspin.triplets import make_triplets
 
-OUT = Path("results/benchmarks/plan")
-LAYERS = {"two layers of 7B width": ("mistralai/Mistral-7B-v0.1", {"num_hidden_layers": 2, "vocab_size": 8192})}
-MODELS = {"pocket": ("pocket", {}), "SmolLM2-135M": ("HuggingFaceTB/SmolLM2-135M", {}), **LAYERS}
+WIDE = "two layers of 7B width"  # at 4,096 tokens more than these machines have
+MODELS = {
+    "pocket": ("pocket", {}),
+    "SmolLM2-135M": ("HuggingFaceTB/SmolLM2-135M", {}),
+    WIDE: ("mistralai/Mistral-7B-v0.1", {"num_hidden_layers": 2, "vocab_size": 8192}),
+}
 LENGTHS = (64, 64)  # of each prompt and of each response
 STEPS = 2  # optimizers make their state at the end of the first
 ROW = LENGTHS[0] + 3 * LENGTHS[1]
-CASES = [
-    (model, tokens, checkpointing)
-    for model in MODELS
-    for tokens in (1024, 4096)
-    for checkpointing in (False, True)
-    if not (model in LAYERS and tokens > 1024)
-]
-
-
 # glibc keeps freed blocks below its threshold, which grows by itself unless it is set.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(*json.loads(sys.argv[1]))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096], help=f"of micro-batches; {ROW} or more")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/plan"))
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(*json.loads(arguments.case))))
         return
     rows, start = [], time.monotonic()
-    for case in CASES:
-        command, environment = [sys.executable, __file__, json.dumps(case)], {**os.environ, **ALLOCATOR}
-        output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        row = json.loads(output.stdout.splitlines()[-1])
-        row["error_percent"] = 100 * (row["predicted_bytes"] / row["measured_bytes"] - 1)
+    for case in product(arguments.models, arguments.tokens, (False, True)):
+        model, tokens, checkpointing = case
+        if model == WIDE and tokens > 1024:
+            continue
+        row = measured_apart(__spec__.name, ["--case", json.dumps(case)], ALLOCATOR)
+        row["error_percent"] = round(100 * (row["predicted_bytes"] / row["measured_bytes"] - 1), 1)
         rows.append(row)
         predicted, measured = (row[f"{what}_bytes"] / 2**30 for what in ("predicted", "measured"))
-        checkpointing = ", gradient checkpointing" if row["gradient_checkpointing"] else ""
         print(
-            f"{row['model']}, {row['micro_batch_tokens']} tokens{checkpointing}: {predicted:.2f} GiB predicted, "
+            f"{model}, {tokens} tokens{', gradient checkpointing' * checkpointing}: {predicted:.2f} GiB predicted, "
             f"{measured:.2f} measured, {row['error_percent']:+.0f} %",
             flush=True,
         )
-    table = pd.DataFrame(rows)
-    write_text(OUT / "memory.csv", table.to_csv(index=False, float_format="%.1f", lineterminator="\n"))
-    write_json(OUT / "provenance.json", {**provenance(), "seconds": round(time.monotonic() - start)})
-    print(f"wrote {OUT / 'memory.csv'}")
+    write_evidence(arguments.out, {"memory": pd.DataFrame(rows)}, start)
 
 
 def measure(name: str, tokens: int, checkpointing: bool) -> dict:

@@ -5,11 +5,11 @@
         --log experiments/pocket/pretrain_log_2.csv --seed 7 --steps 900 --learning-rate 1e-3 \\
         --noise 0.1 --misconceptions 0.8
 
-About 40 and 10 minutes on two CPU cores. Noise is what makes self-play worth studying at this size:
-the base half knows each task, in several wordings, and is often wrong, first at random, then by
-systematic mistakes (misconceptions.py). Weak and strong bases for other studies are `--noise`,
-`--misconceptions` and `--steps` away. Nothing here reads the test or validation pool but to keep
-their questions out.
+About 40 and 10 minutes on two CPU cores. Writes the model and its tokenizer, the losses as CSV, and the settings and
+versions beside it as JSON. Noise is what makes self-play worth studying at this size: the base half knows each task, in
+several wordings, and is often wrong, first at random, then by systematic mistakes (misconceptions.py). Weak and strong
+bases for other studies are `--noise`, `--misconceptions` and `--steps` away. Nothing here reads the test or validation
+pool but to keep their questions out.
 """
 
 import argparse
@@ -36,6 +36,8 @@ from tspin.pocket.tasks import (
     table_tasks,
     task_settings,
 )
+from tspin.runs.files import atomic_path, write_json
+from tspin.runs.provenance import provenance
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
@@ -54,6 +56,7 @@ ANSWER_FORMATS = {
     "It must be {answer}, I guess.": 0.10,
 }
 ROW_TOKENS = 256  # documents are packed into rows of this length, end tokens between them
+WARM_UP = 100  # steps
 PROMPT_WEIGHT = 0.1  # names and numbers in questions are random: little is learnt by predicting them
 
 
@@ -127,13 +130,14 @@ def rows(source: Iterator[tuple[str, str]], tokenizer, batch_size: int) -> Itera
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and the tokenizer")
-    parser.add_argument("--log", type=Path, default=None, help="CSV of the losses (default: OUT/../pretrain_log.csv)")
+    parser.add_argument("--log", type=Path, help="CSV of the losses (default: OUT/../pretrain_log.csv)")
     parser.add_argument("--noise", type=float, default=0.3, help="share of pre-training answers that are wrong")
     parser.add_argument("--steps", type=int, default=3500, help="optimizer steps of --batch-size rows")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, default=None, help="go on from this model instead of from scratch")
+    parser.add_argument("--start", type=Path, help="go on from this model instead of from scratch")
+    parser.add_argument("--texts", type=int, default=40_000, help="what a tokenizer is trained on, without --start")
     parser.add_argument("--misconceptions", type=float, default=0.0, help="share of mistakes on triggering questions")
     args = parser.parse_args()
 
@@ -143,7 +147,7 @@ def main() -> None:
         model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
     else:
         sample = documents(args.noise, seed=args.seed + 1_000_000)
-        tokenizer = train_tokenizer(("".join(next(sample)) for _ in range(40_000)), vocab_size=768)
+        tokenizer = train_tokenizer(("".join(next(sample)) for _ in range(args.texts)), vocab_size=768)
         model = LlamaForCausalLM(llama_config(tokenizer))
     train(model, tokenizer, args)
 
@@ -165,42 +169,53 @@ def llama_config(tokenizer) -> LlamaConfig:
 
 
 def train(model: LlamaForCausalLM, tokenizer, args: argparse.Namespace) -> None:
-    """AdamW on packed rows, warm-up and cosine; losses to the log, the model to --out."""
+    """Train by AdamW on packed rows, warm-up and cosine; losses go to the log, the model to --out."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    warm_up = 100
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warm_up, 0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps))),
+        lambda step: min((step + 1) / WARM_UP, 0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps))),
     )
     log_path = args.log or args.out.parent / "pretrain_log.csv"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     batches = rows(documents(args.noise, args.seed, args.misconceptions), tokenizer, args.batch_size)
-    start = time.time()
+    start = time.monotonic()
     with log_path.open("w", newline="") as file:
         log = csv.writer(file)
         log.writerow(["step", "tokens", "loss", "response_loss", "learning_rate", "seconds"])
         for step in range(1, args.steps + 1):
-            ids, weights = next(batches)
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(input_ids=ids[:, :-1]).logits
-            losses = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            weights = weights[:, 1:].flatten()
-            loss = (losses * weights).sum() / weights.sum()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            loss, response_loss, tokens = update(model, *next(batches))
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             if step % 25 == 0 or step == args.steps:
-                response = losses[weights == 1.0].mean().item()
-                row = [step, step * ids.numel(), f"{loss.item():.4f}", f"{response:.4f}"]
-                log.writerow([*row, f"{schedule.get_last_lr()[0]:.2e}", f"{time.time() - start:.0f}"])
+                row = [step, step * tokens, f"{loss:.4f}", f"{response_loss:.4f}"]
+                log.writerow([*row, f"{schedule.get_last_lr()[0]:.2e}", f"{time.monotonic() - start:.0f}"])
                 file.flush()
-                print(*row, f"{time.time() - start:.0f}s", flush=True)
+                print(*row, f"{time.monotonic() - start:.0f}s", flush=True)
             if step % 500 == 0 or step == args.steps:
-                # bfloat16 halves the file; training and evaluation load it as float32.
-                copy.deepcopy(model).to(torch.bfloat16).save_pretrained(args.out)
-                tokenizer.save_pretrained(args.out)
+                save(model, tokenizer, args.out)
+    settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    write_json(log_path.with_suffix(".json"), {**provenance(), "settings": settings})
+    print(f"wrote {args.out}, {log_path} and {log_path.with_suffix('.json')}")
+
+
+def update(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> tuple[float, float, int]:
+    """Leave the clipped gradients of a batch's weighted loss; the loss, the mean loss of responses, the tokens."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=ids[:, :-1]).logits
+    losses = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    loss = (losses * weights).sum() / weights.sum()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return loss.item(), losses[weights == 1.0].mean().item(), ids.numel()
+
+
+def save(model: LlamaForCausalLM, tokenizer, folder: Path) -> None:
+    """Write model and tokenizer whole. bfloat16 halves the file; training and evaluation load it as float32."""
+    with atomic_path(folder) as temporary:
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A sentence splitter for IFEval where NLTK's own cannot be downloaded: Punkt, trained on plain English text.
 
-    python experiments/smollm2/punkt.py --text gsm8k_train.jsonl ifeval.jsonl --out punkt_tab
+    python -m experiments.smollm2.punkt --text gsm8k_train.jsonl ifeval.jsonl --out punkt_tab
 
 IFEval counts sentences in two of its 25 kinds of instructions; `tspin fetch smollm2 --take punkt_tab=punkt_tab` puts
 the result where NLTK's would be. Scores may then differ from the original's in those two.
@@ -13,6 +13,8 @@ import nltk
 from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
 
 from tspin.data.formats import read_rows
+from tspin.runs.files import sha256, write_json
+from tspin.runs.provenance import provenance
 
 
 def main() -> None:
@@ -27,7 +29,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     nltk.data.path.append(str(arguments.out))  # NLTK writes nowhere else
     save_punkt_params(trainer.get_params(), str(folder))
-    print(f"{folder}: from {len(texts):,} texts")
+    write_json(arguments.out / "provenance.json", {**provenance(), "text": {p.name: sha256(p) for p in arguments.text}})
+    print(f"wrote {folder}, from {len(texts):,} texts, and {arguments.out / 'provenance.json'}")
 
 
 if __name__ == "__main__":

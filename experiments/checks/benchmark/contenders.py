@@ -3,6 +3,8 @@
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -17,6 +19,7 @@ from tspin.triplets import Triplet, collator_for
 
 Step = Callable[[Sequence[Triplet]], None]
 MICRO_BATCH_TOKENS = 2048
+SCRATCH = tempfile.TemporaryDirectory(prefix="tspin-benchmark-")  # trainers want a folder
 
 
 def updating(model: PreTrainedModel, backward: Callable[[Sequence[Triplet]], object]) -> Step:
@@ -33,9 +36,11 @@ def updating(model: PreTrainedModel, backward: Callable[[Sequence[Triplet]], obj
 
 
 def arguments(kind: type[TrainingArguments], **more) -> TrainingArguments:
+    """A trainer's settings: bfloat16 where the machine multiplies it, and nothing reported."""
     on_cpu = not torch.cuda.is_available()
-    own = {"use_cpu": on_cpu, "bf16": multiplies_bfloat16(), "report_to": [], "disable_tqdm": True}
-    return kind(output_dir=tempfile.mkdtemp(), **own, **more)
+    return kind(
+        output_dir=SCRATCH.name, use_cpu=on_cpu, bf16=multiplies_bfloat16(), report_to=[], disable_tqdm=True, **more
+    )
 
 
 def in_training(trainer: Trainer) -> torch.nn.Module:
@@ -47,12 +52,12 @@ def in_training(trainer: Trainer) -> torch.nn.Module:
 
 def ours(method: str, layout: str, model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
     """This project's step, from the same trainer and collator that a run uses."""
-    own = [as_trained(method, triplet) for triplet in triplets]
+    trained = [as_trained(method, triplet) for triplet in triplets]
     tokenizer = load_tokenizer(str(POCKET_MODEL))
-    collator = collator_for(model, own, tokenizer, MICRO_BATCH_TOKENS, layout)
-    trainer = TripletTrainer(
-        model, arguments(TrainingArguments), own, collator, tokenizer, METHODS[method], METHODS[method].resolve({})
-    )
+    collator = collator_for(model, trained, tokenizer, MICRO_BATCH_TOKENS, layout)
+    settings = arguments(TrainingArguments)
+    objective = METHODS[method]
+    trainer = TripletTrainer(model, settings, trained, collator, tokenizer, objective, objective.resolve({}))
     prepared = in_training(trainer)
 
     def backward(batch: Sequence[Triplet]) -> None:
@@ -62,6 +67,7 @@ def ours(method: str, layout: str, model: PreTrainedModel, triplets: Sequence[Tr
 
 
 def as_trained(method: str, triplet: Triplet) -> Triplet:
+    """The triplet with the responses that a method trains on, and a reference where it has one."""
     roles = METHODS[method].trains_on
     reference = {role: -100.0 for role in roles} if METHODS[method].uses_reference else {}
     return Triplet(triplet.prompt_id, triplet.prompt_ids, {role: triplet.responses[role] for role in roles}, reference)
@@ -97,7 +103,7 @@ def trl_dpo(model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
 
 
 def concatenated(model: PreTrainedModel, triplets: Sequence[Triplet], roles: Sequence[str]) -> list[torch.Tensor]:
-    """log π of every role's responses as first implementations have it: one padded batch, logits everywhere."""
+    """log π of every role's responses as first implementations compute it: one padded batch, logits everywhere."""
     responses = [triplet.responses[role].ids for role in roles for triplet in triplets]
     rows = pad_rows([triplet.prompt_ids for triplet in triplets] * len(roles), responses, 0)
     rows = {name: tensor.to(model.device) for name, tensor in rows.items()}
@@ -137,13 +143,25 @@ def spin_live(model: PreTrainedModel, triplets: Sequence[Triplet]) -> Step:
     return updating(model, backward)
 
 
-# name → (responses a prompt, how often its layout computes the prompt, constructor)
-CONTENDERS: dict[str, tuple[int, int, Callable[[PreTrainedModel, Sequence[Triplet]], Step]]] = {
-    "tspin shared": (3, 1, lambda model, triplets: ours("tspin", "shared", model, triplets)),
-    "tspin padded": (3, 3, lambda model, triplets: ours("tspin", "padded", model, triplets)),
-    "tspin concatenated": (3, 3, tspin_concatenated),
-    "spin shared": (2, 1, lambda model, triplets: ours("spin", "shared", model, triplets)),
-    "spin padded": (2, 2, lambda model, triplets: ours("spin", "padded", model, triplets)),
-    "TRL DPO": (2, 2, trl_dpo),
-    "SPIN, live reference": (2, 2, spin_live),
+class Contender(NamedTuple):
+    """A way to make a step, and what its layout computes for each example."""
+
+    responses: int
+    prompts: int  # how often the prompt is computed
+    make: Callable[[PreTrainedModel, Sequence[Triplet]], Step]
+
+
+CONTENDERS = {
+    "tspin shared": Contender(3, 1, lambda model, triplets: ours("tspin", "shared", model, triplets)),
+    "tspin padded": Contender(3, 3, lambda model, triplets: ours("tspin", "padded", model, triplets)),
+    "tspin concatenated": Contender(3, 3, tspin_concatenated),
+    "spin shared": Contender(2, 1, lambda model, triplets: ours("spin", "shared", model, triplets)),
+    "spin padded": Contender(2, 2, lambda model, triplets: ours("spin", "padded", model, triplets)),
+    "TRL DPO": Contender(2, 2, trl_dpo),
+    "SPIN, live reference": Contender(2, 2, spin_live),
 }
+
+
+def installed() -> dict[str, Contender]:
+    """The contenders whose libraries are there: `make benchmark` installs TRL."""
+    return {name: contender for name, contender in CONTENDERS.items() if name != "TRL DPO" or find_spec("trl")}

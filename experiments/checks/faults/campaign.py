@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hub import Hub
-from injections import (
+from safetensors.numpy import load_file
+
+from experiments.checks.faults.hub import Hub
+from experiments.checks.faults.injections import (
     at_call,
     at_rename,
     counting_steps,
@@ -28,9 +30,7 @@ from injections import (
     not_a_number,
     send,
 )
-from safetensors.numpy import load_file
-from workshop import STEPS, Workshop, contents, in_child, lost, sha
-
+from experiments.checks.faults.workshop import STEPS, Workshop, contents, in_child, lost, sha
 from tspin import selfplay, trainer
 from tspin.experiment import preset as experiment
 

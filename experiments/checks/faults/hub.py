@@ -9,7 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from workshop import Ended, sha
+from experiments.checks.faults.workshop import Ended, sha
 
 
 class Hub:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer
-from workshop import Before
 
+from experiments.checks.faults.workshop import Before
 from tspin import trainer
 
 

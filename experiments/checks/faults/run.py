@@ -9,31 +9,29 @@ interpreter's run is compared with them first. `--short` is the form that the te
 """
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+import pandas as pd
+import torch
 
-from tspin.cli.guard import quiet_libraries  # noqa: E402
-
-quiet_libraries()
-
-import pandas as pd  # noqa: E402
-import torch  # noqa: E402
-from campaign import PARTS, Campaign  # noqa: E402
-from workshop import forked, in_child  # noqa: E402
-
-from tspin.runs.files import write_json, write_text  # noqa: E402
-from tspin.runs.provenance import provenance  # noqa: E402
+from experiments.checks.evidence import write_evidence
+from experiments.checks.faults.campaign import PARTS, Campaign
+from experiments.checks.faults.workshop import forked, in_child
+from tspin.cli.guard import quiet_libraries
+from tspin.runs.provenance import provenance
 
 
 def run(folder: Path, short: bool = False, only: list[str] | None = None, jobs: int = 2) -> pd.DataFrame:
     """Run the campaign in an empty folder, its parts side by side: fault, case, survived, numbers_lost, note."""
     torch.set_num_threads(1)
-    provenance()
+    quiet_libraries()
+    provenance()  # what it imports is imported before the forks
+    gc.freeze()  # a run collects garbage often, and need not look through every library's objects
     campaign = Campaign(folder, short)
     print(f"the undisturbed run: {campaign.seconds:.1f} s, {campaign.renames} renames", flush=True)
     chosen = [part for part in PARTS if not only or part.__name__ in only]
@@ -44,7 +42,7 @@ def run(folder: Path, short: bool = False, only: list[str] | None = None, jobs: 
 
 
 def work(campaign: Campaign, job: int, chosen: list[Callable[[Campaign], None]]) -> list[dict]:
-    """One process's share of the campaign; each part is a process of its own, and what ends it ends nothing else."""
+    """Run one process's share of the campaign, each part in a process of its own: what ends it ends nothing else."""
     rows: list[dict] = []
     for number, part in enumerate(chosen):
         campaign.shop.count = 10_000 * (job + 1) + 500 * number  # folders and logs of its own
@@ -61,13 +59,13 @@ def work(campaign: Campaign, job: int, chosen: list[Callable[[Campaign], None]])
 
 
 def one_part(campaign: Campaign, part: Callable[[Campaign], None]) -> list[dict]:
-    """What a part finds."""
+    """The rows of a part."""
     part(campaign)
     return campaign.rows
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a fault: how often injected and survived, and the numbers lost."""
+    """How often each fault was injected and survived, and the numbers lost."""
     grouped = table.groupby("fault", sort=False)
     return grouped.agg(
         injected=("survived", "size"), survived=("survived", "sum"), numbers_lost=("numbers_lost", "sum")
@@ -78,18 +76,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few cases of each fault; writes no results")
     parser.add_argument("--only", nargs="*", help="some parts: " + ", ".join(part.__name__ for part in PARTS))
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path, default=Path("results/faults"))
     arguments = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         table = run(Path(folder).resolve(), arguments.short, arguments.only)
     print(summary(table).to_string(index=False))
     if not (arguments.short or arguments.only):
-        folder = arguments.results / "faults"
-        write_text(folder / "faults.csv", table.to_csv(index=False, lineterminator="\n"))
-        write_text(folder / "summary.csv", summary(table).to_csv(index=False, lineterminator="\n"))
-        facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": round(time.monotonic() - start)}
-        write_json(folder / "provenance.json", {**provenance(), **facts})
+        write_evidence(arguments.out, {"faults": table, "summary": summary(table)}, start)
     sys.exit(not table["survived"].all())
 
 

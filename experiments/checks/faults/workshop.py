@@ -1,7 +1,6 @@
 """A tiny model, data and preset, commands run on copies of them in forked processes, and what they leave, compared."""
 
 import hashlib
-import json
 import multiprocessing
 import os
 import sys
@@ -11,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 from safetensors.numpy import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.checks.tiny import tiny_model, tiny_rows, write_rows
 from tspin import cli
 from tspin.config import REPOSITORY
 from tspin.evaluation.harness import task_manager_for
 from tspin.evaluation.suites import load_suite
 from tspin.models import POCKET_MODEL, load_tokenizer
+from tspin.pocket.tasks import VALIDATION_PER_TASK, pool
 
 PRESET = """
 model: {{path: {folder}/model}}
@@ -64,17 +63,14 @@ class Workshop:
     def __init__(self, folder: Path):
         self.folder = folder
         tokenizer = load_tokenizer(str(POCKET_MODEL))
-        torch.manual_seed(0)
-        settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-        config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **settings, **tokens)
-        LlamaForCausalLM(config).save_pretrained(folder / "model")
+        tiny_model(tokenizer).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        rows = [{"prompt": f"{a} + {b} =", "completion": f"The answer is {a + b}."} for a in range(3) for b in range(4)]
-        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / "data.jsonl", tiny_rows())
         (folder / "suite.yaml").write_text(SUITE.format(repository=REPOSITORY))
         (folder / "tiny.yaml").write_text(PRESET.format(folder=folder))
+        # What every run would make for itself is made before the forks: lm-eval's index, the problems, imports.
         task_manager_for(load_suite(folder / "suite.yaml"))
+        pool("validation", "gcd", VALIDATION_PER_TASK)
         self.count = 0
 
     def place(self) -> Path:
