@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch reads it when it is imp
 quiet_libraries()
 
 # What takes longest comes first, so that no process is left with minutes of work when the others have ended.
-LONGEST = [
+LONGEST = ["test_processes", "test_scripts", "test_grid", "test_selfplay", "test_faults", "test_notebooks"]
     "test_processes",
     "test_scripts",
     "test_grid",

@@ -60,7 +60,7 @@ def test_log_probabilities_agree_token_by_token(model, temperature):
     prompts = prompts_for(model, tokenizer)
     ends = end_tokens(policy.generation_config, tokenizer)
     answers = generate_tokens(
-        folder, prompts, ends, temperature=temperature, top_p=1.0, max_new_tokens=48, dtype="float32",
+        folder, prompts, ends, decoding=Decoding(temperature, 1.0, 48, 64), dtype="float32",
         engine=EngineSettings(enforce_eager=True), seed=3, logprobs=True,
     )  # fmt: skip
     largest = 0.0
@@ -84,7 +84,7 @@ def test_copies_of_the_engine_draw_what_one_draws():
     prompts = prompts_for("pocket", tokenizer)
     one, two = (
         generate_tokens(
-            str(POCKET_MODEL), prompts, [tokenizer.eos_token_id], temperature=1.0, top_p=1.0, max_new_tokens=16,
+            str(POCKET_MODEL), prompts, [tokenizer.eos_token_id], decoding=Decoding(1.0, 1.0, 16, 64),
             dtype="float32", engine=EngineSettings(data_parallel=copies, enforce_eager=True), seed=5,
         )
         for copies in (1, 2)
