@@ -22,7 +22,7 @@ from itertools import chain, pairwise
 
 import pandas as pd
 
-from tspin.data.tables import Response
+from tspin.data.responses import Response
 from tspin.objectives import LABELLED, SYNTHETIC
 
 MANY = 10_000

@@ -20,26 +20,11 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from tspin.data.tables import (
-    Example,
-    Responses,
-    View,
-    read_responses,
-    response_statistics,
-    write_parquet,
-    write_responses,
-)
+from tspin.data.encoding import Example, Examples, encode_dataset
+from tspin.data.responses import Responses, read_responses, response_statistics, write_parquet, write_responses
 from tspin.devices import give_back
 from tspin.diagnostics import diagnose, summary
-from tspin.engines.here import (
-    Unfinished,
-    encode_dataset,
-    reference_table,
-    response_logps,
-    stage_seed,
-    train_iteration,
-    with_reference,
-)
+from tspin.engines.here import Unfinished, response_logps, stage_seed, train_iteration
 from tspin.engines.launch import launch_training, trains_in_bfloat16
 from tspin.engines.policies import sample_policy
 from tspin.engines.scoring import score_in_processes, scoring_processes
@@ -59,7 +44,7 @@ from tspin.runs.stages import (
     write_json,
 )
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.triplets import Triplet, make_triplets
+from tspin.triplets import Triplets, make_triplets, reference_table, with_reference
 
 PROMPT_SCHEMA = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), ("labelled", pa.string())])
 
@@ -268,9 +253,7 @@ class SelfPlayTrainer:
         result.diagnostics.update(found)
         result.warnings.update(warnings(found))
 
-    def _diagnose(
-        self, result: IterationResult, triplets: Sequence[Triplet], policy: str, inputs: dict[str, Any]
-    ) -> None:
+    def _diagnose(self, result: IterationResult, triplets: Triplets, policy: str, inputs: dict[str, Any]) -> None:
         """Write the iteration's diagnostics.parquet: log π and rewards before and after, sample by sample."""
 
         def logps(path: str, of: str) -> dict[str, list[float]]:
@@ -301,7 +284,7 @@ class SelfPlayTrainer:
     def _logps(
         self,
         path: str,
-        triplets: Sequence[Triplet],
+        triplets: Triplets,
         of: str,
         loaded: Callable[[], PreTrainedModel] | None = None,
     ) -> dict[str, list[float]]:
@@ -360,13 +343,14 @@ class SelfPlayTrainer:
                 policy,
                 self.model_arguments,
                 self.tokenizer,
-                View(len(examples), lambda i: examples[i].prompt_ids),
+                examples.prompts if isinstance(examples, Examples) else [e.prompt_ids for e in examples],
                 self.args,
                 seed=inputs["seed"],
                 description=description,
             )
             write_responses(target, (example.prompt_id for example in examples), responses)
-            return response_statistics(responses, View(len(examples), lambda i: examples[i].labelled))
+            labelled = examples.labelled if isinstance(examples, Examples) else [e.labelled for e in examples]
+            return response_statistics(responses, labelled)
 
         return run_stage(path, inputs, produce)
 

@@ -11,16 +11,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tspin.config import build_config, unknown
-from tspin.data.tables import Examples, Responses, read_responses, response_statistics, write_responses
+from tspin.data.encoding import Examples, encode_dataset
+from tspin.data.responses import Responses, read_responses, response_statistics, write_responses
 from tspin.diagnostics import diagnose, summary
-from tspin.engines.here import (
-    Unfinished,
-    encode_dataset,
-    reference_table,
-    response_logps,
-    train_iteration,
-    with_reference,
-)
+from tspin.engines.here import Unfinished, response_logps, train_iteration
 from tspin.engines.policies import sample_policy
 from tspin.errors import UserError
 from tspin.evaluation.suites import evaluate, load_suite, tabulated
@@ -30,7 +24,7 @@ from tspin.objectives import METHODS, PROTO, SYNTHETIC
 from tspin.runs.locks import owned
 from tspin.runs.stages import atomic_path, sha256, write_text
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.triplets import make_triplets
+from tspin.triplets import make_triplets, reference_table, with_reference
 
 
 def sample_to_file(model: str, dataset: str, out: Path, seed: int, overrides: Sequence[str]) -> dict[str, float]:
@@ -207,7 +201,7 @@ def _prepare(
 
 def _responses_for(examples: Examples, path: Path, tokenizer: PreTrainedTokenizerBase) -> Responses:
     responses = read_responses(path)
-    for prompt_id, response in responses.items():
+    for prompt_id, response in zip(responses, responses.of(responses.prompt_ids), strict=True):
         if max(response.ids) >= len(tokenizer):
             raise UserError(
                 f"{path}: token {max(response.ids)} in the response to data row {prompt_id + 1} is not in this model's "

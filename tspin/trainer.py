@@ -24,8 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from tspin.devices import out_of_memory
 from tspin.errors import UserError
 from tspin.objectives import LABELLED, PROTO, SYNTHETIC, Coefficients, Method, SequenceLogps
-from tspin.triplet_logps import logps_of
-from tspin.triplets import IDLE, Triplet, TripletCollator
+from tspin.triplets import IDLE, Triplet, TripletCollator, logps_of
 
 UNLOGGED = "unlogged.json"  # in a training's state: what was summed since the last log
 

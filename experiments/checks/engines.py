@@ -94,7 +94,8 @@ def prompts_for(name: str, tokenizer, count: int) -> list[list[int]]:
         from tspin.data.formats import load_rows
         from tspin.data.templates import encode_prompt
 
-        return [encode_prompt(row["prompt"], tokenizer, "auto")[1] for row in islice(load_rows("pocket"), count)]
+        prompts = islice(load_rows("pocket").read()["prompt"], count)
+        return [encode_prompt(prompt, tokenizer, "auto")[1] for prompt in prompts]
     things = ["the sea", "bread", "Paris", "a triangle", "rain", "a library", "the number seven", "winter"]
     asks = ["What is {}?", "Write two sentences about {}.", "List three facts about {}.", "Why do people like {}?",
             "Explain {} to a child.", "Translate the words '{}' into Spanish."]  # fmt: skip

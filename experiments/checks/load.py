@@ -69,7 +69,7 @@ def start_trainer(folder: Path, rows: int) -> None:
 
 def sample_and_train(folder: Path, rows: int) -> None:
     """Responses written, read and made triplets, and STEPS steps on them; the log-probabilities of a few."""
-    from tspin.data.tables import View, read_responses, response_statistics, write_responses
+    from tspin.data.responses import read_responses, response_rows, response_statistics, write_responses
     from tspin.engines.here import train_iteration
     from tspin.models import load_model
     from tspin.objectives import PROTO, SYNTHETIC
@@ -78,7 +78,7 @@ def sample_and_train(folder: Path, rows: int) -> None:
     trainer = _trainer(folder, rows)
     labelled = trainer.examples.labelled
     # Another prompt's label stands for a response: sampling a million takes hours, and is no matter of memory.
-    other = View(rows, lambda i: labelled[(i + 1) % rows])
+    other = response_rows(labelled.dataset.select([*range(1, rows), 0]))
     path = folder / "responses.parquet"
     write_responses(path, trainer.examples.prompt_ids.tolist(), other)
     response_statistics(other, labelled)

@@ -18,15 +18,16 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from tspin.data.tables import Example, Response
+from tspin.data.responses import Response
 from tspin.devices import resident
 from tspin.engines.here import train_iteration
 from tspin.models import POCKET_MODEL, load_tokenizer
+from tspin.objectives import LABELLED, PROTO, SYNTHETIC
 from tspin.planning.architectures import find_config, shape_of
 from tspin.planning.peaks import MicroBatch, Precision, training_parts
 from tspin.runs.stages import provenance, write_json, write_text
 from tspin.selfplay_config import SelfPlayConfig
-from tspin.triplets import make_triplets
+from tspin.triplets import Triplet
 
 OUT = Path("results/benchmarks/plan")
 LAYERS = {"two layers of 7B width": ("mistralai/Mistral-7B-v0.1", {"num_hidden_layers": 2, "vocab_size": 8192})}
@@ -98,9 +99,8 @@ def step(name: str, tokens: int, checkpointing: bool) -> tuple[PreTrainedConfig,
     count = STEPS * batch
     prompt, response = ([5] * length for length in LENGTHS)
     drawn = Response(response, "", False)
-    examples = [Example(number, "", prompt, drawn) for number in range(count)]
-    every = dict.fromkeys(range(count), drawn)
-    triplets = make_triplets(examples, {"synthetic": every, "proto": every})
+    responses = dict.fromkeys((LABELLED, SYNTHETIC, PROTO), drawn)
+    triplets = [Triplet(number, prompt, responses) for number in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         args = SelfPlayConfig(
             output_dir=folder,

@@ -1,11 +1,9 @@
-"""One iteration's stages as functions: encode the data, score the reference, train."""
+"""One iteration's stages as functions: score the reference, train."""
 
 import copy
-import dataclasses
 import hashlib
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -27,90 +25,21 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from tspin.data import templates as data
-from tspin.data.formats import Rows, set_key, validate_rows
-from tspin.data.tables import Examples, View, open_table
 from tspin.devices import peak_bytes, reset_peak
 from tspin.errors import UserError
-from tspin.models import tokenizer_fingerprint
 from tspin.objectives import METHODS
-from tspin.runs.locks import owned
 from tspin.runs.signals import Asked, Stopped, stopping_when_asked
 from tspin.runs.stages import (
     DamagedStage,
     atomic_path,
     check_stage,
-    fingerprint,
     remove_stage,
     run_stage,
     stage_record,
 )
 from tspin.selfplay_config import SelfPlayConfig
 from tspin.trainer import AtTrainBegin, TripletTrainer
-from tspin.triplet_logps import compute_logps
-from tspin.triplets import Triplet, TripletCollator, collator_for
-
-
-def encode_dataset(
-    dataset: Rows | Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
-) -> Examples:
-    """Rows {"prompt", "completion"} as examples; an integer "prompt_id" replaces the row's number. Raises UserError.
-
-    What is made of large data sets (`Rows.key`, `set_key`) is kept in args.shared_dir, or the run's folder, and read
-    from there the next time. Rows of note are told on stderr.
-    """
-    settings: dict[str, Any] = dict(
-        template=args.template,
-        max_prompt_tokens=args.max_prompt_tokens,
-        max_response_tokens=args.max_response_tokens,
-        long_prompts=args.long_prompts,
-    )
-    if isinstance(dataset, Rows):
-        key, rows = dataset.key, dataset.numbered()
-    else:
-        key, rows = set_key(dataset), _numbered(dataset)
-    if key is None:
-        examples = data.encode_examples(rows, tokenizer, **settings)
-    else:
-        examples = _encoded_once(key, rows, tokenizer, settings, Path(args.shared_dir or str(args.output_dir)))
-    for remark in examples.remarks:
-        sys.stderr.write(f"tspin: {remark}\n")
-    return examples
-
-
-def _numbered(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    given: list[Any] = []  # the row that the check is at: it reads one at a time
-
-    def rows() -> Iterator[Mapping[str, Any]]:
-        for row in dataset:
-            given[:] = [row.get("prompt_id") if isinstance(row, Mapping) else None]
-            yield row
-
-    for number, row in enumerate(validate_rows(rows(), "train_dataset")):
-        yield given[0] if isinstance(given[0], int) else number, row
-
-
-def _encoded_once(
-    key: Any,
-    rows: Iterable[tuple[int, dict[str, Any]]],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: dict[str, Any],
-    folder: Path,
-) -> Examples:
-    inputs = {"rows": key, "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
-    path = folder / f"examples-{fingerprint(inputs)}.arrow"
-
-    def produce(target: Path) -> dict[str, Any]:
-        made = data.encode_examples(rows, tokenizer, **settings, path=target)
-        prints = {"fingerprint": made.fingerprint, "prompts_fingerprint": made.prompts_fingerprint}
-        return {**prints, "noted": made.noted, "remarks": made.remarks}
-
-    with owned(folder, wait=True):
-        facts = run_stage(path, inputs, produce)["facts"]
-    examples = Examples(open_table(path), facts["noted"], facts["remarks"])
-    # As properties they would be computed, from every token.
-    examples.__dict__.update({name: facts[name] for name in ("fingerprint", "prompts_fingerprint")})
-    return examples
+from tspin.triplets import Triplet, TripletCollator, collator_for, compute_logps
 
 
 def response_logps(
@@ -131,11 +60,6 @@ def response_logps(
     return compute_logps(model, triplets, collator, autocast, f"log-probabilities of {of}")
 
 
-def reference_table(triplets: Sequence[Triplet], logps: Mapping[str, list[float]]) -> pd.DataFrame:
-    """prompt_id and a column a role, in nats: what a reference policy's log-probabilities are kept as."""
-    return pd.DataFrame({"prompt_id": [t.prompt_id for t in triplets], **logps})
-
-
 def _collator(
     model: PreTrainedModel, triplets: Sequence[Triplet], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
 ) -> TripletCollator:
@@ -143,20 +67,6 @@ def _collator(
         return collator_for(model, triplets, tokenizer, args.micro_batch_tokens, args.layout)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def with_reference(triplets: Sequence[Triplet], table: pd.DataFrame) -> Sequence[Triplet]:
-    """Triplets with their reference log-probabilities from `reference_table`, made of the same triplets."""
-    roles = {str(role): table[role].to_numpy() for role in table.columns.drop("prompt_id")}
-    numbers = table["prompt_id"].to_numpy()
-
-    def triplet(i: int) -> Triplet:
-        found = triplets[i]
-        if found.prompt_id != numbers[i]:
-            raise ValueError(f"row {i} is of prompt {numbers[i]}, the triplet of {found.prompt_id}")
-        return dataclasses.replace(found, reference_logps={role: float(of[i]) for role, of in roles.items()})
-
-    return View(len(triplets), triplet)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tspin.data.tables import Response, View
+from tspin.data.mapped import TypedRows
+from tspin.data.responses import Response
 from tspin.engines.vllm import Engine, generate_tokens, require_vllm
 from tspin.errors import UserError
 from tspin.models import dtype_name, load_model
@@ -51,7 +52,7 @@ def sample_policy(
         seed=seed,
         trust_remote_code=bool(loading.get("trust_remote_code")),
     )
-    return View(len(prompts), lambda i: response_of(answers[i]["ids"], ends, tokenizer))
+    return TypedRows(answers.select_columns(["ids"]), lambda ids: response_of(ids, ends, tokenizer))
 
 
 def generation_settings(folder: str) -> GenerationConfig | None:

@@ -12,12 +12,13 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from tspin.engines.here import train_iteration
-from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS, read_triplets
+from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS
 from tspin.engines.workers import FAILURE, read_job
 from tspin.errors import UserError
 from tspin.models import load_model, load_tokenizer
 from tspin.runs.stages import write_text
 from tspin.selfplay_config import SelfPlayConfig
+from tspin.triplets import load_triplets
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def _train(folder: Path) -> None:
     loading = {**job["loading"], "dtype": getattr(torch, job["loading"]["dtype"])}
     facts = train_iteration(
         load_model(job["policy"], loading),
-        read_triplets(folder / TRIPLETS),
+        load_triplets(folder / TRIPLETS),
         load_tokenizer(str(folder / TOKENIZER)),
         args,
         job["iteration"],

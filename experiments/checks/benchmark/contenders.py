@@ -9,9 +9,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from tspin.models import POCKET_MODEL, load_tokenizer, multiplies_bfloat16
 from tspin.objectives import LABELLED, METHODS, ROLES, SYNTHETIC, Coefficients, spin_loss, tspin_loss
-from tspin.packing import pad_rows
 from tspin.trainer import TripletTrainer
-from tspin.triplets import Triplet, collator_for
+from tspin.triplets import Triplet, collator_for, pad_rows
 
 Step = Callable[[Sequence[Triplet]], None]
 MICRO_BATCH_TOKENS = 2048

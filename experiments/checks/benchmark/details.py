@@ -12,7 +12,7 @@ from workload import MIXES, build, triplets
 
 import tspin.sampling
 from tspin.config import load_config
-from tspin.engines.here import encode_dataset
+from tspin.data.encoding import encode_dataset
 from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.logprobs import LOGITS_PER_CHUNK
 from tspin.models import POCKET_MODEL, load_model, load_tokenizer, multiplies_bfloat16
@@ -55,7 +55,7 @@ def sampling_rows(seconds) -> list[dict]:
     settings = load_config("pocket").for_method("tspin")
     arguments = training_arguments(settings, POCKET_MODEL / "unused", 0)
     model, tokenizer = load_model(str(POCKET_MODEL)).to(DEVICE), load_tokenizer(str(POCKET_MODEL))
-    prompts = [e.prompt_ids for e in encode_dataset(load_dataset(settings.data)[:256], tokenizer, arguments)]
+    prompts = encode_dataset(load_dataset(settings.data), tokenizer, arguments).prompts[:256]
     decoding = dataclasses.replace(arguments.decoding, temperature=0)
     segment = tspin.sampling.FIRST_SEGMENT
 

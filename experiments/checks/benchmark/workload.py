@@ -5,7 +5,7 @@ import random
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
 
-from tspin.data.tables import Response
+from tspin.data.responses import Response
 from tspin.objectives import ROLES
 from tspin.triplets import Triplet
 
