@@ -1,4 +1,4 @@
-"""Triplets on their way, and plans of micro-batches: every example once, no more tokens than allowed, little padding."""
+"""Triplets on their way; plans of micro-batches: every example once, no more tokens than allowed, little padding."""
 
 import random
 

@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,8 +53,10 @@ class Triplet:
 
 
 class Triplets(TypedRows[Triplet]):
-    """The triplets of a data set with the columns prompt_id, prompt_ids, of each role <role>/ids and <role>/finished,
-    and of each that a reference scored <role>/reference. The responses' texts, which no training needs, are empty.
+    """The triplets in the rows of a data set. The responses' texts, which no training needs, are empty.
+
+    Its columns: prompt_id, prompt_ids; of each role <role>/ids and <role>/finished; of each role that a reference
+    policy scored <role>/reference.
     """
 
     def __init__(self, dataset: Dataset):
@@ -69,7 +72,7 @@ class Triplets(TypedRows[Triplet]):
 
     def select(self, places: Sequence[int]) -> "Triplets":
         """Those at these places."""
-        return Triplets(self.dataset.select(places))
+        return Triplets(self.dataset.select(places, new_fingerprint="rows"))
 
     def save(self, folder: Path) -> None:
         """Write them for another process's `load_triplets`."""
@@ -93,9 +96,9 @@ def make_triplets(examples: Examples, responses: Mapping[str, Responses]) -> Tri
     return Triplets(concatenate_datasets(parts, axis=1))
 
 
-def reference_table(triplets: Sequence[Triplet], logps: Mapping[str, Sequence[float]]) -> pd.DataFrame:
+def reference_table(triplets: Triplets, logps: Mapping[str, Sequence[float]]) -> pd.DataFrame:
     """prompt_id and a column per role, in nats: what a reference policy's log-probabilities are kept as."""
-    return pd.DataFrame({"prompt_id": [t.prompt_id for t in triplets], **logps})
+    return pd.DataFrame({"prompt_id": column(triplets.dataset, "prompt_id"), **logps})
 
 
 def with_reference(triplets: Triplets, table: pd.DataFrame) -> Triplets:
@@ -215,16 +218,12 @@ def pad_rows(prompts: Sequence[Ids], responses: Sequence[Ids], pad_token_id: int
 
     Each has shape (len(prompts), longest prompt + response).
     """
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    length = max(map(len, rows))
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
-    response_mask = torch.zeros((len(rows), length), dtype=torch.bool)
-    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        input_ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        attention_mask[i, : len(row)] = 1
-        response_mask[i, len(prompt) : len(row)] = True
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "response_mask": response_mask}
+    rows = [torch.tensor([*p, *r], dtype=torch.long) for p, r in zip(prompts, responses, strict=True)]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    position = torch.arange(input_ids.shape[1])
+    real = position < torch.tensor([len(row) for row in rows])[:, None]
+    response_mask = real & (position >= torch.tensor([len(prompt) for prompt in prompts])[:, None])
+    return {"input_ids": input_ids, "attention_mask": real.long(), "response_mask": response_mask}
 
 
 def pack_shared_prefixes(

@@ -61,19 +61,21 @@ class Examples(TypedRows[Example]):
     def __init__(
         self,
         dataset: Dataset,
-        noted: Mapping[str, list[int]] | None = None,
-        remarks: Sequence[str] = (),
-        fingerprint: str = "",
-        prompts_fingerprint: str = "",
+        noted: Mapping[str, list[int]],
+        remarks: Sequence[str],
+        fingerprint: str | None = None,
+        prompts_fingerprint: str | None = None,
     ):
         super().__init__(
             dataset.select_columns(["prompt_id", "prompt", "prompt_ids", "ids", "text", "finished"]),
             lambda number, prompt, prompt_ids, *label: Example(number, prompt, prompt_ids, Response(*label)),
         )
-        self.noted = dict(noted or {})
-        self.remarks = list(remarks)
-        self.fingerprint = fingerprint
-        self.prompts_fingerprint = prompts_fingerprint
+        self.noted = noted
+        self.remarks = remarks
+        numbers = self.prompt_ids.tolist()
+        labels = (label.ids for label in self.labelled)
+        self.fingerprint = fingerprint or fingerprint_of(zip(numbers, self.prompts, labels, strict=True))
+        self.prompts_fingerprint = prompts_fingerprint or fingerprint_of(zip(numbers, self.prompts, strict=True))
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -138,18 +140,11 @@ def encode_examples(
     with tqdm(total=len(rows), desc="encoding", unit="row", delay=BAR_AFTER) as bar:
         encoder = _Encoder(tokenizer, encoding, bar)
         dataset = mapped(rows, encoder, EXAMPLE_SCHEMA, path=path)
-    numbers = column(dataset, "prompt_id")
-    if not len(numbers):
+    if not len(dataset):
         raise UserError("no data left: every prompt is longer than data.max_prompt_tokens")
-    if len(np.unique(numbers)) < len(numbers):
+    if len(np.unique(column(dataset, "prompt_id"))) < len(dataset):
         raise UserError("train_dataset: two rows have the same prompt_id; responses are matched by it")
-    prompts, labels = ["prompt_id", "prompt_ids"], ["prompt_id", "prompt_ids", "ids"]
-    prints = (fingerprint_of(TypedRows(dataset.select_columns(names), _cells)) for names in (labels, prompts))
-    return Examples(dataset, encoder.noted, encoder.remarks(len(rows)), *prints)
-
-
-def _cells(*cells: Any) -> tuple[Any, ...]:
-    return cells
+    return Examples(dataset, encoder.noted, encoder.remarks(len(rows)))
 
 
 class _Encoder:

@@ -6,6 +6,7 @@ or a list of {"role", "content"} messages, from a JSONL or Parquet file or the h
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from tspin.runs.stages import sha256
 
 LARGE = 2**25  # bytes of a data set from which encoding takes long enough to keep what it gives
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can spell and no text has
 ROWS = Features({"number": Value("int64"), "prompt": MESSAGES, "completion": MESSAGES})  # the number counts from 0
 
 Message = dict[str, Any]
@@ -94,25 +96,25 @@ def checked_rows(
     rows: Iterable[Any], source: str, columns: Mapping[str, str] | None = None, numbered: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Rows as ROWS has them; the first bad one raises UserError, counted from 1. numbered: see `source_of`."""
-    prompt_column = (columns or {}).get("prompt", "prompt")
-    completion_column = (columns or {}).get("completion", "completion")
+    names = {"prompt": "prompt", "completion": "completion", **(columns or {})}
     number = 0
     for number, row in enumerate(rows, start=1):
+        where = f"{source}, row {number}"
         if not isinstance(row, Mapping):
-            raise UserError(f"{source}, row {number}: not an object with a prompt and a completion")
-        prompt, completion = row.get(prompt_column), row.get(completion_column)
-        if completion_column not in row and row.get("messages") is not None:
-            prompt, completion = _first_round(row["messages"], source, number)
-        if not _has_text(prompt):
-            raise UserError(f"{source}, row {number}: no prompt (column {prompt_column!r} is missing or empty)")
-        if not _has_text(completion):
-            raise UserError(f"{source}, row {number}: empty response (column {completion_column!r})")
+            raise UserError(f"{where}: not an object with a prompt and a completion")
+        prompt, completion = row.get(names["prompt"]), row.get(names["completion"])
+        if names["completion"] not in row and row.get("messages") is not None:
+            prompt, completion = _first_round(row["messages"], where)
         prompt, completion = as_messages(prompt, "user"), as_messages(completion, "assistant")
+        if not prompt or not prompt[-1]["content"].strip():
+            raise UserError(f"{where}: no prompt (column {names['prompt']!r} is missing or empty)")
+        if not completion or not completion[-1]["content"].strip():
+            raise UserError(f"{where}: empty response (column {names['completion']!r})")
         if None in (message["role"] for message in prompt):
-            raise UserError(f"{source}, row {number}: a message of the prompt has no role (user, assistant or system)")
+            raise UserError(f"{where}: a message of the prompt has no role (user, assistant or system)")
         for what, messages in (("prompt", prompt), ("response", completion)):
-            if not all(_is_unicode(text) for message in messages for text in message.values() if text is not None):
-                raise UserError(f"{source}, row {number}: the {what} has half of a surrogate pair: no Unicode text")
+            if any(SURROGATE.search(text or "") for message in messages for text in message.values()):
+                raise UserError(f"{where}: the {what} has half of a surrogate pair: no Unicode text")
         given = row.get("prompt_id") if numbered else None
         yield {"number": given if isinstance(given, int) else number - 1, "prompt": prompt, "completion": completion}
     if not number:
@@ -120,39 +122,23 @@ def checked_rows(
 
 
 def as_messages(value: Any, role: str) -> list[Message]:
-    """A prompt or completion as messages {"role", "content"}: a string is one message of this role."""
+    """A prompt or completion as messages {"role", "content"}; a text is one message of this role. [] for all else."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
+    if not isinstance(value, Sequence):
+        return []
+    if not all(isinstance(message, Mapping) and isinstance(message.get("content"), str) for message in value):
+        return []
     roles = (message.get("role") for message in value)
-    return [
-        {"role": role if isinstance(role, str) else None, "content": message["content"]}
-        for role, message in zip(roles, value, strict=True)
-    ]
+    roles = (role if isinstance(role, str) else None for role in roles)
+    return [{"role": role, "content": message["content"]} for role, message in zip(roles, value, strict=True)]
 
 
-def _has_text(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    if not isinstance(value, Sequence) or not value:
-        return False
-    return all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in value) and bool(
-        value[-1]["content"].strip()
-    )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _first_round(messages: Any, source: str, number: int) -> tuple[list[Any], list[Any]]:
+def _first_round(messages: Any, where: str) -> tuple[list[Any], list[Any]]:
     try:
         first = [message["role"] for message in messages].index("assistant")
     except (TypeError, KeyError, ValueError):
-        raise UserError(f"{source}, row {number}: `messages` has no assistant turn with role and content") from None
+        raise UserError(f"{where}: `messages` has no assistant turn with role and content") from None
     return list(messages[:first]), [messages[first]]
 
 
@@ -161,15 +147,14 @@ def read_rows(path: Path) -> Iterator[Any]:
 
     JSONL and Parquet are read a part at a time, other JSON whole.
     """
-    try:
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path)
-        elif path.suffix == ".json" and (listed := _read_list(path)) is not None:
-            yield from listed
-        else:
-            yield from _read_lines(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif path.suffix == ".json" and (listed := _read_list(path)) is not None:
+        yield from listed
+    else:
+        yield from _read_lines(path)
 
 
 def _read_list(path: Path) -> list[Any] | None:
@@ -199,19 +184,17 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         with pq.ParquetFile(path) as file:
             for part in file.iter_batches(BATCH):
                 yield from part.to_pylist()
-    except FileNotFoundError:
-        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a Parquet file that can be read ({error})") from error
 
 
-def nested_subset(count: int, size: int | None, seed: int) -> list[int]:
+def nested_subset(count: int, size: int, seed: int) -> list[int]:
     """Of `count` row numbers the first `size` in a seeded random order, sorted.
 
     A smaller size gives a subset of a larger one (the paper's data-efficiency study needs that).
     Raises UserError when there are fewer rows than asked for.
     """
-    if size is not None and size > count:
+    if size > count:
         raise UserError(f"data.labels: {size} labelled responses asked for, the data set has {count}")
     order = list(range(count))
     random.Random(seed).shuffle(order)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -45,7 +46,7 @@ class Responses(Mapping[int, Response]):
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
         self.prompt_ids = column(dataset, "prompt_id")
-        self._order = np.argsort(self.prompt_ids, kind="stable")
+        self.index = pd.Index(self.prompt_ids)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -54,20 +55,14 @@ class Responses(Mapping[int, Response]):
         return iter(self.prompt_ids.tolist())
 
     def __getitem__(self, prompt_id: int) -> Response:
-        return response_rows(self.dataset)[int(self._places([prompt_id])[0])]
+        return response_rows(self.dataset)[self.index.get_loc(prompt_id)]
 
     def of(self, prompt_ids: Sequence[int] | np.ndarray) -> TypedRows[Response]:
         """The responses to these prompts, in their order. Raises KeyError where there is none to one of them."""
-        return response_rows(reordered(self.dataset, self._places(prompt_ids)))
-
-    def _places(self, prompt_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        wanted = np.asarray(prompt_ids)
-        ranks = np.searchsorted(self.prompt_ids, wanted, sorter=self._order)
-        places = self._order[np.minimum(ranks, len(self) - 1)] if len(self) else ranks
-        missing = self.prompt_ids[places] != wanted if len(self) else np.ones(len(wanted), bool)
-        if missing.any():
-            raise KeyError(int(wanted[missing][0]))
-        return places
+        places = self.index.get_indexer(prompt_ids)
+        if (places < 0).any():
+            raise KeyError(prompt_ids[int((places < 0).argmax())])
+        return response_rows(reordered(self.dataset, places))
 
 
 def write_parquet(path: Path, schema: pa.Schema, rows: Iterable[Sequence[Any]]) -> None:
@@ -116,9 +111,8 @@ def _check(responses: Responses, path: Path) -> None:
                 raise _bad_row(path, row, "an empty cell")
             if not cells["ids"] or any(token is None or token < 0 for token in cells["ids"]):
                 raise _bad_row(path, row, "no tokens" if not cells["ids"] else "a token that is none")
-    numbers, first = np.unique(responses.prompt_ids, return_index=True)
-    if len(numbers) < len(responses):
-        row = int(np.setdiff1d(np.arange(len(responses)), first)[0])
+    if not responses.index.is_unique:
+        row = int(responses.index.duplicated().argmax())
         raise _bad_row(path, row, f"prompt_id {responses.prompt_ids[row]} is there twice")
 
 
