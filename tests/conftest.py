@@ -16,14 +16,6 @@ quiet_libraries()
 
 # What takes longest comes first, so that no process is left with minutes of work when the others have ended.
 LONGEST = ["test_processes", "test_scripts", "test_grid", "test_selfplay", "test_faults", "test_notebooks"]
-    "test_processes",
-    "test_scripts",
-    "test_grid",
-    "test_selfplay",
-    "test_faults",
-    "test_notebooks",
-    "test_dry_run",
-]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

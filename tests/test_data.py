@@ -7,18 +7,28 @@ import pyarrow.parquet as pq
 import pytest
 
 from tspin.data import templates as data
-from tspin.data.formats import Rows, load_rows, nested_subset, validate_rows
-from tspin.data.tables import Response, read_responses, write_responses
+from tspin.data.encoding import Encoding, encode_examples
+from tspin.data.formats import Source, checked_rows, load_rows, nested_subset, source_of
+from tspin.data.responses import Response, read_responses, write_responses
 from tspin.errors import UserError
 from tspin.pocket.tasks import LABELS_PER_TASK, table_tasks
 
-LIMITS = {"max_prompt_tokens": 64, "max_response_tokens": 16, "long_prompts": "error"}
+LIMITS = {"max_prompt_length": 64, "max_completion_length": 16, "long_prompts": "error"}
+
+
+def texts(source: Source) -> list[dict[str, str]]:
+    """Rows of one message each, as they stand in a file."""
+    return [{name: row[name][-1]["content"] for name in ("prompt", "completion")} for row in source.read()]
+
+
+def encoded(rows, tokenizer, **settings):
+    return encode_examples(source_of(rows).read(), tokenizer, Encoding(**{**LIMITS, **settings}))
 
 
 def test_jsonl_and_parquet_agree(tmp_path, data_file, rows):
     parquet = tmp_path / "data.parquet"
     pq.write_table(pa.Table.from_pylist(rows), parquet)
-    assert list(load_rows(str(data_file))) == list(load_rows(str(parquet))) == rows
+    assert texts(load_rows(str(data_file))) == texts(load_rows(str(parquet))) == rows
 
 
 def test_conversations_columns_and_first_rounds(tmp_path, tokenizer):
@@ -29,16 +39,16 @@ def test_conversations_columns_and_first_rounds(tmp_path, tokenizer):
     rounds = {"messages": [*conversation["prompt"], *conversation["completion"], {"role": "user", "content": "Why?"}]}
     path = tmp_path / "chat.jsonl"
     path.write_text("\n".join(map(json.dumps, [conversation, rounds])))
-    first, second = load_rows(str(path))
-    assert first == second == conversation
+    first, second = load_rows(str(path)).read()
+    assert first == {"number": 0, **conversation} and second == {"number": 1, **conversation}
     ultrachat = {"prompt": "1 + 1 =", "prompt_id": "f0e3", **rounds}
-    assert list(validate_rows([ultrachat], "hub")) == [conversation]
+    assert list(checked_rows([ultrachat], "hub", numbered=True)) == [first]
     renamed = tmp_path / "gsm8k.jsonl"
     renamed.write_text(json.dumps({"question": "1 + 1 =", "answer": "2"}))
     columns = {"prompt": "question", "completion": "answer"}
-    assert list(load_rows(str(renamed), columns=columns)) == [{"prompt": "1 + 1 =", "completion": "2"}]
-    plain = data.encode_examples([(0, {"prompt": "1 + 1 =", "completion": "2"})], tokenizer, template="chat", **LIMITS)
-    chat = data.encode_examples([(0, first)], tokenizer, template="paper", **LIMITS)
+    assert texts(load_rows(str(renamed), columns=columns)) == [{"prompt": "1 + 1 =", "completion": "2"}]
+    plain = encoded([{"prompt": "1 + 1 =", "completion": "2"}], tokenizer, template="chat")
+    chat = encoded([conversation], tokenizer, template="paper")
     assert list(plain) == list(chat)
     assert plain[0].prompt == "### Instruction: 1 + 1 =\n\n### Response: "
 
@@ -52,21 +62,20 @@ def test_labelled_responses_end_unless_they_are_cut(tokenizer):
 
 @pytest.mark.parametrize("what, kept", [("truncate", 2), ("drop", 1)])
 def test_long_prompts(tokenizer, what, kept):
-    rows = [(0, {"prompt": "1 +", "completion": "2"}), (1, {"prompt": "1 + " * 40, "completion": "2"})]
-    limits = {**LIMITS, "long_prompts": what}
-    examples = data.encode_examples(rows, tokenizer, template="paper", **limits)
+    rows = [{"prompt": "1 +", "completion": "2"}, {"prompt": "1 + " * 40, "completion": "2"}]
+    examples = encoded(rows, tokenizer, template="paper", long_prompts=what)
     assert len(examples) == kept
     assert all(len(example.prompt_ids) <= 64 for example in examples)
     if what == "truncate":  # the end of a prompt is where its response follows
         assert examples[1].prompt_ids[-4:] == examples[0].prompt_ids[-4:]
     with pytest.raises(UserError, match=r"data row 2: prompt of \d+ tokens, max_prompt_length is 64"):
-        data.encode_examples(rows, tokenizer, template="paper", **LIMITS)
+        encoded(rows, tokenizer, template="paper")
 
 
 def test_lines_end_at_newlines_only(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert next(iter(load_rows(str(path))))["prompt"] == "a\u2028b"
+    assert texts(load_rows(str(path)))[0]["prompt"] == "a\u2028b"
 
 
 def test_a_template_shows_the_prompt(tokenizer):
@@ -83,17 +92,19 @@ def test_responses_survive_the_file(tmp_path):
     assert found == dict(zip([9, 3], responses, strict=True))
 
 
-def test_subsets_are_nested():
+def test_subsets_are_nested(tmp_path):
     small, large = (nested_subset(50, n, seed=1) for n in (10, 30))
     assert len(small) == 10 and set(small) < set(large)
-    rows = Rows("memory", lambda: [{"prompt": str(i), "completion": "x"} for i in range(50)])
-    assert [(n, row["prompt"]) for n, row in rows.subset(10, 1).numbered()] == [(n, str(n)) for n in small]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": str(i), "completion": "x"}) + "\n" for i in range(50)))
+    rows = load_rows(str(path), labels=10, seed=1).read()
+    assert [(row["number"], row["prompt"][0]["content"]) for row in rows] == [(n, str(n)) for n in small]
     with pytest.raises(UserError, match="51 labelled responses asked for, the data set has 50"):
         nested_subset(50, 51, seed=1)
 
 
 def test_the_pocket_labels():
-    rows = list(load_rows("pocket"))
+    rows = texts(load_rows("pocket"))
     assert len(rows) == LABELS_PER_TASK * len(table_tasks()) == 4000
     assert len({row["prompt"] for row in rows}) == len(rows)
 
@@ -113,7 +124,7 @@ def test_bad_rows_are_named(tmp_path, text, line):
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=line):
-        list(load_rows(str(path)))
+        load_rows(str(path)).read()
 
 
 def test_missing_and_foreign_files(tmp_path):
@@ -122,7 +133,7 @@ def test_missing_and_foreign_files(tmp_path):
     fake = tmp_path / "fake.parquet"
     fake.write_text("no table")
     with pytest.raises(UserError, match="not a Parquet file"):
-        list(load_rows(str(fake)))
+        load_rows(str(fake)).read()
     with pytest.raises(UserError, match="neither a .jsonl or .parquet file here nor on the hub"):
         load_rows("nobody/no-such-data-set")
 
@@ -131,10 +142,10 @@ def test_missing_and_foreign_files(tmp_path):
 def test_special_tokens_that_data_spells_are_text_and_are_listed(template, tokenizer):
     end = tokenizer.eos_token
     rows = [
-        (0, {"prompt": "1 + 1 =", "completion": "2"}),
-        (1, {"prompt": f"1 {end} 1 =", "completion": f"2 {end} and more"}),
+        {"prompt": "1 + 1 =", "completion": "2"},
+        {"prompt": f"1 {end} 1 =", "completion": f"2 {end} and more"},
     ]
-    examples = data.encode_examples(rows, tokenizer, template=template, **LIMITS)
+    examples = encoded(rows, tokenizer, template=template)
     plain, hostile = examples
     assert tokenizer.eos_token_id not in hostile.prompt_ids
     assert hostile.labelled.ids.count(tokenizer.eos_token_id) == 1 == plain.labelled.ids.count(tokenizer.eos_token_id)
@@ -147,8 +158,7 @@ def test_what_is_not_learned_whole_is_listed(tokenizer):
     whole, long = ("It is 4.", "It is 4, since two and two are four and no other number. " * 5)
     messages = [{"role": "assistant", "content": "Let me see."}, {"role": "assistant", "content": whole}]
     rows = [{"prompt": "2 + 2 =", "completion": completion} for completion in (whole, long, messages)]
-    limits = {"max_prompt_tokens": 64, "max_response_tokens": 16, "long_prompts": "error"}
-    examples = data.encode_examples(enumerate(rows), tokenizer, template="chat", **limits)
+    examples = encoded(rows, tokenizer, template="chat")
     assert examples.noted == {"cut": [1], "last_message": [2]}
     assert "1 of 3 data rows cut to 16 tokens" in examples.remarks[0] and "rows 3" in examples.remarks[1]
 
@@ -156,4 +166,4 @@ def test_what_is_not_learned_whole_is_listed(tokenizer):
 def test_a_message_without_a_role_is_named():
     rows = [{"prompt": [{"content": "hi"}], "completion": "hello"}]
     with pytest.raises(UserError, match=r"mine, row 1: a message of the prompt has no role"):
-        list(validate_rows(rows, "mine"))
+        list(checked_rows(rows, "mine"))

@@ -7,7 +7,7 @@ from test_selfplay import play
 from typer.testing import CliRunner
 
 from tspin.cli import app
-from tspin.data.tables import Response
+from tspin.data.responses import Response
 from tspin.diagnostics import sample_table, summary
 from tspin.objectives import METHODS
 from tspin.schema import DIAGNOSTICS, ROLES, gaps

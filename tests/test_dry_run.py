@@ -15,15 +15,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tspin.config import load_config
-from tspin.data import templates as data
 from tspin.data.encoding import encode_dataset
+from tspin.data.responses import read_responses, write_responses
+from tspin.data.templates import encode_response
 from tspin.engines.here import Training, score, train
 from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.hub import offline as hub
 from tspin.planning.architectures import find_config, shape_of
 from tspin.planning.plan import Data, Hardware, plan
 from tspin.schema import PROTO, SYNTHETIC
-from tspin.triplets import make_triplets, with_reference
+from tspin.triplets import make_triplets, reference_table, with_reference
 
 PRESETS = ["zephyr-7b", "mistral-7b"]
 ROWS = 40
@@ -104,8 +105,8 @@ def test_ultrachats_first_rounds_become_the_papers_prompts(preset, offline, stan
             assert example.labelled.text == first[1]["content"] and example.labelled.finished
             assert example.labelled.ids[-1] == stand_in.eos_token_id not in example.prompt_ids
     # SFT takes every row, and the self-play subset is nested in it.
-    every = dict(load_dataset(config.for_method("sft").data).numbered())
-    assert len(every) == ROWS and {e.prompt_id for e in examples} <= every.keys()
+    every = load_dataset(config.for_method("sft").data).read()
+    assert len(every) == ROWS and {e.prompt_id for e in examples} <= set(every["number"])
 
 
 @pytest.mark.parametrize(("preset", "method"), [("zephyr-7b", "tspin"), ("mistral-7b", "spin")])
@@ -119,15 +120,15 @@ def test_one_step_on_two_layers_of_7b_width(preset, method, offline, stand_in):
     assert shape.hidden_size == 4096 and shape.intermediate_size == 14336
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    sampled = {
-        role: {e.prompt_id: data.encode_response(text, stand_in, 16) for e in examples}
-        for role, text in {SYNTHETIC: "Then it is baked.", PROTO: "the crust matters"}.items()
-    }
+    sampled = {}
+    for role, text in {SYNTHETIC: "Then it is baked.", PROTO: "the crust matters"}.items():
+        path = offline / f"{role}.parquet"
+        write_responses(path, examples.prompt_ids, [encode_response(text, stand_in, 16)] * len(examples))
+        sampled[role] = read_responses(path)
     triplets = make_triplets(examples, sampled if method == "tspin" else {SYNTHETIC: sampled[SYNTHETIC]})
     if method == "spin":
         logps = score(model, triplets, stand_in, args, "the reference")
-        reference = pd.DataFrame({"prompt_id": [t.prompt_id for t in triplets], **logps})
-        triplets = with_reference(triplets, reference)
+        triplets = with_reference(triplets, reference_table(triplets, logps))
     before = model.model.layers[1].mlp.down_proj.weight[:4].clone()
     folder = offline / "run"
     facts = train(model, Training(triplets, stand_in, args, 0, checkpoint=folder / "model", log_folder=folder))

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from tspin.data.tables import Response
+from tspin.data.responses import Response
 from tspin.diagnostics import degeneration, distinct, repeated, warnings
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tspin.logprobs import choose_layout, sequence_logps, shared_prefix_logps, uses_flex_attention
-from tspin.packing import example_sizes, pack_shared_prefixes, pad_rows, plan_shared
+from tspin.triplets import example_sizes, pack_shared_prefixes, pad_rows, plan_shared
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16], [17, 18]]
 RESPONSES = [[20, 21, 22, 1], [23], [24, 1], [25, 26, 27, 28, 29, 1]]  # 1 is the end token; [23] was cut

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin.config import REPOSITORY
-from tspin.engines.launch import check_launcher, read_triplets, write_triplets
+from tspin.engines.launch import check_launcher
 from tspin.errors import UserError
 from tspin.runs.files import folder_fingerprint
 
@@ -190,18 +190,6 @@ def test_something_else_is_no_launcher_file(tmp_path):
             check_launcher(tmp_path / "file.yaml", args)
     with pytest.raises(UserError, match=r"no Accelerate file"):
         check_launcher(tmp_path / "missing.yaml", args)
-
-
-def test_triplets_travel_as_they_are(tmp_path, tokenizer, rows):
-    from tspin.data.tables import Response
-    from tspin.triplets import Triplet
-
-    triplets = [
-        Triplet(number, prompt, {"labelled": Response([3, 4], "", True), "synthetic": Response(ids, "", True)}, scored)
-        for number, prompt, ids, scored in [(7, [1, 2], [], {"labelled": -1.5}), (9, [4], [7], {"labelled": -2.5})]
-    ]
-    write_triplets(tmp_path / "triplets.parquet", triplets)
-    assert read_triplets(tmp_path / "triplets.parquet") == triplets
 
 
 def test_a_bfloat16_policy_starts_where_its_reference_is(tmp_path, model_folder, rows):

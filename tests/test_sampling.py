@@ -13,7 +13,7 @@ GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=8, batch_size=3)
 
 
 def draw(model, tokenizer, decoding=GREEDY, prompts=PROMPTS, seed=0):
-    return sample(model, tokenizer, prompts, decoding, seed=seed)
+    return list(sample(model, tokenizer, prompts, decoding, seed=seed))
 
 
 def test_greedy_takes_the_most_likely_token_and_keeps_the_order(tiny_model, tokenizer):
@@ -84,7 +84,7 @@ def test_segments_change_nothing_but_the_work(monkeypatch, tokenizer):
     found = []
     for first in (1, 3, 100):
         monkeypatch.setattr("tspin.sampling.FIRST_SEGMENT", first)
-        found.append(sample(model, tokenizer, [tokenizer(text)["input_ids"] for text in texts], greedy, seed=0))
+        found.append(list(sample(model, tokenizer, [tokenizer(text)["input_ids"] for text in texts], greedy, seed=0)))
     assert found[0] == found[1] == found[2]
     assert len({len(response.ids) for response in found[0]}) > 1
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
-from tspin import SelfPlayConfig, SelfPlayTrainer, triplet_logps
+from tspin import SelfPlayConfig, SelfPlayTrainer, triplets
 from tspin import trainer as trainer_module
-from tspin.data.tables import read_responses
+from tspin.data.responses import read_responses
 from tspin.devices import give_back
 from tspin.errors import UserError
 from tspin.objectives import METHODS
@@ -303,7 +303,7 @@ def test_less_memory_gives_the_same_run_up_to_rounding(tmp_path, model_folder, r
             raise error
         return original(model, batch, roles)
 
-    for module in (trainer_module, triplet_logps):
+    for module in (trainer_module, triplets):
         monkeypatch.setattr(module, "logps_of", limited)
     play(tmp_path / "short", model_folder, rows, **settings)
     lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]

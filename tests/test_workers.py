@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tspin import SelfPlayConfig
-from tspin.data.templates import encode_examples
+from tspin.data.encoding import encode_dataset
+from tspin.data.responses import read_responses, write_responses
 from tspin.engines.here import score
 from tspin.engines.scoring import score_in_processes
 from tspin.engines.workers import Worker, run_workers
@@ -50,11 +51,10 @@ def test_what_workers_started_ends_with_them(tmp_path):
 
 
 def test_log_probabilities_are_the_same_from_several_processes(tmp_path, model_folder, rows, tokenizer):
-    limits = {"max_prompt_tokens": 64, "max_response_tokens": 16, "long_prompts": "error"}
-    examples = encode_examples(enumerate(rows), tokenizer, template="chat", **limits)
-    labelled = dict(zip(examples.prompt_ids.tolist(), examples.labelled, strict=True))
-    triplets = make_triplets(examples, {"synthetic": labelled})
     args = SelfPlayConfig(output_dir=str(tmp_path / "run"), method="spin", bf16=False, use_cpu=True)
+    examples = encode_dataset(rows, tokenizer, args)
+    write_responses(tmp_path / "drawn.parquet", examples.prompt_ids, examples.labelled)
+    triplets = make_triplets(examples, {"synthetic": read_responses(tmp_path / "drawn.parquet")})
     whole = score(load_model(str(model_folder)), triplets, tokenizer, args)
     parts = score_in_processes(2, str(model_folder), {}, triplets, tokenizer, args, "the policy", False)
     assert parts.keys() == whole.keys()

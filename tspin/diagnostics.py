@@ -25,7 +25,7 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
-from tspin.data.tables import Response
+from tspin.data.responses import Response
 from tspin.objectives import Coefficients, Method, SequenceLogps
 from tspin.schema import DIAGNOSTICS, LABELLED, SYNTHETIC, gaps, misaligned
 from tspin.triplets import Triplet

@@ -20,7 +20,8 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from tspin.config import SelfPlayConfig
-from tspin.data.tables import Example, Examples, Responses, View, read_responses, response_statistics, write_responses
+from tspin.data.encoding import Example, Examples
+from tspin.data.responses import Responses, read_responses, response_statistics, write_responses
 from tspin.diagnostics import degeneration, sample_table, summary, warnings
 from tspin.engines.engine import Engine
 from tspin.engines.here import Training
@@ -30,7 +31,7 @@ from tspin.objectives import METHODS, Coefficients, Method
 from tspin.runs.files import sha256, write_json
 from tspin.runs.unfinished import Unfinished
 from tspin.schema import PROTO, SYNTHETIC
-from tspin.triplets import Triplet, make_triplets, with_reference
+from tspin.triplets import Triplets, make_triplets, reference_table, with_reference
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Iteration:
         """role → the responses in its file."""
         return {role: read_responses(path) for role, path in self.responses.items()}
 
-    def triplets(self, roles: Sequence[str], reference: Path | None = None) -> Sequence[Triplet]:
+    def triplets(self, roles: Sequence[str], reference: Path | None = None) -> Triplets:
         """The labelled responses with those of the sampled `roles`, and their reference log-probabilities."""
         triplets = make_triplets(self.run.examples, {role: self.sampled[role] for role in roles})
         return with_reference(triplets, pd.read_parquet(reference)) if reference else triplets
@@ -130,10 +131,11 @@ def sample(
     run: Run, policy: Policy, examples: Sequence[Example], seed: int, target: Path, of: str = "responses"
 ) -> dict[str, float]:
     """Step 1: write one response of `policy` per prompt to a Parquet file; returns response_statistics."""
-    prompts = View(len(examples), lambda i: examples[i].prompt_ids)
+    prompts = examples.prompts if isinstance(examples, Examples) else [e.prompt_ids for e in examples]
+    labelled = examples.labelled if isinstance(examples, Examples) else [e.labelled for e in examples]
     responses = run.engine.sample(policy, prompts, seed=seed, description=of)
     write_responses(target, (example.prompt_id for example in examples), responses)
-    return response_statistics(responses, View(len(examples), lambda i: examples[i].labelled))
+    return response_statistics(responses, labelled)
 
 
 def score_reference(iteration: Iteration, target: Path) -> None:
@@ -141,7 +143,7 @@ def score_reference(iteration: Iteration, target: Path) -> None:
     triplets = iteration.triplets(iteration.scored_roles)
     keep = iteration.reference == iteration.policy  # training starts from it
     logps = iteration.run.engine.score(iteration.reference, triplets, "the reference", keep=keep)
-    pd.DataFrame({"prompt_id": [t.prompt_id for t in triplets], **logps}).to_parquet(target, index=False)
+    reference_table(triplets, logps).to_parquet(target, index=False)
 
 
 def train(
@@ -173,7 +175,7 @@ def diagnose(iteration: Iteration, reference: Path | None, trained: Policy, targ
     referred = None
     if reference is not None:
         table = pd.read_parquet(reference)
-        referred = {role: table[role].tolist() for role in triplets[0].responses}
+        referred = {role: table[role].tolist() for role in triplets.roles}
     elif method.uses_reference:
         referred = run.engine.score(iteration.reference, triplets, "the reference")
     before = referred if referred and iteration.reference == iteration.policy else None

@@ -1,7 +1,7 @@
 """Sequence log-probabilities of responses under a causal language model: the hot path.
 
 `sequence_logps` is the plain definition, for any model. `shared_prefix_logps` gives the same
-numbers from the shared layout (see packing): a prompt is computed once for all its responses, and
+numbers from the shared layout (see triplets): a prompt is computed once for all its responses, and
 logits exist for response tokens only, a chunk at a time. No model code is changed: the model gets
 a 4-D mask (SDPA) or a block mask (FlexAttention).
 """

@@ -4,13 +4,16 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyarrow as pa
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from tspin.attention import grouped
 from tspin.config import Decoding
-from tspin.data.tables import RESPONSE_SCHEMA, Response, Responses, TableWriter
+from tspin.data.mapped import mapped, table_of
+from tspin.data.responses import RESPONSE_SCHEMA, Response, Responses
 from tspin.errors import UserError
 
 FIRST_SEGMENT = 8  # tokens after which ended rows leave for the first time; twice as many each time after
@@ -44,7 +47,8 @@ def sample(
     )
     # Prompts of similar length share a batch, the longest first: least padding, and memory runs
     # out at once or not at all.
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    lengths = list(map(len, prompts))
+    order = Dataset.from_dict({"prompt": sorted(range(len(prompts)), key=lambda i: -lengths[i])})
     was_training, configured = model.training, model.generation_config
     model.eval()
     # generate() fills what `settings` leaves open from the model's own settings (a repetition
@@ -55,19 +59,23 @@ def sample(
         with (
             torch.random.fork_rng(devices=devices),
             tqdm(total=len(prompts), desc=description, unit="prompt") as bar,
-            TableWriter(RESPONSE_SCHEMA) as writer,
         ):
-            torch.manual_seed(seed)
-            for start in range(0, len(order), decoding.batch_size):
-                batch = order[start : start + decoding.batch_size]
-                for i, ids in zip(batch, _generate(model, [prompts[i] for i in batch], settings), strict=True):
+
+            def draw(batch: dict[str, list[int]]) -> pa.Table:
+                chosen = batch["prompt"]
+                rows = []
+                for i, ids in zip(chosen, _generate(model, [prompts[i] for i in chosen], settings), strict=True):
                     response = response_of(ids, ends, tokenizer)
-                    writer.add(i, response.text, response.ids, response.finished)
-                bar.update(len(batch))
+                    rows.append((i, response.text, response.ids, response.finished))
+                bar.update(len(rows))
+                return table_of(rows, RESPONSE_SCHEMA)
+
+            torch.manual_seed(seed)
+            drawn = Responses(mapped(order, draw, RESPONSE_SCHEMA, batch_size=decoding.batch_size))
     finally:
         model.generation_config = configured
         model.train(was_training)
-    return Responses(writer.table()).of(range(len(prompts)))
+    return drawn.of(range(len(prompts)))
 
 
 def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:

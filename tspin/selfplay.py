@@ -19,8 +19,8 @@ import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from tspin.config import SelfPlayConfig
-from tspin.data.encoding import encode_dataset
-from tspin.data.tables import Example, write_parquet
+from tspin.data.encoding import Example, encode_dataset
+from tspin.data.responses import write_parquet
 from tspin.diagnostics import warnings
 from tspin.engines.engine import Engine
 from tspin.errors import UserError

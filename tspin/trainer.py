@@ -25,8 +25,7 @@ from tspin.devices import out_of_memory
 from tspin.errors import UserError
 from tspin.objectives import Coefficients, Method, SequenceLogps
 from tspin.schema import LABELLED, PROTO, SYNTHETIC
-from tspin.triplet_logps import logps_of
-from tspin.triplets import IDLE, Triplet, TripletCollator
+from tspin.triplets import IDLE, Triplet, TripletCollator, logps_of
 
 UNLOGGED = "unlogged.json"  # in a training's state: what was summed since the last log
 

@@ -1,30 +1,45 @@
-"""Triplets of responses, and their collation into micro-batches."""
+"""Triplets of responses: rows of a data set, their layouts as rows of tokens, micro-batches, log-probabilities.
+
+Two layouts hold the same sequences. "padded": one row per response, its prompt before it. "shared": a prompt once, all
+its responses after it, several such examples in a row; a triplet of short responses to a long prompt then costs a
+third. Both are planned by tokens, longest first, so that a micro-batch holds as much as memory allows and next to no
+padding.
+"""
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedTokenizerBase
+from accelerate.utils import send_to_device
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tspin.data.tables import Example, Response, View
-from tspin.logprobs import Layout, choose_layout, uses_flex_attention
-from tspin.packing import (
-    FLEX_BLOCK,
-    ROW_TOKENS,
-    Tensors,
-    example_sizes,
-    pack_shared_prefixes,
-    pad_rows,
-    plan_padded,
-    plan_shared,
-)
+from tspin.data.encoding import Examples
+from tspin.data.mapped import TypedRows, column, rows_at, without_bars
+from tspin.data.responses import Response, Responses
+from tspin.devices import out_of_memory
+from tspin.logprobs import Layout, choose_layout, sequence_logps, shared_prefix_logps, uses_flex_attention
 from tspin.schema import LABELLED
 
+Ids = Sequence[int]
+Tensors = dict[str, Tensor | int]
+
 IDLE = {"share": 0.0, "tokens": 0}  # a micro-batch that counts for nothing
+# Attention under a dense mask grows with a row's square: rows are no longer than they need to be
+# for several short examples to fill them.
+ROW_TOKENS = 128
+FLEX_BLOCK = 128  # FlexAttention skips whole blocks of this size; rows are multiples of it
+REFERENCE_WINDOW = 256  # triplets planned into micro-batches together
 
 
 @dataclass(frozen=True)
@@ -37,30 +52,63 @@ class Triplet:
     reference_logps: Mapping[str, float] = field(default_factory=dict)
 
 
-def make_triplets(examples: Sequence[Example], responses: Mapping[str, Mapping[int, Response]]) -> Sequence[Triplet]:
-    """Triplets from labelled examples and, by role, sampled responses by prompt id; each is made when asked for."""
+class Triplets(TypedRows[Triplet]):
+    """The triplets in the rows of a data set. The responses' texts, which no training needs, are empty.
 
-    def triplet(i: int) -> Triplet:
-        example = examples[i]
-        number = example.prompt_id
-        given = {role: found[number] for role, found in responses.items()}
-        return Triplet(number, example.prompt_ids, {LABELLED: example.labelled, **given})
+    Its columns: prompt_id, prompt_ids; of each role <role>/ids and <role>/finished; of each role that a reference
+    policy scored <role>/reference.
+    """
 
-    return View(len(examples), triplet)
+    def __init__(self, dataset: Dataset):
+        super().__init__(dataset, self._triplet)
+        self.roles = [name.removesuffix("/ids") for name in dataset.column_names if name.endswith("/ids")]
+        self._scored = [name.removesuffix("/reference") for name in dataset.column_names if name.endswith("/reference")]
+
+    def _triplet(self, prompt_id: int, prompt_ids: list[int], *cells: Any) -> Triplet:
+        of_role = zip(self.roles, cells[0::2], cells[1::2], strict=False)
+        responses = {role: Response(ids, "", finished) for role, ids, finished in of_role}
+        logps = dict(zip(self._scored, cells[2 * len(self.roles) :], strict=True))
+        return Triplet(prompt_id, prompt_ids, responses, logps)
+
+    def select(self, places: Sequence[int]) -> "Triplets":
+        """Those at these places."""
+        return Triplets(self.dataset.select(places, new_fingerprint="rows"))
+
+    def save(self, folder: Path) -> None:
+        """Write them for another process's `load_triplets`."""
+        with without_bars():
+            self.dataset.save_to_disk(folder)
 
 
-def with_reference(triplets: Sequence[Triplet], table: pd.DataFrame) -> Sequence[Triplet]:
+def load_triplets(folder: Path) -> Triplets:
+    """What `Triplets.save` wrote."""
+    return Triplets(load_from_disk(folder))
+
+
+def make_triplets(examples: Examples, responses: Mapping[str, Responses]) -> Triplets:
+    """Triplets from labelled examples and, by role, sampled responses. Raises KeyError where a response is missing."""
+    prompt_ids = examples.prompt_ids
+    parts = [examples.dataset.select_columns(["prompt_id", "prompt_ids"])]
+    of_role = {LABELLED: examples.labelled, **{role: drawn.of(prompt_ids) for role, drawn in responses.items()}}
+    for role, rows in of_role.items():
+        cells = rows.dataset.select_columns(["ids", "finished"])
+        parts.append(cells.rename_columns({name: f"{role}/{name}" for name in cells.column_names}))
+    return Triplets(concatenate_datasets(parts, axis=1))
+
+
+def reference_table(triplets: Triplets, logps: Mapping[str, Sequence[float]]) -> pd.DataFrame:
+    """prompt_id and a column per role, in nats: what a reference policy's log-probabilities are kept as."""
+    return pd.DataFrame({"prompt_id": column(triplets.dataset, "prompt_id"), **logps})
+
+
+def with_reference(triplets: Triplets, table: pd.DataFrame) -> Triplets:
     """Triplets with their reference log-probabilities from `reference_table`, made of the same triplets."""
-    roles = {str(role): table[role].to_numpy() for role in table.columns.drop("prompt_id")}
-    numbers = table["prompt_id"].to_numpy()
-
-    def triplet(i: int) -> Triplet:
-        found = triplets[i]
-        if found.prompt_id != numbers[i]:
-            raise ValueError(f"row {i} is of prompt {numbers[i]}, the triplet of {found.prompt_id}")
-        return replace(found, reference_logps={role: float(of[i]) for role, of in roles.items()})
-
-    return View(len(triplets), triplet)
+    if not np.array_equal(column(triplets.dataset, "prompt_id"), table["prompt_id"]):
+        raise ValueError("these reference log-probabilities are of other prompts")
+    dataset = triplets.dataset
+    for role in triplets.roles:
+        dataset = dataset.add_column(f"{role}/reference", table[role].to_numpy(), new_fingerprint="rows")
+    return Triplets(dataset)
 
 
 class TripletCollator:
@@ -163,3 +211,173 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     assert isinstance(token, int)
     return token
+
+
+def pad_rows(prompts: Sequence[Ids], responses: Sequence[Ids], pad_token_id: int) -> dict[str, Tensor]:
+    """Right-padded tensors for `sequence_logps`: input_ids, attention_mask (int64), response_mask (bool).
+
+    Each has shape (len(prompts), longest prompt + response).
+    """
+    rows = [torch.tensor([*p, *r], dtype=torch.long) for p, r in zip(prompts, responses, strict=True)]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    position = torch.arange(input_ids.shape[1])
+    real = position < torch.tensor([len(row) for row in rows])[:, None]
+    response_mask = real & (position >= torch.tensor([len(prompt) for prompt in prompts])[:, None])
+    return {"input_ids": input_ids, "attention_mask": real.long(), "response_mask": response_mask}
+
+
+def pack_shared_prefixes(
+    prompts: Sequence[Ids],
+    responses: Sequence[Sequence[Ids]],
+    pad_token_id: int,
+    rows: Sequence[Sequence[int]] | None = None,
+    multiple: int = 1,
+) -> Tensors:
+    """Tensors for `shared_prefix_logps`: prompts[i] once, then responses[k][i] for every k.
+
+    rows: the examples of each row; one row an example when left out. multiple: the rows' length is
+    rounded up to it. The log-probability of responses[k][i] comes out at k · len(prompts) + i.
+    Raises ValueError for an empty prompt: nothing would predict its responses' first tokens.
+    """
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a response has no prompt token before it: nothing predicts its first token")
+    rows = [[i] for i in range(len(prompts))] if rows is None else rows
+    sizes = example_sizes(prompts, responses)
+    length = -(-max(sum(sizes[i] for i in row) for row in rows) // multiple) * multiple
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
+    position_ids = torch.zeros((len(rows), length), dtype=torch.long)
+    branches = torch.full((len(rows), length, 2), -1, dtype=torch.long)
+    source: list[int] = []
+    target: list[int] = []
+    sequence: list[int] = []
+    for r, row in enumerate(rows):
+        start = 0
+        for slot, i in enumerate(row):
+            prompt_end = start + len(prompts[i])
+            position = prompt_end
+            for branch, tokens in enumerate([prompts[i], *(role[i] for role in responses)]):
+                begin = start if branch == 0 else position
+                end = begin + len(tokens)
+                input_ids[r, begin:end] = torch.tensor(tokens, dtype=torch.long)
+                first = 0 if branch == 0 else len(prompts[i])
+                position_ids[r, begin:end] = torch.arange(first, first + len(tokens))
+                branches[r, begin:end, 0], branches[r, begin:end, 1] = slot, branch
+                if branch:
+                    # The prompt's last token predicts each response's first.
+                    source += [r * length + at for at in (prompt_end - 1, *range(begin, end - 1))][: len(tokens)]
+                    target += tokens
+                    sequence += [(branch - 1) * len(prompts) + i] * len(tokens)
+                    position = end
+            start = position
+    return {
+        "input_ids": input_ids,
+        "branches": branches,
+        "position_ids": position_ids,
+        "source": torch.tensor(source),
+        "target": torch.tensor(target),
+        "sequence": torch.tensor(sequence),
+        "count": len(prompts) * len(responses),
+    }
+
+
+def example_sizes(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> list[int]:
+    """Tokens of each example in the shared layout: its prompt and all its responses."""
+    return [len(prompt) + sum(len(role[i]) for role in responses) for i, prompt in enumerate(prompts)]
+
+
+def plan_shared(sizes: Sequence[int], max_tokens: int, row_tokens: int) -> list[list[list[int]]]:
+    """Micro-batches of rows of example indices, first-fit decreasing.
+
+    Rows are as long as the micro-batch's longest example, `row_tokens` at least; a micro-batch has
+    as many of them as `max_tokens` hold, one at least.
+    """
+    plan: list[list[list[int]]] = []
+    left = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    while left:
+        capacity = max(row_tokens, sizes[left[0]])
+        rows: list[list[int]] = []
+        free: list[int] = []
+        rest: list[int] = []
+        for i in left:
+            row = next((r for r, room in enumerate(free) if room >= sizes[i]), None)
+            if row is None and len(rows) < max(max_tokens // capacity, 1):
+                row = len(rows)
+                rows.append([])
+                free.append(capacity)
+            if row is None:
+                rest.append(i)
+            else:
+                rows[row].append(i)
+                free[row] -= sizes[i]
+        plan.append(rows)
+        left = rest
+    return plan
+
+
+def plan_padded(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Micro-batches of example indices, longest first: `max_tokens` hold each with its padding, one example at least.
+
+    sizes: tokens of an example's longest row times its rows.
+    """
+    plan: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if not room:
+            plan.append([])
+            room = max(max_tokens // sizes[i], 1)
+        plan[-1].append(i)
+        room -= 1
+    return plan
+
+
+def logps_of(model: torch.nn.Module, batch: Mapping[str, Any], roles: Sequence[str]) -> dict[str, Tensor]:
+    """Sequence log-probabilities of a micro-batch, role → float32 (batch,)."""
+    sequences = batch["sequences"]
+    logps = shared_prefix_logps if "branches" in sequences else sequence_logps
+    return dict(zip(roles, logps(model, **sequences).chunk(len(roles)), strict=True))
+
+
+@torch.no_grad()
+def compute_logps(
+    model: PreTrainedModel,
+    triplets: Sequence[Triplet],
+    collator: TripletCollator,
+    autocast: bool,
+    description: str = "log-probabilities",
+) -> dict[str, list[float]]:
+    """log π of every response under the model as it is: role → nats, in the triplets' order."""
+    logps = {role: [0.0] * len(triplets) for role in collator.roles}
+    # Longest first across the whole data: micro-batches of like lengths.
+    lengths = [len(t.prompt_ids) for t in triplets]
+    order = sorted(range(len(triplets)), key=lambda i: -lengths[i])
+    model.eval()
+    with tqdm(total=len(order), desc=description, unit="prompt") as bar:
+        for start in range(0, len(order), REFERENCE_WINDOW):
+            window = order[start : start + REFERENCE_WINDOW]
+            chosen = rows_at(triplets, window)
+            pending = collator(chosen)["micro_batches"]
+            while pending:
+                micro_batch = pending[0]
+                try:
+                    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+                        values = logps_of(model, send_to_device(micro_batch, model.device), collator.roles)
+                    finer = None
+                except (RuntimeError, MemoryError) as error:
+                    finer = collator.finer(chosen) if out_of_memory(error) else None
+                    if finer is None:
+                        raise
+                if finer is not None:  # the error is gone here, and the memory that its frames held
+                    tqdm.write(
+                        f"tspin: {description}: out of memory; micro-batches of {finer.max_tokens} tokens from here on "
+                        f"({collator.max_tokens} before)",
+                        file=sys.stderr,
+                    )
+                    collator = finer
+                    pending = collator(chosen)["micro_batches"]
+                    continue
+                for role in collator.roles:
+                    for i, value in zip(micro_batch["indices"], values[role].tolist(), strict=True):
+                        logps[role][window[i]] = value
+                pending.pop(0)
+            bar.update(len(window))
+    return logps

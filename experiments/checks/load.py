@@ -62,7 +62,7 @@ def write_many_rows(path: Path, count: int) -> None:
 
 def sample_and_train(folder: Path, rows: int, steps: int) -> None:
     """Write responses, read them, make triplets of them and train that many steps."""
-    from tspin.data.tables import View, read_responses, response_statistics, write_responses
+    from tspin.data.responses import read_responses, response_rows, response_statistics, write_responses
     from tspin.engines.here import Training, train
     from tspin.models import load_model
     from tspin.schema import PROTO, SYNTHETIC
@@ -71,7 +71,7 @@ def sample_and_train(folder: Path, rows: int, steps: int) -> None:
     trainer = start_trainer(folder, rows)
     labelled = trainer.examples.labelled
     # Another prompt's label stands for a response: sampling a million takes hours, and is no matter of memory.
-    other = View(rows, lambda i: labelled[(i + 1) % rows])
+    other = response_rows(labelled.dataset.select([*range(1, rows), 0]))
     path = folder / "responses.parquet"
     write_responses(path, trainer.examples.prompt_ids.tolist(), other)
     response_statistics(other, labelled)

@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from experiments.checks.evidence import measured_apart, write_evidence
 from tspin.config import SelfPlayConfig
-from tspin.data.tables import Example, Response
+from tspin.data.responses import Response
 from tspin.devices import resident
 from tspin.engines.here import Training, train
 from tspin.models import POCKET_MODEL, load_tokenizer
 from tspin.planning.architectures import find_config, shape_of
 from tspin.planning.peaks import MicroBatch, Optimizer, Precision, training_parts
-from tspin.triplets import make_triplets
+from tspin.schema import LABELLED, PROTO, SYNTHETIC
+from tspin.triplets import Triplet
 
 WIDE = "two layers of 7B width"  # at 4,096 tokens more than these machines have
 MODELS = {
@@ -93,9 +94,8 @@ def step(name: str, tokens: int, checkpointing: bool) -> tuple[PreTrainedConfig,
     count = STEPS * batch
     prompt, response = ([5] * length for length in LENGTHS)
     drawn = Response(response, "", False)
-    examples = [Example(number, "", prompt, drawn) for number in range(count)]
-    every = dict.fromkeys(range(count), drawn)
-    triplets = make_triplets(examples, {"synthetic": every, "proto": every})
+    responses = dict.fromkeys((LABELLED, SYNTHETIC, PROTO), drawn)
+    triplets = [Triplet(number, prompt, responses) for number in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         args = SelfPlayConfig(
             output_dir=folder,

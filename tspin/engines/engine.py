@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from tspin.config import SelfPlayConfig
-from tspin.data.tables import Response, View
+from tspin.data.mapped import TypedRows
+from tspin.data.responses import Response
 from tspin.devices import give_back
 from tspin.engines import here
 from tspin.engines.launch import launch_training, trains_in_bfloat16
@@ -18,7 +19,7 @@ from tspin.models import Policy, dtype_name, load_model
 from tspin.runs.stages import check_stage
 from tspin.runs.unfinished import Unfinished
 from tspin.sampling import end_tokens, generation_settings, response_of, sample
-from tspin.triplets import Triplet
+from tspin.triplets import Triplets
 
 
 class Engine:
@@ -65,11 +66,9 @@ class Engine:
             seed=seed,
             trust_remote_code=bool(loading.get("trust_remote_code")),
         )
-        return View(len(prompts), lambda i: response_of(answers[i]["ids"], ends, self.tokenizer))
+        return TypedRows(answers.select_columns(["ids"]), lambda ids: response_of(ids, ends, self.tokenizer))
 
-    def score(
-        self, policy: Policy, triplets: Sequence[Triplet], of: str, *, keep: bool = False
-    ) -> dict[str, list[float]]:
+    def score(self, policy: Policy, triplets: Triplets, of: str, *, keep: bool = False) -> dict[str, list[float]]:
         """log π of every response under a policy: role → nats, in the triplets' order, on as many GPUs as there are.
 
         of: names the policy on the bar. keep: leave it in memory, for `train` to go on with.

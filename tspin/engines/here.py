@@ -34,8 +34,7 @@ from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import Stopped, stopping_when_asked
 from tspin.runs.unfinished import Unfinished
 from tspin.trainer import TripletTrainer
-from tspin.triplet_logps import compute_logps
-from tspin.triplets import Triplet, TripletCollator, collator_for
+from tspin.triplets import Triplet, TripletCollator, collator_for, compute_logps
 
 
 @dataclass(frozen=True)

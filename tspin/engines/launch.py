@@ -8,24 +8,22 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import yaml
 from tqdm.auto import tqdm
 
 from tspin.config import SelfPlayConfig
-from tspin.data.tables import Response, TableWriter, View, open_table
 from tspin.engines.here import Training
 from tspin.engines.workers import Worker, run_workers
 from tspin.errors import UserError
 from tspin.models import dtype_name
-from tspin.triplets import Triplet
+from tspin.triplets import Triplets
 
-TRIPLETS, TOKENIZER, PROGRESS, FACTS = "triplets.arrow", "tokenizer", "progress.json", "facts.json"
+TRIPLETS, TOKENIZER, PROGRESS, FACTS = "triplets", "tokenizer", "progress.json", "facts.json"
 
 
 def check_launcher(path: Path, args: SelfPlayConfig) -> None:
@@ -77,7 +75,8 @@ def launch_training(policy: str, loading: Mapping[str, Any], training: Training)
     training.log_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="tspin-training-") as temporary:
         folder = Path(temporary)
-        write_triplets(folder / TRIPLETS, training.triplets)
+        assert isinstance(training.triplets, Triplets)
+        training.triplets.save(folder / TRIPLETS)
         training.tokenizer.save_pretrained(folder / TOKENIZER)
         job = {
             "policy": policy,
@@ -108,36 +107,6 @@ def plain_arguments(args: SelfPlayConfig) -> dict[str, Any]:
     for name in ("hub_token", "push_to_hub_token", "accelerator_config", "launcher"):
         given.pop(name, None)  # tokens are masked by to_dict; the others are the launched process's own
     return given
-
-
-def write_triplets(path: Path, triplets: Sequence[Triplet]) -> None:
-    """A row a triplet: prompt_id, prompt_ids, and by role its response's ids and reference log-probability."""
-    roles, scored = list(triplets[0].responses), list(triplets[0].reference_logps)
-    tokens = pa.list_(pa.int32())
-    fields = [("prompt_id", pa.int64()), ("prompt_ids", tokens)]
-    fields += [(f"ids/{role}", tokens) for role in roles] + [(f"reference/{role}", pa.float64()) for role in scored]
-    with TableWriter(pa.schema(fields), path) as writer:
-        for t in triplets:
-            of_roles = [t.responses[role].ids for role in roles]
-            writer.add(t.prompt_id, t.prompt_ids, *of_roles, *(t.reference_logps[role] for role in scored))
-
-
-def read_triplets(path: Path) -> Sequence[Triplet]:
-    """What `write_triplets` wrote; the responses' texts, which training does not need, are empty."""
-    table = open_table(path)
-    names = table.table.column_names
-    roles = [name.removeprefix("ids/") for name in names if name.startswith("ids/")]
-    scored = [name.removeprefix("reference/") for name in names if name.startswith("reference/")]
-
-    def triplet(row: int) -> Triplet:
-        return Triplet(
-            table.value("prompt_id", row),
-            table.ids("prompt_ids", row),
-            {role: Response(table.ids(f"ids/{role}", row), "", True) for role in roles},
-            {role: table.value(f"reference/{role}", row) for role in scored},
-        )
-
-    return View(len(table), triplet)
 
 
 class Progress:

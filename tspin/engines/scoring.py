@@ -2,8 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tspin.config import SelfPlayConfig
-from tspin.data.tables import View
-from tspin.engines.launch import TOKENIZER, TRIPLETS, plain_arguments, write_triplets
+from tspin.engines.launch import TOKENIZER, TRIPLETS, plain_arguments
 from tspin.engines.workers import Worker, gpu_environment, run_workers
 from tspin.models import dtype_name
-from tspin.triplets import Triplet
+from tspin.triplets import Triplets
 
 LOGPS = "logps.parquet"
 
@@ -30,7 +28,7 @@ def score_in_processes(
     processes: int,
     model: str,
     model_arguments: Mapping[str, Any],
-    triplets: Sequence[Triplet],
+    triplets: Triplets,
     tokenizer: PreTrainedTokenizerBase,
     args: SelfPlayConfig,
     of: str,
@@ -42,7 +40,8 @@ def score_in_processes(
     """
     processes = min(processes, len(triplets))
     # Like lengths to all: the longest prompt to the first, the next to the second.
-    order = sorted(range(len(triplets)), key=lambda i: -len(triplets[i].prompt_ids))
+    lengths = [len(t.prompt_ids) for t in triplets]
+    order = sorted(range(len(triplets)), key=lambda i: -lengths[i])
     shares = [order[start::processes] for start in range(processes)]
     job = {
         "policy": model,
@@ -57,7 +56,7 @@ def score_in_processes(
         for number, share in enumerate(shares):
             folder = Path(temporary) / str(number)
             folder.mkdir()
-            write_triplets(folder / TRIPLETS, View(len(share), partial(_at, triplets, share)))
+            triplets.select(share).save(folder / TRIPLETS)
             tokenizer.save_pretrained(folder / TOKENIZER)
             workers.append(Worker(folder, command, gpu_environment(number, 1)))
         run_workers("scoring", workers, [job] * processes)
@@ -68,7 +67,3 @@ def score_in_processes(
             for i, value in zip(share, table[role].tolist(), strict=True):
                 values[i] = value
     return found
-
-
-def _at(triplets: Sequence[Triplet], share: Sequence[int], i: int) -> Triplet:
-    return triplets[share[i]]

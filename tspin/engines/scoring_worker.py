@@ -8,12 +8,13 @@ import torch
 
 from tspin.config import SelfPlayConfig
 from tspin.engines.here import score
-from tspin.engines.launch import TOKENIZER, TRIPLETS, read_triplets
+from tspin.engines.launch import TOKENIZER, TRIPLETS
 from tspin.engines.scoring import LOGPS
 from tspin.engines.workers import FAILURE, read_job
 from tspin.errors import UserError
 from tspin.models import load_model, load_tokenizer
 from tspin.runs.files import write_text
+from tspin.triplets import load_triplets
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
         loading = {**job["loading"], "dtype": getattr(torch, job["loading"]["dtype"])}
         model, tokenizer = load_model(job["policy"], loading), load_tokenizer(str(folder / TOKENIZER))
         args = SelfPlayConfig(**job["arguments"])
-        logps = score(model, read_triplets(folder / TRIPLETS), tokenizer, args, job["of"], job["autocast"])
+        logps = score(model, load_triplets(folder / TRIPLETS), tokenizer, args, job["of"], job["autocast"])
     except UserError as error:
         write_text(folder / FAILURE, str(error))
         sys.exit(1)

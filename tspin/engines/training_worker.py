@@ -13,11 +13,12 @@ from transformers import TrainerCallback
 
 from tspin.config import SelfPlayConfig
 from tspin.engines.here import Training, train
-from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS, read_triplets
+from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS
 from tspin.engines.workers import FAILURE, read_job
 from tspin.errors import UserError
 from tspin.models import load_model, load_tokenizer
 from tspin.runs.files import write_text
+from tspin.triplets import load_triplets
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def _train(folder: Path) -> None:
     shard_on_cpu()
     loading = {**job["loading"], "dtype": getattr(torch, job["loading"]["dtype"])}
     training = Training(
-        read_triplets(folder / TRIPLETS),
+        load_triplets(folder / TRIPLETS),
         load_tokenizer(str(folder / TOKENIZER)),
         args,
         job["iteration"],

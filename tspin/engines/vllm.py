@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from datasets import Dataset, Features, List, Value, interleave_datasets
 
 from tspin.config import Decoding, EngineSettings
-from tspin.data.tables import TableWriter, View, open_table
+from tspin.data.mapped import FILE, read_in, without_bars
 from tspin.engines.workers import Worker, gpu_environment, run_workers
 from tspin.errors import UserError
 
-PROMPT_SCHEMA = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("seed", pa.int64())])
+PROMPTS = Features({"ids": List(Value("int32")), "seed": Value("int64")})
+PROMPT_FOLDER = "prompts"
 DRAWN_SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("logprobs", pa.list_(pa.float64()))])
 
 
@@ -42,11 +44,11 @@ def generate_tokens(
     seed: int,
     trust_remote_code: bool = False,
     logprobs: bool = False,
-) -> Sequence[dict[str, Any]]:
-    """One response a prompt: {"ids": token ids, the end token included where it ended, "logprobs": nats a token}.
+) -> Dataset:
+    """One response per prompt: {"ids": token ids, the end token included where it ended, "logprobs": nats per token}.
 
     model: a checkpoint's folder. prompts: token ids, special tokens included. dtype: "float32" or "bfloat16", of the
-    weights. logprobs: whether to return them; under the policy itself, whatever the temperature. Each prompt has a
+    weights. logprobs: whether to compute them; under the policy itself, whatever the temperature. Each prompt has a
     generator of its own, seeded by `seed` and its position: neither data_parallel nor the batches decide what is drawn.
     Raises UserError, with the engine's last line, when an engine fails.
     """
@@ -65,22 +67,16 @@ def generate_tokens(
         "logprobs": logprobs,
     }
     copies = min(engine.data_parallel, len(prompts))
-    with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as temporary:
+    seeded = ({"ids": list(ids), "seed": (seed + i) % 2**31} for i, ids in enumerate(prompts))
+    rows = read_in(lambda: seeded, PROMPTS)
+    with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as temporary, without_bars():
         folders = [Path(temporary) / str(copy) for copy in range(copies)]
         for copy, folder in enumerate(folders):
-            folder.mkdir()
-            with TableWriter(PROMPT_SCHEMA, folder / "prompts.arrow") as writer:
-                for i in range(copy, len(prompts), copies):
-                    writer.add(list(prompts[i]), (seed + i) % 2**31)
+            rows.select(range(copy, len(rows), copies)).save_to_disk(folder / PROMPT_FOLDER)
         _run(folders, [job] * copies, engine.tensor_parallel)
-        drawn = [open_table(folder / "responses.arrow") for folder in folders]
-
-    def response(i: int) -> dict[str, Any]:
-        table, row = drawn[i % copies], i // copies
-        own = {"ids": table.ids("ids", row)}
-        return {**own, "logprobs": table.ids("logprobs", row)} if logprobs else own
-
-    return View(len(prompts), response)
+        drawn = [Dataset.from_file(str(folder / FILE)) for folder in folders]
+    # The copies had their prompts in turn.
+    return interleave_datasets(drawn, stopping_strategy="all_exhausted_without_replacement")
 
 
 def evaluate_folder(

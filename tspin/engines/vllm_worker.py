@@ -1,7 +1,7 @@
 """The process that holds a vLLM engine: `python -m tspin.engines.vllm_worker FOLDER`, started by tspin.engines.vllm.
 
-FOLDER/job.json says what to do. Prompts are in FOLDER/prompts.arrow and what is drawn goes to FOLDER/responses.arrow;
-scores go to the job's target folder.
+FOLDER/job.json says what to do. Prompts are in FOLDER/prompts and what is drawn goes to FOLDER/rows.arrow; scores go to
+the job's target folder.
 """
 
 import sys
@@ -9,8 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tspin.data.tables import TableWriter, open_table
-from tspin.engines.vllm import DRAWN_SCHEMA
+import pyarrow as pa
+from datasets import load_from_disk
+
+from tspin.data.mapped import FILE, mapped, table_of
+from tspin.engines.vllm import DRAWN_SCHEMA, PROMPT_FOLDER
 from tspin.engines.workers import read_job
 
 WINDOW = 50_000  # prompts that the engine holds at a time
@@ -36,28 +39,29 @@ def _generate(job: dict[str, Any], folder: Path) -> None:
         logprobs_mode="raw_logprobs",
         **_engine_arguments(job),
     )
-    table = open_table(folder / "prompts.arrow")
-    with TableWriter(DRAWN_SCHEMA, folder / "responses.arrow") as writer:
-        for start in range(0, len(table), WINDOW):
-            window = range(start, min(start + WINDOW, len(table)))
-            settings = [
-                SamplingParams(
-                    temperature=job["temperature"],
-                    top_p=job["top_p"],
-                    max_tokens=job["max_new_tokens"],
-                    stop_token_ids=job["end_tokens"],
-                    seed=table.value("seed", row),
-                    logprobs=0 if job["logprobs"] else None,
-                    detokenize=False,
-                )
-                for row in window
-            ]
-            prompts = [TokensPrompt(prompt_token_ids=table.ids("prompt_ids", row)) for row in window]
-            for request in llm.generate(prompts, settings):
-                completion = request.outputs[0]
-                drawn = completion.logprobs or []
-                pairs = zip(completion.token_ids, drawn, strict=bool(drawn))
-                writer.add(list(completion.token_ids), [values[token].logprob for token, values in pairs])
+
+    def draw(batch: dict[str, list[Any]]) -> pa.Table:
+        settings = [
+            SamplingParams(
+                temperature=job["temperature"],
+                top_p=job["top_p"],
+                max_tokens=job["max_new_tokens"],
+                stop_token_ids=job["end_tokens"],
+                seed=seed,
+                logprobs=0 if job["logprobs"] else None,
+                detokenize=False,
+            )
+            for seed in batch["seed"]
+        ]
+        rows = []
+        for request in llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in batch["ids"]], settings):
+            completion = request.outputs[0]
+            drawn = completion.logprobs or []
+            pairs = zip(completion.token_ids, drawn, strict=bool(drawn))
+            rows.append((list(completion.token_ids), [values[token].logprob for token, values in pairs]))
+        return table_of(rows, DRAWN_SCHEMA)
+
+    mapped(load_from_disk(folder / PROMPT_FOLDER), draw, DRAWN_SCHEMA, batch_size=WINDOW, path=folder / FILE)
 
 
 def _evaluate(job: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig
-from tspin.data.formats import Rows, load_rows
-from tspin.data.tables import Example
+from tspin.data.encoding import Example
+from tspin.data.formats import Source, load_rows
 from tspin.engines.launch import check_launcher
 from tspin.engines.vllm import evaluate_folder, require_vllm
 from tspin.errors import UserError
@@ -212,16 +212,17 @@ def build_trainer(
     )
 
 
-def load_dataset(settings: DataSettings) -> Rows:
+def load_dataset(settings: DataSettings) -> Source:
     """The rows that a config's data section chooses."""
-    rows = load_rows(
+    return load_rows(
         settings.path,
         name=settings.name,
         split=settings.split,
         revision=settings.revision,
         columns={str(name): column for name, column in settings.columns.items()},
+        labels=settings.labels,
+        seed=settings.subset_seed,
     )
-    return rows.subset(settings.labels, settings.subset_seed)
 
 
 def training_arguments(

@@ -159,7 +159,7 @@ def _new_file(out: Path) -> Iterator[Path]:
 def _check_responses(iteration: Iteration, role: str) -> None:
     """Raise UserError where a file lacks a response to one of the prompts, or has tokens of another vocabulary."""
     path, responses, tokenizer = iteration.responses[role], iteration.sampled[role], iteration.run.engine.tokenizer
-    for prompt_id, response in responses.items():
+    for prompt_id, response in zip(responses, responses.of(responses.prompt_ids), strict=True):
         if max(response.ids) >= len(tokenizer):
             raise UserError(
                 f"{path}: token {max(response.ids)} in the response to data row {prompt_id + 1} is not in this model's "

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from tspin.devices import multiplies_bfloat16
 from tspin.models import POCKET_MODEL, load_tokenizer
 from tspin.objectives import METHODS, spin_loss, tspin_loss
-from tspin.packing import pad_rows
 from tspin.schema import LABELLED, ROLES, SYNTHETIC
 from tspin.trainer import TripletTrainer
-from tspin.triplets import Triplet, collator_for
+from tspin.triplets import Triplet, collator_for, pad_rows
 
 Step = Callable[[Sequence[Triplet]], None]
 MICRO_BATCH_TOKENS = 2048

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from tspin.config import load_config
 from tspin.data.encoding import encode_dataset
-from tspin.data.tables import Response
+from tspin.data.responses import Response
 from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.schema import ROLES
 from tspin.triplets import Triplet

@@ -1,0 +1,73 @@
+"""Triplets on their way; plans of micro-batches: every example once, no more tokens than allowed, little padding."""
+
+import random
+
+import numpy as np
+import pytest
+
+from tspin import SelfPlayConfig
+from tspin.data.encoding import encode_dataset
+from tspin.data.responses import Response, read_responses, write_responses
+from tspin.triplets import (
+    load_triplets,
+    make_triplets,
+    pack_shared_prefixes,
+    plan_padded,
+    plan_shared,
+    reference_table,
+    with_reference,
+)
+
+RANDOM = random.Random(0)
+SIZES = [RANDOM.randint(20, 90) for _ in range(200)] + [700]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 256, 2048, 100_000])
+def test_every_example_has_one_place_within_the_budget(max_tokens):
+    plan = plan_shared(SIZES, max_tokens, row_tokens=128)
+    assert sorted(i for rows in plan for row in rows for i in row) == list(range(len(SIZES)))
+    for rows in plan:
+        length = max(sum(SIZES[i] for i in row) for row in rows)
+        assert len(rows) * length <= max_tokens or len(rows) == 1 and length <= max(128, max(SIZES))
+
+
+def test_rows_are_filled():
+    rows = [row for rows in plan_shared(SIZES[:-1], 1024, 128) for row in rows]
+    assert sum(SIZES[:-1]) / (len(rows) * 128) > 0.9
+
+
+@pytest.mark.parametrize("max_tokens", [1, 256, 2048, 100_000])
+def test_padded_micro_batches_hold_examples_of_like_length(max_tokens):
+    plan = plan_padded(SIZES, max_tokens)
+    assert sorted(i for batch in plan for i in batch) == list(range(len(SIZES)))
+    for batch in plan:
+        assert len(batch) * max(SIZES[i] for i in batch) <= max_tokens or len(batch) == 1
+
+
+def test_a_response_may_be_empty():
+    packed = pack_shared_prefixes([[5, 6]], [[[]], [[7]]], pad_token_id=0)
+    assert packed["source"].tolist() == [1] and packed["sequence"].tolist() == [1] and packed["count"] == 2
+
+
+def test_triplets_travel_as_they_are(tmp_path, rows, tokenizer):
+    """Of responses to more prompts than are trained on, in an order of their own."""
+    args = SelfPlayConfig(output_dir=str(tmp_path / "run"), use_cpu=True)
+    examples = encode_dataset(rows[:5], tokenizer, args)
+    numbers = np.random.default_rng(0).permutation(40)
+    write_responses(tmp_path / "r.parquet", numbers, [Response([int(n), 1], str(n), True) for n in numbers])
+    drawn = read_responses(tmp_path / "r.parquet")
+    triplets = make_triplets(examples, {"synthetic": drawn})
+    logps = {"labelled": [-0.1 * n for n in range(5)], "synthetic": [-1.0 * n for n in range(5)]}
+    scored = with_reference(triplets, reference_table(triplets, logps))
+    for example, triplet in zip(examples, scored, strict=True):
+        n = example.prompt_id
+        assert (triplet.prompt_id, triplet.prompt_ids) == (n, example.prompt_ids)
+        assert triplet.responses["synthetic"] == Response([n, 1], "", True)
+        assert triplet.responses["labelled"].ids == example.labelled.ids
+        assert triplet.reference_logps == {role: values[n] for role, values in logps.items()}
+    scored.select([3, 0]).save(tmp_path / "sent")
+    assert list(load_triplets(tmp_path / "sent")) == [scored[3], scored[0]]
+    with pytest.raises(ValueError, match="of other prompts"):
+        with_reference(triplets, reference_table(scored.select([1, 0, 2, 3, 4]), logps))
+    with pytest.raises(KeyError):
+        make_triplets(encode_dataset([{**rows[0], "prompt_id": 99}], tokenizer, args), {"synthetic": drawn})
