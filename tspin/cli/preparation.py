@@ -94,7 +94,7 @@ def plan(
 def _memory_table(planned: "Plan") -> "Table":
     from rich.table import Table
 
-    table = Table("memory a GPU", "part", "GiB", box=None, padding=(0, 2, 0, 0))
+    table = Table("memory per GPU", "part", "GiB", box=None, padding=(0, 2, 0, 0))
     for stage, parts in planned.memory.items():
         table.add_row(f"[bold]{stage}", "[bold]all", f"[bold]{sum(parts.values()) / 2**30:.2f}")
         for part, size in parts.items():

@@ -74,7 +74,7 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def rerun(recorded: Recorded, out: Path, settings: Sequence[str] = (), launcher: Path | None = None) -> Path:
-    """Run it into `out`; returns the results folder.
+    """The results folder of `recorded` run again into `out`.
 
     settings: key.path=value of what changes no number, and is therefore not on record: engine.*, micro-batches, kept
     states. launcher: see run_experiment. Raises UserError for other settings.
@@ -126,7 +126,7 @@ def _both(old: Path, new: Path, name: str, keys: list[str]) -> pd.DataFrame:
 
 
 def verdict(table: pd.DataFrame, exact: bool) -> list[str]:
-    """What is not as it should be, a line each. exact: every number must be equal, as on the record's own machine."""
+    """Lines on the runs whose numbers moved. exact: every number must be equal, as on the machine of the record."""
     wrong = []
     for row in table.to_dict("records"):
         name = f"{row['method']}, seed {row['seed']}, iteration {row['iteration']}"
@@ -140,7 +140,7 @@ def verdict(table: pd.DataFrame, exact: bool) -> list[str]:
 
 
 def shown(table: pd.DataFrame) -> Table:
-    """The comparison for the terminal."""
+    """What `compare` returned, for the terminal."""
     drawn = Table(title="rerun beside the record")
     for name in ("method", "seed", "iteration", "Avg on record", "Avg here", "largest difference of a score",
                  "equal problems", "largest difference of a step's loss"):  # fmt: skip
