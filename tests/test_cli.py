@@ -1,6 +1,7 @@
 """The commands on files, and what they say to bad input: one line, exit code 2, nothing written."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -193,6 +194,16 @@ def test_the_installed_command_exits_with_2(tmp_path):
 def test_errors_of_ours_are_not_swallowed():
     with pytest.raises(ValueError), one_line_errors():
         raise ValueError("a bug")
+
+
+def test_libraries_are_quiet():
+    """By the environment, which conftest.py sets as every command does: before they are imported."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    assert transformers.utils.logging.get_verbosity() == huggingface_hub.logging.get_verbosity() == logging.ERROR
+    assert not transformers.utils.logging.is_progress_bar_enabled() and datasets.are_progress_bars_disabled()
 
 
 def test_help_and_mistakes_in_options_do_not_wait_for_torch():

@@ -55,6 +55,7 @@ def test_rows_in_files_without_a_name(tmp_path, monkeypatch, count):
 
 def test_what_goes_wrong_on_the_way_is_what_is_raised(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    disabled = are_progress_bars_disabled()
 
     def rows():
         yield {"number": 0, "prompt": [], "completion": []}
@@ -68,7 +69,7 @@ def test_what_goes_wrong_on_the_way_is_what_is_raised(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         mapped(Dataset.from_dict({"n": [1]}), stop, pa.schema([("n", pa.int64())]))
-    assert not list(tmp_path.iterdir()) and not are_progress_bars_disabled()
+    assert not list(tmp_path.iterdir()) and are_progress_bars_disabled() == disabled
 
 
 def test_typed_rows_of_cells():

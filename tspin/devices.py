@@ -1,4 +1,4 @@
-"""What this machine's GPU, or without one its CPU, can do and has left: memory, and the lack of it; bfloat16."""
+"""The memory that a GPU or this process takes, running out of it, and whether bfloat16 is fast here."""
 
 import gc
 from pathlib import Path

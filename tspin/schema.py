@@ -14,8 +14,10 @@ ROLES = (LABELLED, SYNTHETIC, PROTO)
 BASE = "base"  # the initial policy, where a method's name is asked for
 ONCE = (BASE, "sft")  # evaluated once: their `iteration` is empty
 
-RUN = ["method", "seed", "iteration"]
-EVALUATION_COLUMNS = ["preset", *RUN, "benchmark", "metric", "value", "stderr", "n"]
+RUN_TYPES = {"method": "str", "seed": "int64", "iteration": "Int64"}
+RUN = list(RUN_TYPES)
+SCORE = [*RUN, "benchmark", "metric"]  # what a row of evaluations.csv is known by
+EVALUATION_COLUMNS = ["preset", *SCORE, "value", "stderr", "n"]
 
 # results/<preset>/studies/<name>.csv: the settings, by the last part of their keys; RUN; and these.
 STUDY_MEASURES = ["avg", "avg_se", "mean_tokens", "end_token_share"]  # percent; y′ of the iteration: tokens, share

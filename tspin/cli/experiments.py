@@ -42,7 +42,7 @@ def run(
         if not (model and dataset):
             raise UserError("run needs --preset, or --model and --data")
         if others:
-            raise UserError(f"--seeds {seeds}: one seed a run with --model; give each its own --out")
+            raise UserError(f"--seeds {seeds}: one seed per run with --model; give each its own --out")
     from tspin.config import build_config, load_config
     from tspin.experiment.preset import build_trainer, describe, run_experiment
 

@@ -1,4 +1,4 @@
-"""What stands around every command: quiet libraries, and errors and signals that end in one line."""
+"""What stands around every command: libraries are quiet; errors and signals end in one line."""
 
 import errno
 import logging

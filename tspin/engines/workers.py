@@ -21,7 +21,7 @@ from tspin.errors import UserError
 
 JOB, LOG, FAILURE = "job.json", "log.txt", "failure.txt"
 OWNER = "TSPIN_OWNER"  # the process that a worker ends with
-SECONDS_TO_END = 30
+SECONDS_TO_END = 30  # between the request and the kill
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Worker:
 def run_workers(
     name: str, workers: Sequence[Worker], jobs: Sequence[Mapping[str, Any]], watch: Callable[[], None] = lambda: None
 ) -> None:
-    """Run all at once and wait; all, with what they started, are ended when one fails or this process is to stop.
+    """Run all at once and wait. When one fails or this process is to stop, all are ended, with what they started.
 
     GPU memory that this process no longer uses is theirs. watch: called every half second. Raises UserError, "`name`: "
     and the line that says why, when a worker fails; its whole log is kept where the message says.
@@ -85,7 +85,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _reason(folder: Path) -> str:
-    """Why a worker failed, in one line: its own where it left one, else the first error of its log."""
+    """Why a worker failed: the line that it left, or else the first error of its log."""
     if (folder / FAILURE).exists():
         return (folder / FAILURE).read_text()
     text = (folder / LOG).read_text(errors="replace")
