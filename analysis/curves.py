@@ -113,7 +113,7 @@ def draw_ours(axes: Axes, scores: Scores, methods: tuple[str, ...], label: str) 
     """Means over seeds with their 95 % intervals, against the iteration; base and SFT as lines."""
     for method, shift in zip(methods, beside(len(methods)), strict=True):
         course = [t for name, t in scores.policies() if name == method and t is not None]
-        means, lows, highs = np.array([scores.mean((method, t), label)[:3] for t in course]).T
+        means, lows, highs = np.array([scores.mean((method, t), label)[:3] for t in course]).reshape(-1, 3).T
         draw_means(axes, np.array(course) + shift, means, [means - lows, highs - means], look(method))
     for method in ("sft", "base"):
         if scores.has((method, None)):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tspin.cli import app
 from tspin.errors import UserError
-from tspin_analysis import claims, dynamics, scores
+from tspin_analysis import claims, curves, dynamics, scores
 from tspin_analysis.reading import read_paper
 
 PROBLEMS, BENCHMARKS = 40, 3
@@ -105,6 +105,12 @@ def test_what_was_not_run_is_said(results):
     rows = {row["claim"]: row for row in claims.scorecard(root / "pocket")}
     assert rows["C5"]["verdict"] == claims.OPEN and "--methods sft" in rows["C5"]["ours"][0]
     assert "tspin_no_history" in rows["C6"]["ours"][0] and "STUDY=grid" in rows["C8"]["ours"][0]
+
+
+def test_a_method_that_was_not_run_leaves_room_for_the_other(results):
+    folder = results({name: LEVELS[name] for name in ("base", "tspin")}, seeds=1) / "pocket"
+    first, *_ = curves.FIGURES["5"](folder).axes
+    assert sorted(len(curve.lines[0].get_xdata()) for curve in first.containers) == [0, 5]
 
 
 def test_paired_differences(results):
