@@ -6,8 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tspin import SelfPlayConfig
 from tspin.data import templates as data
-from tspin.data.encoding import Encoding, encode_examples
+from tspin.data.encoding import encode_examples
 from tspin.data.formats import Source, checked_rows, load_rows, nested_subset, source_of
 from tspin.data.responses import Response, read_responses, write_responses
 from tspin.errors import UserError
@@ -22,7 +23,7 @@ def texts(source: Source) -> list[dict[str, str]]:
 
 
 def encoded(rows, tokenizer, **settings):
-    return encode_examples(source_of(rows).read(), tokenizer, Encoding(**{**LIMITS, **settings}))
+    return encode_examples(source_of(rows).read(), tokenizer, SelfPlayConfig(**{**LIMITS, **settings}))
 
 
 def test_jsonl_and_parquet_agree(tmp_path, data_file, rows):

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from test_cli import SMALL, assert_refused, call
 from typer.testing import CliRunner
 
-from tspin import cli
+from tspin import SelfPlayConfig, cli
 from tspin.config import COEFFICIENTS, PRESET_FIELDS, SECTIONS, Config, load_config
-from tspin.data.encoding import Encoding, encode_examples
+from tspin.data.encoding import encode_examples
 from tspin.data.formats import source_of
 from tspin.data.responses import RESPONSE_SCHEMA
 from tspin.errors import UserError
@@ -271,7 +271,7 @@ def test_special_tokens_in_data_are_text(tokenizer):
     limits = {"max_prompt_length": 64, "max_completion_length": 64, "long_prompts": "error"}
     for template in ("chat", "paper", "Q {prompt} A", f"{pad}{{prompt}}"):
         plain, example = examples = encode_examples(
-            source_of(rows).read(), tokenizer, Encoding(template=template, **limits)
+            source_of(rows).read(), tokenizer, SelfPlayConfig(template=template, **limits)
         )
         assert examples.noted == {"special_tokens": [4]}
         assert "1 of 2 data rows spell special tokens" in examples.remarks[0]
@@ -280,7 +280,7 @@ def test_special_tokens_in_data_are_text(tokenizer):
         assert tokenizer.decode(example.prompt_ids, clean_up_tokenization_spaces=False) == example.prompt
         assert special.isdisjoint(example.labelled.ids[:-1]) and example.labelled.ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(example.labelled.ids[:-1]) == f"x {pad}{end} y"
-    examples = encode_examples(source_of(rows).read(), tokenizer, Encoding(template="none", **limits))
+    examples = encode_examples(source_of(rows).read(), tokenizer, SelfPlayConfig(template="none", **limits))
     raw = examples[1]
     assert tokenizer.eos_token_id in raw.prompt_ids and special.isdisjoint(raw.labelled.ids[:-1])
     assert "as control tokens in prompts" in examples.remarks[0]
@@ -290,7 +290,7 @@ def test_long_prompts_are_listed(tokenizer):
     rows = [{"prompt": "1 + " * (1 + 40 * (n % 2)), "completion": "2"} for n in range(4)]
     limits = {"template": "paper", "max_prompt_length": 32, "max_completion_length": 8}
     for what, word in (("drop", "dropped"), ("truncate", "truncated")):
-        examples = encode_examples(source_of(rows).read(), tokenizer, Encoding(long_prompts=what, **limits))
+        examples = encode_examples(source_of(rows).read(), tokenizer, SelfPlayConfig(long_prompts=what, **limits))
         (line,) = examples.remarks
         assert examples.noted == {word: [1, 3]} and "2 of 4 data rows" in line and line.endswith("rows 2, 4")
 

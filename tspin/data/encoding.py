@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,9 @@ from tspin.runs.files import fingerprint, fingerprint_of
 from tspin.runs.locks import owned
 from tspin.runs.stages import run_stage
 
+SETTINGS = ("template", "max_prompt_tokens", "max_response_tokens", "long_prompts")  # that examples depend on
 BAR_AFTER = 10  # seconds of encoding that need no progress bar
 EXAMPLE_SCHEMA = pa.schema([*RESPONSE_SCHEMA, ("prompt", pa.string()), ("prompt_ids", pa.list_(pa.int32()))])
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How rows become tokens. template: see `encode_prompt`.
-
-    long_prompts: what becomes of a prompt over max_prompt_length. "error" raises UserError, "drop" leaves the row out,
-        "truncate" keeps the prompt's last tokens.
-    """
-
-    template: str
-    max_prompt_length: int
-    max_completion_length: int
-    long_prompts: str
 
 
 @dataclass(frozen=True)
@@ -103,23 +90,24 @@ def encode_dataset(
     the next time. Rows of note are told on stderr.
     """
     source = dataset if isinstance(dataset, Source) else source_of(dataset)
-    encoding = Encoding(args.template, args.max_prompt_length, args.max_completion_length, args.long_prompts)
     if source.key is None:
-        examples = encode_examples(source.read(), tokenizer, encoding)
+        examples = encode_examples(source.read(), tokenizer, args)
     else:
-        examples = _encoded_once(source, tokenizer, encoding, Path(args.shared_dir or str(args.output_dir)))
+        examples = _encoded_once(source, tokenizer, args)
     for remark in examples.remarks:
         sys.stderr.write(f"tspin: {remark}\n")
     return examples
 
 
-def _encoded_once(source: Source, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, folder: Path) -> Examples:
-    inputs = {"rows": source.key, "tokenizer": tokenizer_fingerprint(tokenizer), **asdict(encoding)}
+def _encoded_once(source: Source, tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig) -> Examples:
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    inputs = {"rows": source.key, "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
+    folder = Path(args.shared_dir or str(args.output_dir))
     path = folder / f"examples-{fingerprint(inputs)}"
 
     def produce(target: Path) -> dict[str, Any]:
         target.mkdir()
-        made = encode_examples(source.read(), tokenizer, encoding, target / FILE)
+        made = encode_examples(source.read(), tokenizer, args, target / FILE)
         return {name: getattr(made, name) for name in ("noted", "remarks", "fingerprint", "prompts_fingerprint")}
 
     with owned(folder, wait=True):
@@ -128,18 +116,20 @@ def _encoded_once(source: Source, tokenizer: PreTrainedTokenizerBase, encoding: 
 
 
 def encode_examples(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, path: Path | None = None
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig, path: Path | None = None
 ) -> Examples:
     """Encode checked rows (tspin.data.formats.ROWS). path: keeps what is made of them there, an Arrow file.
 
-    Rows that were dropped, cut in prompt or response, or taken in part, and those whose text spells special tokens, are
-    in `noted` of what is returned, and counted and listed in its `remarks`.
+    A prompt over args.max_prompt_length is dealt with as args.long_prompts says: "error" raises UserError, "drop"
+    leaves the row out, "truncate" keeps the prompt's last tokens. Rows that were dropped, cut in prompt or response, or
+    taken in part, and those whose text spells special tokens, are in `noted` of what is returned, and counted and
+    listed in its `remarks`.
     Raises UserError for a tokenizer without an end token, and where no rows are left or two have the same number.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token): set one, or responses could never end")
     with tqdm(total=len(rows), desc="encoding", unit="row", delay=BAR_AFTER) as bar:
-        encoder = _Encoder(tokenizer, encoding, bar)
+        encoder = _Encoder(tokenizer, args, bar)
         dataset = mapped(rows, encoder, EXAMPLE_SCHEMA, path=path)
     if not len(dataset):
         raise UserError("no data left: every prompt is longer than max_prompt_length")
@@ -151,9 +141,9 @@ def encode_examples(
 class _Encoder:
     """Encodes rows, a batch at a time, and notes those that are not learned as they stand."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, bar: tqdm):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig, bar: tqdm):
         self.tokenizer = tokenizer
-        self.encoding = encoding
+        self.args = args
         self.bar = bar
         self.noted: dict[str, list[int]] = {}
         self._special = special_tokens(tokenizer)
@@ -167,8 +157,8 @@ class _Encoder:
 
     def _encoded(self, number: int, prompt: list[Message], completion: list[Message]) -> tuple[Any, ...]:
         """A row of EXAMPLE_SCHEMA; an empty one where the prompt is dropped."""
-        limit, long_prompts = self.encoding.max_prompt_length, self.encoding.long_prompts
-        text, ids = encode_prompt(prompt, self.tokenizer, self.encoding.template, self._special)
+        limit, long_prompts = self.args.max_prompt_length, self.args.long_prompts
+        text, ids = encode_prompt(prompt, self.tokenizer, self.args.template, self._special)
         if not ids:
             raise UserError(f"data row {number + 1}: the tokenizer makes no token of this prompt")
         if len(ids) > limit:
@@ -184,7 +174,7 @@ class _Encoder:
         if spelt := spelt_tokens([*prompt, *completion], self._special):
             self._spelt.update(spelt)
             self._note("special_tokens", number)
-        label = encode_response(completion[-1]["content"], self.tokenizer, self.encoding.max_completion_length)
+        label = encode_response(completion[-1]["content"], self.tokenizer, self.args.max_completion_length)
         if not label.finished:
             self._note("cut", number)
         if len(completion) > 1:
@@ -196,9 +186,9 @@ class _Encoder:
 
     def remarks(self, count: int) -> list[str]:
         """The noted rows in words, of `count` rows in all, a line per kind."""
-        limit, longest = self.encoding.max_prompt_length, self.encoding.max_completion_length
+        limit, longest = self.args.max_prompt_length, self.args.max_completion_length
         as_text = "as text"
-        if self.encoding.template == "none":
+        if self.args.template == "none":
             as_text = "as control tokens in prompts (template none), as text elsewhere"
         says = {
             "dropped": f"dropped: prompts of more than max_prompt_length, {limit}",
