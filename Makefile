@@ -18,7 +18,7 @@ figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
 .PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims \
-	study studies notebooks sweep benchmark plan-check regenerate test fault-test load test-vllm engines fuzz lock audit sbom lint clean
+	study studies notebooks sweep benchmark readme example times plan-check regenerate test fault-test load test-vllm engines fuzz lock audit sbom lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
@@ -62,6 +62,16 @@ sweep: $(READY)
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python -m experiments.checks.benchmark.run
 	$(VENV)/bin/python -m tspin_analysis.benchmark
+
+# The README's numbers, from results/; the worked example's output; how long the README's two commands take here.
+readme: $(READY)
+	$(VENV)/bin/python -m tspin_analysis.readme
+
+example: $(READY)
+	$(VENV)/bin/python -m experiments.checks.example
+
+times: $(READY)
+	$(VENV)/bin/python -m experiments.checks.times
 
 # Peaks of real steps beside what `tspin plan` predicts.
 plan-check: $(READY)
