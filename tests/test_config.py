@@ -13,9 +13,8 @@ from tspin.config import COEFFICIENTS, EngineSettings, LoraSettings, build_confi
 from tspin.engines.launch import plain_arguments
 from tspin.errors import UserError
 from tspin.evaluation.suites import load_suite
-from tspin.experiment.preset import results_config, training_arguments
+from tspin.experiment.preset import Evaluator, training_arguments
 from tspin.experiment.rerun import load_recorded
-from tspin.models import POCKET_MODEL, policy_fingerprint
 from tspin.objectives import METHODS
 from tspin.runs.files import read_json
 from tspin.yaml_files import REPOSITORY
@@ -215,8 +214,7 @@ def test_the_committed_results_can_be_added_to():
     """In a fresh clone `make reproduce-table1` puts its rows beside the committed ones: no setting stands between."""
     found = read_json(REPOSITORY / "results" / "pocket" / "config.json")
     found.pop("checksum", None)
-    policy = policy_fingerprint(str(POCKET_MODEL))
-    wanted = results_config(load_config("pocket"), load_suite("pocket"), policy)
+    wanted = Evaluator(load_config("pocket"), load_suite("pocket")).results_config()
     assert found == json.loads(json.dumps(wanted, default=str))
 
 

@@ -18,7 +18,7 @@ from tspin.config import load_config
 from tspin.data.encoding import encode_dataset
 from tspin.data.responses import read_responses, write_responses
 from tspin.data.templates import encode_response
-from tspin.engines.here import Training, score, train
+from tspin.engines.here import Scoring, Training, score, train
 from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.hub import offline as hub
 from tspin.planning.architectures import find_config, shape_of
@@ -127,7 +127,7 @@ def test_one_step_on_two_layers_of_7b_width(preset, method, offline, stand_in):
         sampled[role] = read_responses(path)
     triplets = make_triplets(examples, sampled if method == "tspin" else {SYNTHETIC: sampled[SYNTHETIC]})
     if method == "spin":
-        logps = score(model, triplets, stand_in, args, "the reference")
+        logps = score(model, triplets, Scoring(stand_in, args))
         triplets = with_reference(triplets, reference_table(triplets, logps))
     before = model.model.layers[1].mlp.down_proj.weight[:4].clone()
     folder = offline / "run"

@@ -11,7 +11,7 @@ from tspin.cli import app
 from tspin.config import REPOSITORY, load_config
 from tspin.errors import UserError
 from tspin.experiment import rerun
-from tspin.experiment.preset import run_experiment
+from tspin.experiment.preset import Where, run_experiment
 
 OVERRIDES = ["data.labels=8", "batch_size=4", "evaluation.limit=3", "iterations=2"]
 
@@ -20,7 +20,7 @@ OVERRIDES = ["data.labels=8", "batch_size=4", "evaluation.limit=3", "iterations=
 def record(tmp_path_factory):
     place = tmp_path_factory.mktemp("record")
     config = load_config("pocket", OVERRIDES)
-    return run_experiment("pocket", config, ["base", "tspin"], [0], place / "runs", place / "results")
+    return run_experiment("pocket", config, ["base", "tspin"], [0], Where(place / "runs", place / "results"))
 
 
 def test_a_record_is_run_again_to_the_same_numbers(record, tmp_path):

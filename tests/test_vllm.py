@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tspin.config import Decoding, EngineSettings, load_config
-from tspin.engines.vllm import evaluate_folder, generate_tokens, require_vllm
+from tspin.engines.vllm import Served, evaluate_folder, generate_tokens, require_vllm
 from tspin.errors import UserError
 from tspin.hub.offline import offline_model
 from tspin.models import POCKET_MODEL, load_model, load_tokenizer
@@ -60,8 +60,8 @@ def test_log_probabilities_agree_token_by_token(model, temperature):
     prompts = prompts_for(model, tokenizer)
     ends = end_tokens(policy.generation_config, tokenizer)
     answers = generate_tokens(
-        folder, prompts, ends, decoding=Decoding(temperature, 1.0, 48, 64), dtype="float32",
-        engine=EngineSettings(enforce_eager=True), seed=3, logprobs=True,
+        Served(folder, "float32", EngineSettings(enforce_eager=True)), prompts, ends,
+        decoding=Decoding(temperature, 1.0, 48, 64), seed=3, logprobs=True,
     )  # fmt: skip
     largest = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -84,8 +84,8 @@ def test_copies_of_the_engine_draw_what_one_draws():
     prompts = prompts_for("pocket", tokenizer)
     one, two = (
         generate_tokens(
-            str(POCKET_MODEL), prompts, [tokenizer.eos_token_id], decoding=Decoding(1.0, 1.0, 16, 64),
-            dtype="float32", engine=EngineSettings(data_parallel=copies, enforce_eager=True), seed=5,
+            Served(str(POCKET_MODEL), "float32", EngineSettings(data_parallel=copies, enforce_eager=True)),
+            prompts, [tokenizer.eos_token_id], decoding=Decoding(1.0, 1.0, 16, 64), seed=5,
         )
         for copies in (1, 2)
     )  # fmt: skip
@@ -94,7 +94,7 @@ def test_copies_of_the_engine_draw_what_one_draws():
 
 @needs_vllm
 def test_a_run_samples_and_evaluates_with_vllm(tmp_path):
-    from tspin.experiment.preset import run_experiment
+    from tspin.experiment.preset import Where, run_experiment
 
     overrides = [
         "data.labels=16", "iterations=2", "max_new_tokens=16", "batch_size=8", "evaluation.limit=10",
@@ -104,9 +104,8 @@ def test_a_run_samples_and_evaluates_with_vllm(tmp_path):
     for backend in ("vllm", "transformers"):
         config = load_config("pocket", [*overrides, f"sampling_backend={backend}", f"evaluation.backend={backend}"])
         methods = ["base", "tspin"] if backend == "vllm" else ["base"]
-        out = run_experiment(
-            "pocket", config, methods, [0], tmp_path / backend / "runs", tmp_path / backend / "results"
-        )
+        where = Where(tmp_path / backend / "runs", tmp_path / backend / "results")
+        out = run_experiment("pocket", config, methods, [0], where)
         scores[backend] = pd.read_csv(out / "evaluations.csv").query("method == 'base'")["value"].to_numpy()
     # The same base under both engines: at most one problem in ten of one benchmark may tip.
     assert abs(scores["vllm"] - scores["transformers"]).max() <= 10.0
@@ -120,10 +119,8 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"^vllm: .*\(log: ") as error:
-        evaluate_folder(
-            str(tmp_path), load_suite("pocket").model_dump(mode="json"), tmp_path / "out", dtype="float32",
-            engine=EngineSettings(), limit=1,
-        )  # fmt: skip
+        served = Served(str(tmp_path), "float32", EngineSettings())
+        evaluate_folder(served, load_suite("pocket").model_dump(mode="json"), tmp_path / "out", limit=1)
     assert "\n" not in str(error.value)
 
 

@@ -11,7 +11,7 @@ import pytest
 from tspin import SelfPlayConfig
 from tspin.data.encoding import encode_dataset
 from tspin.data.responses import read_responses, write_responses
-from tspin.engines.here import score
+from tspin.engines.here import Scoring, score
 from tspin.engines.scoring import score_in_processes
 from tspin.engines.workers import Worker, run_workers
 from tspin.errors import UserError
@@ -55,10 +55,10 @@ def test_log_probabilities_are_the_same_from_several_processes(tmp_path, model_f
     examples = encode_dataset(rows, tokenizer, args)
     write_responses(tmp_path / "drawn.parquet", examples.prompt_ids, examples.labelled)
     triplets = make_triplets(examples, {"synthetic": read_responses(tmp_path / "drawn.parquet")})
-    whole = score(load_model(str(model_folder)), triplets, tokenizer, args)
-    parts = score_in_processes(2, str(model_folder), {}, triplets, tokenizer, args, "the policy", False)
+    whole = score(load_model(str(model_folder)), triplets, Scoring(tokenizer, args))
+    parts = score_in_processes(2, str(model_folder), {}, triplets, Scoring(tokenizer, args, autocast=False))
     assert parts.keys() == whole.keys()
     for role, values in whole.items():
         np.testing.assert_allclose(parts[role], values, rtol=1e-5, err_msg=role)
     with pytest.raises(UserError, match=r"^scoring: "):
-        score_in_processes(2, str(tmp_path), {}, triplets, tokenizer, args, "the policy", False)
+        score_in_processes(2, str(tmp_path), {}, triplets, Scoring(tokenizer, args, autocast=False))

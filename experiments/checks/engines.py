@@ -18,7 +18,7 @@ import torch
 from experiments.checks.benchmark.workload import pocket_prompts
 from experiments.checks.evidence import write_evidence
 from tspin.config import Decoding, EngineSettings
-from tspin.engines.vllm import generate_tokens
+from tspin.engines.vllm import Served, generate_tokens
 from tspin.hub.offline import offline_model
 from tspin.models import POCKET_MODEL, load_model, load_tokenizer
 from tspin.sampling import end_tokens, sample
@@ -56,7 +56,7 @@ def compare(name: str, folder: str, dtype: str, temperature: float, count: int) 
     ends = end_tokens(policy.generation_config, tokenizer)
     decoding = Decoding(temperature, 1.0, NEW_TOKENS, batch_size=64)
     answers = generate_tokens(
-        folder, prompts, ends, decoding=decoding, dtype=dtype, engine=EngineSettings(enforce_eager=True), seed=0,
+        Served(folder, dtype, EngineSettings(enforce_eager=True)), prompts, ends, decoding=decoding, seed=0,
         logprobs=True,
     )  # fmt: skip
     gaps = torch.cat([gaps_of(policy, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])

@@ -44,13 +44,12 @@ def run(
         if others:
             raise UserError(f"--seeds {seeds}: one seed per run with --model; give each its own --out")
     from tspin.config import build_config, load_config
-    from tspin.experiment.preset import build_trainer, describe, run_experiment
+    from tspin.experiment.preset import Where, build_trainer, describe, run_experiment
 
     if preset:
         config = load_config(preset, settings or [])
-        run_experiment(
-            Path(preset).stem, config, names(methods), [seed, *others], runs, results, launcher=launcher_config
-        )
+        where = Where(runs, results, launcher=launcher_config)
+        run_experiment(Path(preset).stem, config, names(methods), [seed, *others], where)
         return
     tree = {"model": {"path": model}, "data": {"path": dataset}, "iterations": iterations}
     config = build_config(tree, settings or [])

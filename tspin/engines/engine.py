@@ -14,7 +14,7 @@ from tspin.devices import give_back
 from tspin.engines import here
 from tspin.engines.launch import launch_training, trains_in_bfloat16
 from tspin.engines.scoring import score_in_processes, scoring_processes
-from tspin.engines.vllm import generate_tokens, require_vllm
+from tspin.engines.vllm import Served, generate_tokens, require_vllm
 from tspin.models import Policy, dtype_name, load_model
 from tspin.runs.stages import check_stage
 from tspin.runs.unfinished import Unfinished
@@ -53,19 +53,10 @@ class Engine:
         if args.sampling_backend == "transformers":
             model = load_model(policy.folder, loading).to(args.device)  # type: ignore[arg-type]
             return sample(model, self.tokenizer, prompts, args.decoding, seed=seed, description=description)
-        engine = args.engine
-        require_vllm("sampling_backend", engine)
+        require_vllm("sampling_backend", args.engine)
         ends = end_tokens(generation_settings(policy.folder), self.tokenizer)
-        answers = generate_tokens(
-            policy.folder,
-            prompts,
-            ends,
-            decoding=args.decoding,
-            dtype=dtype_name(loading),
-            engine=engine,
-            seed=seed,
-            trust_remote_code=bool(loading.get("trust_remote_code")),
-        )
+        served = Served(policy.folder, dtype_name(loading), args.engine, bool(loading.get("trust_remote_code")))
+        answers = generate_tokens(served, prompts, ends, decoding=args.decoding, seed=seed)
         return TypedRows(answers.select_columns(["ids"]), lambda ids: response_of(ids, ends, self.tokenizer))
 
     def score(self, policy: Policy, triplets: Triplets, of: str, *, keep: bool = False) -> dict[str, list[float]]:
@@ -77,14 +68,14 @@ class Engine:
         loading, autocast = self.loading, bool(self.args.bf16)
         if trains_in_bfloat16(self.args):  # π_θ and its reference should differ by training alone
             loading, autocast = {**loading, "dtype": torch.bfloat16}, False
+        scoring = here.Scoring(self.tokenizer, self.args, of, autocast)
         processes = scoring_processes(self.args)
         if processes > 1:
-            how = (self.tokenizer, self.args, of, autocast)
-            return score_in_processes(processes, policy.folder, loading, triplets, *how)
+            return score_in_processes(processes, policy.folder, loading, triplets, scoring)
         model = load_model(policy.folder, loading)
         if keep and self.args.launcher is None:
             self._kept = (policy, model)
-        return here.score(model, triplets, self.tokenizer, self.args, of, autocast)
+        return here.score(model, triplets, scoring)
 
     def train(
         self,

@@ -157,22 +157,22 @@ def _written(trainer: TripletTrainer, training: Training) -> dict[str, Any]:
     return facts | ({"processes": processes} if processes > 1 else {})
 
 
-def score(
-    model: PreTrainedModel,
-    triplets: Sequence[Triplet],
-    tokenizer: PreTrainedTokenizerBase,
-    args: SelfPlayConfig,
-    of: str = "the policy",
-    autocast: bool | None = None,
-) -> dict[str, list[float]]:
-    """log π of every response under `model`: role → nats, in the triplets' order.
+@dataclass(frozen=True)
+class Scoring:
+    """How responses are scored. of: names the model on the bar. autocast: to bfloat16; args.bf16 when None."""
 
-    of: names the model on the bar. autocast: to bfloat16; args.bf16 when left out.
-    """
-    model.to(args.device)  # type: ignore[arg-type]
-    collator = _collator(model, triplets, tokenizer, args)
-    autocast = bool(args.bf16) if autocast is None else autocast
-    return compute_logps(model, triplets, collator, autocast, f"log-probabilities of {of}")
+    tokenizer: PreTrainedTokenizerBase
+    args: SelfPlayConfig
+    of: str = "the policy"
+    autocast: bool | None = None
+
+
+def score(model: PreTrainedModel, triplets: Sequence[Triplet], scoring: Scoring) -> dict[str, list[float]]:
+    """log π of every response under `model`: role → nats, in the triplets' order."""
+    model.to(scoring.args.device)  # type: ignore[arg-type]
+    collator = _collator(model, triplets, scoring.tokenizer, scoring.args)
+    autocast = bool(scoring.args.bf16) if scoring.autocast is None else scoring.autocast
+    return compute_logps(model, triplets, collator, autocast, f"log-probabilities of {scoring.of}")
 
 
 def _collator(

@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from tspin.config import SelfPlayConfig
+from tspin.engines.here import Scoring
 from tspin.engines.launch import TOKENIZER, TRIPLETS, plain_arguments
 from tspin.engines.workers import Worker, gpu_environment, run_workers
 from tspin.models import dtype_name
@@ -25,16 +25,9 @@ def scoring_processes(args: SelfPlayConfig) -> int:
 
 
 def score_in_processes(
-    processes: int,
-    model: str,
-    model_arguments: Mapping[str, Any],
-    triplets: Triplets,
-    tokenizer: PreTrainedTokenizerBase,
-    args: SelfPlayConfig,
-    of: str,
-    autocast: bool,
+    processes: int, model: str, loading: Mapping[str, Any], triplets: Triplets, scoring: Scoring
 ) -> dict[str, list[float]]:
-    """tspin.engines.here.response_logps of the policy in the folder `model`: role → nats, in the triplets' order.
+    """tspin.engines.here.score of the policy in the folder `model`: role → nats, in the triplets' order.
 
     Raises UserError, with a process's own line, when one fails.
     """
@@ -45,10 +38,10 @@ def score_in_processes(
     shares = [order[start::processes] for start in range(processes)]
     job = {
         "policy": model,
-        "loading": {**model_arguments, "dtype": dtype_name(dict(model_arguments))},
-        "arguments": {**plain_arguments(args), "report_to": [], "engine": {}},
-        "of": of,
-        "autocast": autocast,
+        "loading": {**loading, "dtype": dtype_name(dict(loading))},
+        "arguments": {**plain_arguments(scoring.args), "report_to": [], "engine": {}},
+        "of": scoring.of,
+        "autocast": scoring.autocast,
     }
     command = [sys.executable, "-m", "tspin.engines.scoring_worker"]
     with tempfile.TemporaryDirectory(prefix="tspin-scoring-") as temporary:
@@ -57,7 +50,7 @@ def score_in_processes(
             folder = Path(temporary) / str(number)
             folder.mkdir()
             triplets.select(share).save(folder / TRIPLETS)
-            tokenizer.save_pretrained(folder / TOKENIZER)
+            scoring.tokenizer.save_pretrained(folder / TOKENIZER)
             workers.append(Worker(folder, command, gpu_environment(number, 1)))
         run_workers("scoring", workers, [job] * processes)
         tables = [pd.read_parquet(worker.folder / LOGPS) for worker in workers]

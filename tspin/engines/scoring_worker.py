@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from tspin.config import SelfPlayConfig
-from tspin.engines.here import score
+from tspin.engines.here import Scoring, score
 from tspin.engines.launch import TOKENIZER, TRIPLETS
 from tspin.engines.scoring import LOGPS
 from tspin.engines.workers import FAILURE, read_job
@@ -24,7 +24,8 @@ def main() -> None:
         loading = {**job["loading"], "dtype": getattr(torch, job["loading"]["dtype"])}
         model, tokenizer = load_model(job["policy"], loading), load_tokenizer(str(folder / TOKENIZER))
         args = SelfPlayConfig(**job["arguments"])
-        logps = score(model, load_triplets(folder / TRIPLETS), tokenizer, args, job["of"], job["autocast"])
+        scoring = Scoring(tokenizer, args, job["of"], job["autocast"])
+        logps = score(model, load_triplets(folder / TRIPLETS), scoring)
     except UserError as error:
         write_text(folder / FAILURE, str(error))
         sys.exit(1)

@@ -8,6 +8,7 @@ end: the weights are that checkpoint's, and the memory is free before training s
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,31 +34,40 @@ def require_vllm(key: str, engine: EngineSettings, evaluates: bool = False) -> N
         raise UserError("engine.data_parallel: lm-eval's copies of vLLM need ray; pip install ray, or set it to 1")
 
 
+@dataclass(frozen=True)
+class Served:
+    """A checkpoint as vLLM is to serve it. folder: the checkpoint's. dtype: "float32" or "bfloat16", of the weights."""
+
+    folder: str
+    dtype: str
+    engine: EngineSettings
+    trust_remote_code: bool = False
+
+    def job(self, task: str) -> dict[str, Any]:
+        """What the worker is told of it, as JSON values."""
+        engine = self.engine.model_dump()
+        known = {"model": self.folder, "dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        return {"task": task, "engine": engine, **known}
+
+
 def generate_tokens(
-    model: str,
+    served: Served,
     prompts: Sequence[Sequence[int]],
     end_tokens: Sequence[int],
     *,
     decoding: Decoding,
-    dtype: str,
-    engine: EngineSettings,
     seed: int,
-    trust_remote_code: bool = False,
     logprobs: bool = False,
 ) -> Dataset:
     """One response per prompt: {"ids": token ids, the end token included where it ended, "logprobs": nats per token}.
 
-    model: a checkpoint's folder. prompts: token ids, special tokens included. dtype: "float32" or "bfloat16", of the
-    weights. logprobs: whether to compute them; under the policy itself, whatever the temperature. Each prompt has a
-    generator of its own, seeded by `seed` and its position: neither data_parallel nor the batches decide what is drawn.
+    prompts: token ids, special tokens included. logprobs: whether to compute them; under the policy itself, whatever
+    the temperature. Each prompt has a generator of its own, seeded by `seed` and its position: neither data_parallel
+    nor the batches decide what is drawn.
     Raises UserError, with the engine's last line, when an engine fails.
     """
     job = {
-        "task": "generate",
-        "model": model,
-        "dtype": dtype,
-        "engine": engine.model_dump(),
-        "trust_remote_code": trust_remote_code,
+        **served.job("generate"),
         "end_tokens": list(end_tokens),
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
@@ -66,41 +76,29 @@ def generate_tokens(
         "max_model_len": max(map(len, prompts)) + decoding.max_new_tokens,
         "logprobs": logprobs,
     }
-    copies = min(engine.data_parallel, len(prompts))
+    copies = min(served.engine.data_parallel, len(prompts))
     seeded = ({"ids": list(ids), "seed": (seed + i) % 2**31} for i, ids in enumerate(prompts))
     rows = read_in(lambda: seeded, PROMPTS)
     with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as temporary, without_bars():
         folders = [Path(temporary) / str(copy) for copy in range(copies)]
         for copy, folder in enumerate(folders):
             rows.select(range(copy, len(rows), copies)).save_to_disk(folder / PROMPT_FOLDER)
-        _run(folders, [job] * copies, engine.tensor_parallel)
+        _run(folders, [job] * copies, served.engine.tensor_parallel)
         drawn = [Dataset.from_file(str(folder / FILE)) for folder in folders]
     # The copies had their prompts in turn.
     return interleave_datasets(drawn, stopping_strategy="all_exhausted_without_replacement")
 
 
 def evaluate_folder(
-    model: str,
-    suite: dict[str, Any],
-    target: Path,
-    *,
-    dtype: str,
-    engine: EngineSettings,
-    limit: int | None,
-    seed: int = 1234,
-    trust_remote_code: bool = False,
+    served: Served, suite: dict[str, Any], target: Path, *, limit: int | None, seed: int = 1234
 ) -> None:
     """Write scores.csv and samples.parquet, as tspin.evaluation.harness has them, to the folder `target`.
 
-    model: a checkpoint's folder. suite: a Suite as JSON. lm-eval's own vLLM class runs the suite; with data_parallel,
-    on Ray. Raises UserError, with the engine's last line, when it fails.
+    suite: a Suite as JSON. lm-eval's own vLLM class runs it; with data_parallel, on Ray. Raises UserError, with the
+    engine's last line, when it fails.
     """
     job = {
-        "task": "evaluate",
-        "model": model,
-        "dtype": dtype,
-        "engine": engine.model_dump(),
-        "trust_remote_code": trust_remote_code,
+        **served.job("evaluate"),
         "suite": suite,
         "limit": limit,
         "seed": seed,

@@ -201,18 +201,12 @@ def run_cell(cell: Cell) -> None:
         from tspin.hub.offline import use_offline
 
         use_offline(Path(cell.offline))
-    from tspin.experiment.preset import run_experiment
+    from tspin.experiment.preset import Where, run_experiment
 
-    run_experiment(
-        Path(cell.preset).stem,
-        load_config(cell.preset, cell.overrides),
-        [cell.method],
-        [cell.seed],
-        Path(cell.runs),
-        Path(cell.results),
-        launcher=Path(cell.launcher) if cell.launcher else None,
-        shared=Path(cell.shared) if cell.shared else None,
-    )
+    shared, launcher = (Path(path) if path else None for path in (cell.shared, cell.launcher))
+    where = Where(Path(cell.runs), Path(cell.results), shared, launcher)
+    config = load_config(cell.preset, cell.overrides)
+    run_experiment(Path(cell.preset).stem, config, [cell.method], [cell.seed], where)
 
 
 def column(keys: str) -> str:

@@ -7,8 +7,10 @@ runs/<preset>/seed-<s>/<method>/iteration-<t>/      synthetic.parquet, model/, s
 results/<preset>/                                   see tspin.experiment.results
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,12 @@ from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfP
 from tspin.data.encoding import Example
 from tspin.data.formats import Source, load_rows
 from tspin.engines.launch import check_launcher
-from tspin.engines.vllm import evaluate_folder, require_vllm
+from tspin.engines.vllm import Served, evaluate_folder, require_vllm
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import Suite, load_suite
 from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
-from tspin.models import dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
+from tspin.models import Policy, dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, find_method
 from tspin.runs.claims import claim_folder
 from tspin.runs.files import fingerprint
@@ -42,21 +44,25 @@ DRAWING = {
 }
 
 
-def run_experiment(
-    preset: str,
-    config: Config,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    runs: Path,
-    results: Path,
-    console: Console | None = None,
-    launcher: Path | None = None,
-    shared: Path | None = None,
-) -> Path:
+@dataclass(frozen=True)
+class Where:
+    """Where an experiment's files are, and what it is trained by.
+
+    runs: checkpoints, responses, logs. results: tidy numbers, a folder per preset.
+    shared: a folder for what runs of several settings share; None: each seed's own.
+    launcher: a file for `accelerate launch`, to train in several processes.
+    """
+
+    runs: Path
+    results: Path
+    shared: Path | None = None
+    launcher: Path | None = None
+
+
+def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: Sequence[int], where: Where) -> Path:
     """Run what is missing of `methods` × `seeds`, evaluate every checkpoint, write results/<preset>/.
 
-    methods: keys of METHODS, and "base" for the initial policy as it is. launcher: a file for `accelerate launch`, to
-    train in several processes. shared: see build_trainer. Returns the results folder.
+    methods: keys of METHODS, and "base" for the initial policy as it is. Returns the results folder.
     Raises UserError before any work for unknown methods, and for folders of another config.
     """
     for method in methods:
@@ -68,18 +74,18 @@ def run_experiment(
         raise UserError("evaluation: this config names no suite, so there is nothing to put into results")
     if config.evaluation.backend == "vllm":
         require_vllm("evaluation.backend", config.training.engine, evaluates=True)
-    report = (console or Console(stderr=True)).print
-    suite = load_suite(config.evaluation.suite)
+    runs, target = where.runs / preset, where.results / preset
     # Everything that can be wrong with settings, model and data is found before anything is written.
+    evaluator = Evaluator(config, load_suite(config.evaluation.suite))
     trainers = {
-        (method, seed): build_trainer(config.for_method(method), runs / preset / f"seed-{seed}", seed, launcher, shared)
+        (method, seed): build_trainer(
+            config.for_method(method), runs / f"seed-{seed}", seed, where.launcher, where.shared
+        )
         for seed in seeds
         for method in methods
         if method != BASE
     }
-    policy = policy_fingerprint(model_source(config.model)[0])
-    target = results / preset
-    claim_folder(target, results_config(config, suite, policy), what="result")
+    claim_folder(target, evaluator.results_config(), what="result")
     read_results(target)
     with ExitStack() as locks:
         for trainer in trainers.values():
@@ -87,72 +93,63 @@ def run_experiment(
         damaged: set[Path] = set()
         while True:
             try:
-                collected = collect(config, suite, methods, seeds, trainers, policy, runs / preset, report)
+                collected = Collected()
+                if BASE in methods:
+                    collect_base(collected, evaluator, runs / BASE, seeds)
+                for (method, seed), trainer in trainers.items():
+                    last = collect_run(collected, evaluator, trainer, method, seed)
+                    if seed == min(seeds):
+                        collect_texts(collected, trainer, last, method, seed)
                 break
-            except DamagedStage as found:  # what is whole is not made again
-                note_damage(found, damaged)
+            except DamagedStage as error:  # what is whole is not made again
+                note_damage(error, damaged)
         with owned(target, wait=True):
-            write_results(target, preset, suite, collected)
+            write_results(target, preset, evaluator.suite, collected)
     return target
 
 
-def collect(
-    config: Config,
-    suite: Suite,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    trainers: dict[tuple[str, int], SelfPlayTrainer],
-    policy: str,
-    runs: Path,
-    report: Callable[[str], Any],
-) -> Collected:
-    """Run what is missing, and gather what all runs left. Raises DamagedStage when something has to be made again."""
-    model, model_arguments = model_source(config.model)
-    collected = Collected()
+def collect_base(collected: Collected, evaluator: "Evaluator", folder: Path, seeds: Sequence[int]) -> None:
+    """Evaluate the initial policy. Raises DamagedStage when something has to be made again, as `collect_run` does."""
+    with owned(folder, wait=True):  # commands for other methods and seeds need it too
+        scores, problems = evaluator.scores(evaluator.policy, folder / "evaluation", "base")
+    for seed in seeds:  # greedy decoding: the same for every seed
+        collected.add("evaluations", scores, BASE, seed, None)
+        collected.add("problems", problems, BASE, seed, None)
 
-    def evaluated(path: str, fingerprint: str, folder: Path, title: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-        report(f"[bold]{title}[/bold]: evaluation on {len(suite.columns)} benchmarks")
-        scores = evaluate_checkpoint(path, fingerprint, folder, suite, config, model_arguments)
-        return scores, problems_of(pd.read_parquet(folder / "samples.parquet"), suite)
 
-    if BASE in methods:
-        with owned(runs / BASE, wait=True):  # commands for other methods and seeds need it too
-            scores, problems = evaluated(model, policy, runs / BASE / "evaluation", "base")
-        for seed in seeds:  # greedy decoding: the same for every seed
-            collected.add("evaluations", scores, BASE, seed, None)
-            collected.add("problems", problems, BASE, seed, None)
-    for (method, seed), trainer in trainers.items():
-        self_play = METHODS[method].self_play
-        title = f"{method}, seed {seed}"
-        report(f"[bold]{title}[/bold]: {len(trainer.examples)} labels")
-        for result in trainer.iterate():
-            step = f"{title}, iteration {result.iteration}" if self_play else title
-            report(f"[bold]{step}[/bold]: {describe(result)}")
-            for text in result.warnings.values():
-                report(f"[yellow]warning[/yellow]: {step}: {text}")
-            folder = result.model_path.parent / "evaluation"
-            scores, problems = evaluated(str(result.model_path), result.fingerprint, folder, step)
-            iteration = result.iteration if self_play else None
-            collected.add("evaluations", scores, method, seed, iteration)
-            collected.add("problems", problems, method, seed, iteration)
-            for name in ("steps", "diagnostics"):
-                path = result.model_path.parent / f"{name}.parquet"
-                if path.exists():
-                    table = pd.read_parquet(path)
-                    if name == "diagnostics" and len(trainer.examples) > TEXTS:
-                        shown = {example.prompt_id for example in spread(trainer.examples, TEXTS)}
-                        table = table[table["prompt_id"].isin(shown)]
-                    collected.add(name, table, method, seed, iteration)
-            run = {"method": method, "seed": seed, "iteration": result.iteration}
-            facts = {
-                "synthetic": result.synthetic,
-                "diagnostics": result.diagnostics,
-                "warnings": list(result.warnings),
-            }
-            collected.costs.append({**run, **result.training, **facts})
-        if seed == min(seeds):
-            collect_texts(collected, trainer, result, method, seed)
-    return collected
+def collect_run(
+    collected: Collected, evaluator: "Evaluator", trainer: SelfPlayTrainer, method: str, seed: int
+) -> IterationResult:
+    """Run and evaluate what is missing of a run, gather what it left; returns its last iteration."""
+    self_play = METHODS[method].self_play
+    title = f"{method}, seed {seed}"
+    say(f"[bold]{title}[/bold]: {len(trainer.examples)} labels")
+    for result in trainer.iterate():
+        step = f"{title}, iteration {result.iteration}" if self_play else title
+        say(f"[bold]{step}[/bold]: {describe(result)}")
+        for text in result.warnings.values():
+            say(f"[yellow]warning[/yellow]: {step}: {text}")
+        scores, problems = evaluator.scores(result.policy, result.model_path.parent / "evaluation", step)
+        iteration = result.iteration if self_play else None
+        collected.add("evaluations", scores, method, seed, iteration)
+        collected.add("problems", problems, method, seed, iteration)
+        for name in ("steps", "diagnostics"):
+            path = result.model_path.parent / f"{name}.parquet"
+            if path.exists():
+                table = pd.read_parquet(path)
+                if name == "diagnostics" and len(trainer.examples) > TEXTS:
+                    shown = {example.prompt_id for example in spread(trainer.examples, TEXTS)}
+                    table = table[table["prompt_id"].isin(shown)]
+                collected.add(name, table, method, seed, iteration)
+        facts = {"synthetic": result.synthetic, "diagnostics": result.diagnostics, "warnings": list(result.warnings)}
+        run = {"method": method, "seed": seed, "iteration": result.iteration}
+        collected.costs.append({**run, **result.training, **facts})
+    return result
+
+
+def say(text: str) -> None:
+    """A line on the terminal, beside the progress bars."""
+    Console(stderr=True).print(text)
 
 
 def collect_texts(
@@ -248,57 +245,55 @@ def model_source(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     return resolve(settings.path, settings.revision), arguments
 
 
-def evaluate_checkpoint(
-    path: str, policy: str, folder: Path, suite: Suite, config: Config, model_arguments: dict[str, Any]
-) -> pd.DataFrame:
-    """Scores of a checkpoint on a suite, kept in `folder` with the per-problem samples."""
-    assert config.evaluation is not None
-    settings = config.evaluation
-    if settings.dtype is not None:
-        model_arguments = {**model_arguments, "dtype": getattr(torch, settings.dtype)}
+class Evaluator:
+    """Scores checkpoints on a config's suite, each kept as a stage."""
 
-    def produce(target: Path) -> None:
-        check_stage(Path(path))
-        if settings.backend == "vllm":
+    def __init__(self, config: Config, suite: Suite):
+        assert config.evaluation is not None
+        self.config = config
+        self.suite = suite
+        self.settings = config.evaluation
+        folder, self.loading = model_source(config.model)
+        self.policy = Policy(folder, policy_fingerprint(folder))
+        if self.settings.dtype is not None:
+            self.loading["dtype"] = getattr(torch, self.settings.dtype)
+
+    def results_config(self) -> dict[str, Any]:
+        """What numbers in one results folder must agree on; `iterations` may grow."""
+        suite = {"suite": self.suite.model_dump(mode="json"), "tasks": self.suite.definition()}
+        return {"config": self.config.tree(), "policy": self.policy.fingerprint, **suite}
+
+    def scores(self, policy: Policy, folder: Path, title: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """(scores, problems) of a policy, kept in `folder` with the per-problem samples."""
+        say(f"[bold]{title}[/bold]: evaluation on {len(self.suite.columns)} benchmarks")
+        inputs = {
+            "policy": policy.fingerprint,
+            "loading": {name: str(value) for name, value in self.loading.items()},
+            "suite": self.suite.model_dump(mode="json"),
+            "tasks": self.suite.definition(),
+            "settings": self.settings.model_dump(mode="json"),
+        }
+        run_stage(folder, inputs, partial(self._write, policy))
+        samples = pd.read_parquet(folder / "samples.parquet")
+        return pd.read_csv(folder / "scores.csv"), problems_of(samples, self.suite)
+
+    def _write(self, policy: Policy, target: Path) -> None:
+        check_stage(Path(policy.folder))
+        if self.settings.backend == "vllm":
             target.mkdir()
-            evaluate_folder(
-                path,
-                suite.model_dump(mode="json"),
-                target,
-                dtype=dtype_name(model_arguments),
-                engine=config.training.engine,
-                limit=settings.limit,
-                trust_remote_code=config.model.trust_remote_code,
-            )
+            trusted = self.config.model.trust_remote_code
+            served = Served(policy.folder, dtype_name(self.loading), self.config.training.engine, trusted)
+            evaluate_folder(served, self.suite.model_dump(mode="json"), target, limit=self.settings.limit)
             return
-        model = load_model(path, model_arguments)
+        model = load_model(policy.folder, self.loading)
         if torch.cuda.is_available():
             model.to("cuda")  # type: ignore[arg-type]
-        tokenizer = load_tokenizer(path, model_arguments)
-        evaluation = evaluate(model, tokenizer, suite, batch_size=settings.batch_size, limit=settings.limit)
+        tokenizer = load_tokenizer(policy.folder, self.loading)
+        settings = self.settings
+        evaluation = evaluate(model, tokenizer, self.suite, batch_size=settings.batch_size, limit=settings.limit)
         target.mkdir()
         evaluation.scores.to_csv(target / "scores.csv", index=False)
         evaluation.samples.to_parquet(target / "samples.parquet", index=False)
-
-    inputs = {
-        "policy": policy,
-        "loading": {name: str(value) for name, value in model_arguments.items()},
-        "suite": suite.model_dump(mode="json"),
-        "tasks": suite.definition(),
-        "settings": settings.model_dump(mode="json"),
-    }
-    run_stage(folder, inputs, produce)
-    return pd.read_csv(folder / "scores.csv")
-
-
-def results_config(config: Config, suite: Suite, policy: str) -> dict[str, Any]:
-    """What numbers in one results folder must agree on; `iterations` may grow."""
-    return {
-        "config": config.tree(),
-        "policy": policy,
-        "suite": suite.model_dump(mode="json"),
-        "tasks": suite.definition(),
-    }
 
 
 def describe(result: IterationResult) -> str:

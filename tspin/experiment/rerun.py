@@ -80,15 +80,15 @@ def rerun(recorded: Recorded, out: Path, settings: Sequence[str] = (), launcher:
     settings: key.path=value of what changes no number, and is therefore not on record: engine.*, micro-batches, kept
     states. launcher: see run_experiment. Raises UserError for other settings.
     """
-    from tspin.experiment.preset import run_experiment
+    from tspin.experiment.preset import Where, run_experiment
 
     then = recorded.config.tree()
     config = build_config({**then, "iterations": recorded.config.training.iterations}, settings)
     if config.tree() != then:
         key, there, here = first_difference(then, config.tree())
         raise UserError(f"--set: {key} is {there!r} on record, {here!r} here: a rerun has the record's settings")
-    places = (out / "runs", out / "results")
-    return run_experiment(recorded.folder.name, config, recorded.methods, recorded.seeds, *places, launcher=launcher)
+    where = Where(out / "runs", out / "results", launcher=launcher)
+    return run_experiment(recorded.folder.name, config, recorded.methods, recorded.seeds, where)
 
 
 def compare(old: Path, new: Path) -> pd.DataFrame:
