@@ -20,7 +20,7 @@ from tspin.runs.provenance import provenance
 COMMANDS = [
     "head -n 2 my-data.jsonl",
     "tspin run --model pocket --data my-data.jsonl --method tspin --iterations 2 --out runs/mine "
-    "--set batch_size=4 --set learning_rate=1e-4",
+    "--set batch_size=4 --set learning_rate=3e-5",
     "ls runs/mine/tspin/iteration-1",
 ]
 
