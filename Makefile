@@ -81,8 +81,10 @@ plan-check: $(READY)
 regenerate: $(READY)
 	$(TSPIN) rerun results/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1 --out runs/regenerated
 
+# WORKERS: pytest's processes, one thread each; one that is done takes over tests of another.
+WORKERS ?= 2
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Kills, signals, full disks, damaged files, bad hubs, NaN, no memory: a tiny run must survive them all.
 fault-test: $(READY)
@@ -122,7 +124,7 @@ $(AUDIT)/.ready: Makefile
 
 # vLLM's CPU build, in an environment of its own: it brings a PyTorch by its exact build and packages of its own.
 test-vllm: $(VLLM)/.ready
-	$(VLLM)/bin/python -m pytest tests/test_vllm.py
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_scripts.py -k "vllm or engines"
 
 # The two engines' log-probabilities and texts. OFFLINE: a folder of `tspin fetch smollm2`, for SmolLM2 too.
 engines: $(VLLM)/.ready

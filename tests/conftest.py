@@ -1,5 +1,6 @@
 """Fixtures: a random tiny model and a small data set, both made here. One thread per process, since several run."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the tests: the longest files first, all others as they are."""
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over all that was imported: a training run looks for garbage several times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

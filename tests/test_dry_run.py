@@ -1,11 +1,12 @@
 """The 7B presets without their weights: everything but the size is real, and the width is real too.
 
 Meta-device models for the counts; rows of UltraChat's shape through the offline folder and a tokenizer of the same
-kind; one step of each method on two layers of 7B width (float32 weights as the presets say, short sequences).
+kind; one step of each method on a layer or two of 7B width (float32 weights as the presets say, short sequences).
 """
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -109,14 +110,15 @@ def test_ultrachats_first_rounds_become_the_papers_prompts(preset, offline, stan
     assert len(every) == ROWS and {e.prompt_id for e in examples} <= set(every["number"])
 
 
-@pytest.mark.parametrize(("preset", "method"), [("zephyr-7b", "tspin"), ("mistral-7b", "spin")])
-def test_one_step_on_two_layers_of_7b_width(preset, method, offline, stand_in):
+@pytest.mark.usefixtures("much_memory")
+@pytest.mark.parametrize(("preset", "method", "layers"), [("zephyr-7b", "tspin", 2), ("mistral-7b", "spin", 1)])
+def test_one_step_at_7b_width(preset, method, layers, offline, stand_in):
     config = load_config(preset, [*HERE, "data.labels=2", "batch_size=2", "num_train_epochs=1", "warmup_steps=0"])
     settings = config.for_method(method)
     args = training_arguments(settings, offline / "run", seed=0)
     examples = encode_dataset(load_dataset(settings.data), stand_in, args)
     shape = find_config(config.model.path)
-    shape.num_hidden_layers, shape.vocab_size = 2, len(stand_in)
+    shape.num_hidden_layers, shape.vocab_size = layers, len(stand_in)
     assert shape.hidden_size == 4096 and shape.intermediate_size == 14336
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
@@ -129,12 +131,13 @@ def test_one_step_on_two_layers_of_7b_width(preset, method, offline, stand_in):
     if method == "spin":
         logps = score(model, triplets, Scoring(stand_in, args))
         triplets = with_reference(triplets, reference_table(triplets, logps))
-    before = model.model.layers[1].mlp.down_proj.weight[:4].clone()
+    before = model.model.layers[-1].mlp.down_proj.weight[:4].clone()
     folder = offline / "run"
     facts = train(model, Training(triplets, stand_in, args, 0, checkpoint=folder / "model", log_folder=folder))
     steps = pd.read_parquet(folder / "steps.parquet")
     assert facts["steps"] == 1
     assert torch.isfinite(torch.tensor(steps[["loss", "grad_norm"]].to_numpy())).all()
-    moved = (model.model.layers[1].mlp.down_proj.weight[:4] - before).abs().max()
+    moved = (model.model.layers[-1].mlp.down_proj.weight[:4] - before).abs().max()
     assert 0 < moved < 1e-4  # RMSProp's first step is about ten times the rate, 5e-7
-    assert (folder / "model" / "model.safetensors").stat().st_size > 1.7e9
+    assert (folder / "model" / "model.safetensors").stat().st_size > layers * 0.85e9
+    shutil.rmtree(folder / "model")  # pytest would keep it

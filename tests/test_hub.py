@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from experiments.smollm2.punkt import write_punkt
 from tspin.cli import app
 from tspin.config import load_config
 from tspin.errors import UserError
@@ -158,7 +159,7 @@ def test_real_rows_through_lm_evals_own_tasks(tmp_path, tiny_model, tokenizer, m
     suite = Suite(columns=tuple(columns))
     (tmp_path / "suite.yaml").write_text(json.dumps(suite.model_dump(mode="json")))
     (tmp_path / "mine.yaml").write_text(f"evaluation: {{suite: {tmp_path / 'suite.yaml'}}}")
-    make_punkt(tmp_path / "punkt_tab")
+    write_punkt(["Ann has 3 apples. She gives Mr. Bell one of them. How many has she now?"], tmp_path / "punkt_tab")
     take = [
         f"openai/gsm8k:main:train={BENCHMARKS / 'gsm8k_train.jsonl'}",
         f"openai/gsm8k:main:test={BENCHMARKS / 'gsm8k_test.jsonl'}",
@@ -175,17 +176,6 @@ def test_real_rows_through_lm_evals_own_tasks(tmp_path, tiny_model, tokenizer, m
     found = evaluate(tiny_model, tokenizer, suite, batch_size=4, limit=2)
     assert set(found.scores["benchmark"]) == set(names) and (found.scores["n"] == 2).all()
     assert found.samples["doc_id"].nunique() == 2
-
-
-def make_punkt(folder: Path) -> None:
-    """A sentence splitter in NLTK's files, trained on three sentences."""
-    import nltk
-    from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
-
-    nltk.data.path.append(str(folder))  # NLTK writes nowhere else
-    text = "Ann has 3 apples. She gives Mr. Bell one of them. How many apples does she have now?"
-    (folder / "english").mkdir(parents=True)
-    save_punkt_params(PunktTrainer(text).get_params(), str(folder / "english"))
 
 
 def test_every_split_that_training_takes_is_fetched(preset, tmp_path):

@@ -15,12 +15,14 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.numpy import load_file
 
+from experiments.checks.tiny import tiny_model
 from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin.config import REPOSITORY
 from tspin.engines.launch import check_launcher
 from tspin.errors import UserError
 from tspin.runs.files import folder_fingerprint
 
+PATIENCE = 300  # seconds until processes are given up that a loaded machine starts slowly
 FILES = REPOSITORY / "experiments" / "accelerate"
 # float32 in both; only the order of additions differs, and RMSProp divides small gradients by their own size.
 LOG_TOLERANCE = 1e-4  # relative, of losses, gradient norms and mean log-likelihoods
@@ -53,18 +55,52 @@ def in_two(folder: Path, model_folder: Path, rows, kind: str = "FSDP", **setting
 
 
 LORA = {"rank": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+TSPIN = {"method": "tspin", "num_train_epochs": 8.0, "learning_rate": 2e-5}  # 24 steps: time enough to kill a process
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tokenizer, rows) -> tuple[Path, Path]:
+    """A model and a T-SPIN run of it in two processes: (folder of the model, folder of the run)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for saved in (tiny_model(tokenizer), tokenizer):
+        saved.save_pretrained(folder / "model")
+    in_two(folder / "run", folder / "model", rows, **TSPIN)
+    return folder / "model", folder / "run"
+
+
+def assert_same_training(one: Path, two: Path, model: Path) -> None:
+    """Logs and weights of two runs agree to rounding, and have moved from the model by much more."""
+    left, right = (pd.read_parquet(run / "iteration-0" / "steps.parquet") for run in (one, two))
+    assert list(left.columns) == list(right.columns)
+    for column in left.columns.drop("tokens_per_second"):
+        np.testing.assert_allclose(right[column], left[column], rtol=LOG_TOLERANCE, atol=1e-5, err_msg=column)
+    folders = (model, one / "iteration-0" / "model", two / "iteration-0" / "model")
+    before, left, right = (load_file(folder / "model.safetensors") for folder in folders)
+    assert left.keys() == right.keys()
+    for name, weights in left.items():
+        assert right[name].dtype == weights.dtype
+        np.testing.assert_allclose(right[name], weights, rtol=0, atol=WEIGHT_TOLERANCE, err_msg=name)
+    moved = max(np.abs(left[name] - before[name]).max() for name in left)
+    assert moved > 20 * WEIGHT_TOLERANCE  # the tolerance tells training from none
+
+
+def test_two_processes_train_what_one_trains(undisturbed, tmp_path, rows):
+    model, run = undisturbed
+    one = play(tmp_path / "one", model, rows, **TSPIN)
+    two = in_two(run, model, rows, **TSPIN)  # finished: nothing is trained again
+    assert two["processes"] == 2 and two["steps"] == one["steps"] == 24 and two["tokens"] == one["tokens"]
+    assert_same_training(tmp_path / "one", run, model)
 
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("FSDP", {"method": "tspin"}),
         ("FSDP", {"method": "sft", "gradient_checkpointing": True}),
         ("MULTI_GPU", {"method": "spin", "lora": LORA, "learning_rate": 1e-3}),
     ],
-    ids=["tspin-fsdp2", "sft-fsdp2", "spin-lora-ddp"],
+    ids=["sft-fsdp2", "spin-lora-ddp"],
 )
-def test_two_processes_train_what_one_trains(kind, settings, tmp_path, model_folder, rows):
+def test_and_so_with_checkpointing_and_adapters(kind, settings, tmp_path, model_folder, rows):
     # With 11 rows the last step has one triplet: one of the processes has no part in it.
     data = rows[:11] if settings["method"] == "sft" else rows
     one = play(tmp_path / "one", model_folder, data, **settings)
@@ -72,31 +108,18 @@ def test_two_processes_train_what_one_trains(kind, settings, tmp_path, model_fol
     assert two["processes"] == 2
     assert two["steps"] == one["steps"] == 3
     assert two["tokens"] == one["tokens"]
-    left, right = (pd.read_parquet(tmp_path / name / "iteration-0" / "steps.parquet") for name in ("one", "two"))
-    assert list(left.columns) == list(right.columns)
-    for column in left.columns.drop("tokens_per_second"):
-        np.testing.assert_allclose(right[column], left[column], rtol=LOG_TOLERANCE, atol=1e-5, err_msg=column)
-    before, left, right = (
-        load_file(folder / "model.safetensors")
-        for folder in (model_folder, tmp_path / "one/iteration-0/model", tmp_path / "two/iteration-0/model")
-    )
-    assert left.keys() == right.keys()
-    for name, weights in left.items():
-        assert right[name].dtype == weights.dtype
-        np.testing.assert_allclose(right[name], weights, rtol=0, atol=WEIGHT_TOLERANCE, err_msg=name)
-    moved = max(np.abs(left[name] - before[name]).max() for name in left)
-    assert moved > 20 * WEIGHT_TOLERANCE  # the tolerance tells training from none
+    assert_same_training(tmp_path / "one", tmp_path / "two", model_folder)
     # Whoever finished it, the iteration is finished: nothing is trained again in one process.
     again = play(tmp_path / "two", model_folder, data, **settings)
     assert again == two
 
 
-def test_a_killed_process_ends_the_run_in_one_line_and_the_run_goes_on(tmp_path, model_folder, rows):
-    settings = {"method": "tspin", "num_train_epochs": 30.0}
+def test_a_killed_process_ends_the_run_in_one_line_and_the_run_goes_on(undisturbed, tmp_path, rows):
     killed = []
 
     def kill_a_rank() -> None:
-        for _ in range(1200):
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
                     words = (folder / "cmdline").read_bytes().split(b"\0")
@@ -109,19 +132,19 @@ def test_a_killed_process_ends_the_run_in_one_line_and_the_run_goes_on(tmp_path,
                     os.kill(int(folder.name), signal.SIGKILL)
                     killed.append(folder)
                     return
-            time.sleep(0.05)
+            time.sleep(0.02)
 
+    model, whole = undisturbed
     thread = threading.Thread(target=kill_a_rank)
     thread.start()
     with pytest.raises(UserError, match=r"^training: a process was ended by SIGKILL") as error:
-        in_two(tmp_path / "run", model_folder, rows, **settings)
+        in_two(tmp_path / "run", model, rows, **TSPIN)
     thread.join()
     assert killed and "\n" not in str(error.value)
     assert not (tmp_path / "run/iteration-0/model").exists()
-    facts = in_two(tmp_path / "run", model_folder, rows, **settings)
-    undisturbed = in_two(tmp_path / "undisturbed", model_folder, rows, **settings)
-    assert facts["steps"] == undisturbed["steps"]
-    left, right = (folder_fingerprint(tmp_path / run / "iteration-0/model") for run in ("run", "undisturbed"))
+    facts = in_two(tmp_path / "run", model, rows, **TSPIN)
+    assert facts["steps"] == 24
+    left, right = (folder_fingerprint(run / "iteration-0/model") for run in (tmp_path / "run", whole))
     assert left == right
 
 
@@ -132,13 +155,12 @@ def test_a_launched_training_ends_with_the_command_that_started_it(tmp_path, mod
         *("--launcher", "accelerate", "--config", str(FILES / "cpu2.yaml"), "--set", "num_train_epochs=2000"),
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if ranks(process.pid):
-            break
+    deadline = time.monotonic() + PATIENCE
+    while not ranks(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert ranks(process.pid)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert "stopped by SIGTERM" in errors and "Traceback" not in errors
     assert not ranks(process.pid)

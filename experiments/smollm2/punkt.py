@@ -7,6 +7,7 @@ the result where NLTK's would be. Scores may then differ from the original's in 
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import nltk
@@ -17,6 +18,15 @@ from tspin.runs.files import sha256, write_json
 from tspin.runs.provenance import provenance
 
 
+def write_punkt(texts: Iterable[str], out: Path) -> Path:
+    """Train a splitter on texts and write it as NLTK's files. Returns their folder, out/english."""
+    folder = out / "english"
+    folder.mkdir(parents=True, exist_ok=True)
+    nltk.data.path.append(str(out))  # NLTK writes nowhere else
+    save_punkt_params(PunktTrainer("\n".join(texts)).get_params(), str(folder))
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="JSONL: every text in every row is read")
@@ -24,11 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [row for path in arguments.text for row in read_rows(path)]
     texts = [value for row in rows for value in row.values() if isinstance(value, str)]
-    trainer = PunktTrainer("\n".join(texts))
-    folder = arguments.out / "english"
-    folder.mkdir(parents=True, exist_ok=True)
-    nltk.data.path.append(str(arguments.out))  # NLTK writes nowhere else
-    save_punkt_params(trainer.get_params(), str(folder))
+    folder = write_punkt(texts, arguments.out)
     write_json(arguments.out / "provenance.json", {**provenance(), "text": {p.name: sha256(p) for p in arguments.text}})
     print(f"wrote {folder}, from {len(texts):,} texts, and {arguments.out / 'provenance.json'}")
 

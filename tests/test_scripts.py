@@ -1,0 +1,147 @@
+"""Every script under experiments/ runs: tiny, by its real command line, in a process and a folder of its own.
+
+The numbers mean nothing at these sizes; what is left does, and that results come with their provenance.
+"""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from packaging.requirements import Requirement
+
+from experiments.checks.tiny import write_rows
+from experiments.pocket.misconceptions import MISCONCEPTIONS, mistaken, triggered
+from tspin.config import REPOSITORY
+from tspin.pocket.tasks import pool, table_tasks
+
+SCRIPTS = [path for path in (REPOSITORY / "experiments").glob("*/**/*.py") if "__main__" in path.read_text()]
+
+
+def run(module: str, *arguments: object) -> str:
+    """Run `python -m module arguments` as a user does. Returns what it printed."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def evidence(folder: Path, said: str, *names: str) -> list[pd.DataFrame]:
+    """The tables that a check wrote, and said that it wrote; its provenance is beside them."""
+    facts = json.loads((folder / "provenance.json").read_text())
+    assert facts["versions"]["torch"] and facts["hardware"]["threads"] and facts["date"] and facts["seconds"] >= 0
+    written = [f"{name}.csv" for name in names]
+    assert {path.name for path in folder.iterdir()} == {*written, "provenance.json"}
+    last = said.splitlines()[-1]
+    assert last.startswith("wrote ") and str(folder) in last and all(name in last for name in written)
+    return [pd.read_csv(folder / name) for name in written]
+
+
+def test_none_is_left_out():
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    modules = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in SCRIPTS]
+    assert len(modules) > 5 and [module for module in modules if f'"{module}"' not in tests] == []
+
+
+def test_benchmark(tmp_path):
+    from tspin_analysis.benchmark import COLOURS, report
+
+    said = run("experiments.checks.benchmark.run", "--tiny", "--out", tmp_path)
+    folder = next(tmp_path.iterdir())
+    names = ("memory", "steps", "growth", "heads", "sampling", "profile")
+    memory, steps, growth, heads, sampling, profile = evidence(folder, said, *names)
+    contenders = set(COLOURS) if find_spec("trl") else set(COLOURS) - {"TRL DPO"}
+    assert set(steps["step"]) == contenders and (steps["seconds"] > 0).all() and steps["mix"].nunique() == 3
+    assert {"tspin shared"} <= set(memory["step"]) <= contenders and (memory["peak_bytes"] > 0).all()
+    assert set(growth["grows"]) == {"batch", "length"}
+    assert len(heads) == 3 and len(sampling) == 3 and (sampling["prompts"] == 4).all()
+    assert profile.groupby("step")["share"].sum().tolist() == pytest.approx([1, 1], abs=1e-3)
+    if find_spec("trl"):
+        assert all(path.stat().st_size for path in report(folder))
+
+
+def test_tiny_numbers_are_kept_out_of_results(monkeypatch, capsys):
+    from experiments.checks.benchmark.run import main
+
+    monkeypatch.setattr("sys.argv", ["run.py", "--tiny"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--tiny needs --out FOLDER" in capsys.readouterr().err
+
+
+def test_plan(tmp_path):
+    said = run("experiments.checks.plan", "--models", "pocket", "--tokens", 256, "--out", tmp_path)
+    (table,) = evidence(tmp_path, said, "memory")
+    assert table["gradient_checkpointing"].tolist() == [False, True]
+    assert (table["measured_bytes"] > 0).all() and (table["error_percent"].abs() < 50).all()
+
+
+def test_load(tmp_path):
+    said = run("experiments.checks.load", "--sizes", 16, "--steps", 1, "--runs", 25, "--out", tmp_path)
+    (table,) = evidence(tmp_path, said, "load")
+    assert table["what"].tolist() == [
+        "the libraries' import alone", "rows: first start, encoded", "rows: next start",
+        "rows: responses, triplets, 1 steps", "runs: tspin table 1", "runs: tspin figure 2", "runs: tspin figure 3",
+        "runs: tspin figure 7", "runs: tspin claims", "tspin --help",
+    ]  # fmt: skip
+    assert set(table["size"]) == {0, 16, 25} and (table[["seconds", "memory_mb"]] > 0).all().all()
+
+
+def test_engines(tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed (make engines brings its CPU build)")
+    said = run("experiments.checks.engines", "--prompts", 2, "--out", tmp_path)
+    (table,) = evidence(tmp_path, said, "engines")
+    assert (table["mean_gap"] < 0.05).all() and table["equal_texts"].notna().sum() == 2
+
+
+def test_vllm_requirements():
+    """Of any package: everything that it needs, but for PyTorch."""
+    lines = run("experiments.checks.vllm_requirements", "accelerate").splitlines()
+    assert {"numpy", "safetensors"} <= {Requirement(line).name for line in lines}
+    assert not [line for line in lines if line.startswith("torch") or ";" in line]
+
+
+def test_pretraining_in_two_phases(tmp_path):
+    from tspin.models import load_model, load_tokenizer
+
+    scratch, model, logs = tmp_path / "scratch", tmp_path / "model", [tmp_path / "log_1.csv", tmp_path / "log_2.csv"]
+    small = ["--steps", 2, "--batch-size", 2]
+    first = run("experiments.pocket.pretrain", "--out", scratch, "--log", logs[0], "--texts", 200, *small)
+    kept = load_tokenizer(str(scratch))
+    # The second phase with the settings that made the embedded model, and fewer steps.
+    options = ["--seed", 7, "--learning-rate", 1e-3, "--noise", 0.1, "--misconceptions", 0.8]
+    second = run("experiments.pocket.pretrain", "--start", scratch, "--out", model, "--log", logs[1], *small, *options)
+    for said, folder, log in ((first, scratch, logs[0]), (second, model, logs[1])):
+        assert f"wrote {folder}, {log} and {log.with_suffix('.json')}" in said
+        assert pd.read_csv(log)["step"].tolist() == [2]
+        assert json.loads(log.with_suffix(".json").read_text())["settings"]["steps"] == 2
+    before, after = (load_model(str(folder)) for folder in (scratch, model))
+    assert before.config.hidden_size == 192 and load_tokenizer(str(model)).get_vocab() == kept.get_vocab()
+    weights = before.model.embed_tokens.weight
+    assert weights.shape[0] == len(kept) and not weights.equal(after.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("task", table_tasks())
+def test_misconceptions(task):
+    """A mistake for every task of the table, on a good part of its questions, and mostly another answer."""
+    assert task in MISCONCEPTIONS
+    problems = pool("validation", task, 100)
+    assert 0.2 < sum(map(triggered, problems)) / len(problems) < 0.8
+    assert sum(mistaken(problem) != problem.answer for problem in problems) / len(problems) > 0.6
+
+
+def test_punkt(tmp_path, monkeypatch):
+    import nltk
+    from nltk.tokenize.punkt import PunktTokenizer
+
+    text = "Ann has 3 apples. She gives Mr. Bell one of them. How many apples does she have now?"
+    path = write_rows(tmp_path / "texts.jsonl", [{"question": text, "answer": "2"}])
+    out = tmp_path / "tokenizers" / "punkt_tab"  # where NLTK looks
+    said = run("experiments.smollm2.punkt", "--text", path, "--out", out)
+    assert said.startswith(f"wrote {out / 'english'}, from 2 texts")
+    assert list(json.loads((out / "provenance.json").read_text())["text"]) == ["texts.jsonl"]
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    assert PunktTokenizer("english").tokenize("She has 3. He has 2.") == ["She has 3.", "He has 2."]
