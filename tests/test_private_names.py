@@ -140,14 +140,6 @@ def test_entry():
     assert {field.name for field in fields(Entry)} >= {"name", "kind", "yaml_path", "cfg"}
 
 
-@private("lm_eval.tasks._yaml_loader.load_yaml")
-def test_load_yaml():
-    """A task's YAML with what it includes; functions are left as names."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    assert {"path", "resolve_func"} <= set(parameters(load_yaml))
-
-
 @private("huggingface_hub.utils._http.default_client_factory")
 def test_default_client_factory():
     """The client that set_client_factory replaces: ours is that one with a limit on waiting."""

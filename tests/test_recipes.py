@@ -30,7 +30,7 @@ def test_those_of_this_folder_come_first(tmp_path):
     folder = tmp_path / "experiments" / "presets"
     folder.mkdir(parents=True)
     (folder / "pocket.yaml").write_text("iterations: 2\n")
-    assert load_config("pocket").iterations == 2
+    assert load_config("pocket").training.iterations == 2
 
 
 def test_a_suites_tasks_are_in_this_folder_or_in_the_package(tmp_path):

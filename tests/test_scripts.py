@@ -145,3 +145,17 @@ def test_punkt(tmp_path, monkeypatch):
     assert list(json.loads((out / "provenance.json").read_text())["text"]) == ["texts.jsonl"]
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     assert PunktTokenizer("english").tokenize("She has 3. He has 2.") == ["She has 3.", "He has 2."]
+
+
+def test_times(tmp_path):
+    for _ in range(2):
+        run("experiments.checks.times", "--clone", tmp_path, "--commands", "sleep 1", "--out", tmp_path / "times")
+    table = pd.read_csv(tmp_path / "times" / "times.csv")
+    assert table["command"].tolist() == ["sleep 1"] * 2 and (table["seconds"] >= 1).all() and table["cpu"].notna().all()
+
+
+def test_example(tmp_path):
+    run("experiments.checks.example", "--out", tmp_path)
+    text = (tmp_path / "transcript.txt").read_text()
+    assert text.count("$ ") == 3 and "iteration 1: 3 steps" in text and "diagnostics.parquet" in text
+    assert json.loads((tmp_path / "provenance.json").read_text())["versions"]["torch"]

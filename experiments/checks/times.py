@@ -25,12 +25,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commands", nargs="+", default=COMMANDS)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/times"))
+    parser.add_argument("--clone", type=Path, help="a clone that is set up already; left out: a fresh one")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        clone = Path(folder) / "clone"
-        subprocess.run(["git", "clone", "--quiet", ".", str(clone)], check=True)
-        subprocess.run(["make", ".venv/.ready"], cwd=clone, check=True)  # set-up is mostly the network's time
+        clone = arguments.clone or Path(folder) / "clone"
+        if arguments.clone is None:
+            subprocess.run(["git", "clone", "--quiet", ".", str(clone)], check=True)
+            subprocess.run(["make", ".venv/.ready"], cwd=clone, check=True)  # set-up is mostly the network's time
         for command in arguments.commands:
             start = time.monotonic()
             subprocess.run(command.split(), cwd=clone, check=True)

@@ -23,7 +23,7 @@ from tspin.runs.files import fingerprint, fingerprint_of
 from tspin.runs.locks import owned
 from tspin.runs.stages import run_stage
 
-SETTINGS = ("template", "max_prompt_tokens", "max_response_tokens", "long_prompts")  # that examples depend on
+SETTINGS = ("template", "max_prompt_length", "max_completion_length", "long_prompts")  # that examples depend on
 BAR_AFTER = 10  # seconds of encoding that need no progress bar
 EXAMPLE_SCHEMA = pa.schema([*RESPONSE_SCHEMA, ("prompt", pa.string()), ("prompt_ids", pa.list_(pa.int32()))])
 

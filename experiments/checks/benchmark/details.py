@@ -61,7 +61,7 @@ def sampling_rows(count: int) -> list[dict]:
     """Responses of the pocket model to the first `count` of its prompts: three ways to decode."""
     model, tokenizer = load_model(str(POCKET_MODEL)).to(DEVICE), load_tokenizer(str(POCKET_MODEL))
     prompts = pocket_prompts(tokenizer, count)
-    decoding = Decoding(temperature=0.0, max_new_tokens=40, batch_size=64)  # the preset's, but for its temperature
+    decoding = Decoding(0.0, 1.0, 40, batch_size=64)  # the preset's, but for its temperature
     segment = tspin.sampling.FIRST_SEGMENT
 
     def in_segments_from(first: int) -> None:
