@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OURS = ("tspin", "analysis", "experiments")
+OURS = ("tspin", "analysis", "tspin_analysis", "experiments")
 DOCUMENTED = {"_asdict", "_fields", "_make", "_replace", "_exit"}  # of named tuples and of os: private in looks alone
 LISTED: set[str] = set()
 

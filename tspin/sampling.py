@@ -28,7 +28,7 @@ def sample(
     seed: int,
     description: str = "sampling",
 ) -> Sequence[Response]:
-    """One response a prompt, in the prompts' order. prompts: token ids, special tokens included.
+    """One response per prompt, in the prompts' order. prompts: token ids, special tokens included.
 
     Responses stop at the model's or the tokenizer's end token, which is kept as their last token.
     The same seed on the same machine gives the same responses; PyTorch's global generator is left

@@ -1,6 +1,6 @@
 """The README's worked example: the embedded model, twelve sums, and what the commands print.
 
-    python experiments/checks/example.py
+    python -m experiments.checks.example
 
 Writes results/example/transcript.txt and provenance.json.
 """

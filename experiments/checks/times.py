@@ -1,6 +1,6 @@
 """How long the README's commands take on this machine: `make times`, with nothing else at work.
 
-    python experiments/checks/times.py [--commands "make test"]
+    python -m experiments.checks.times [--commands "make test"]
 
 Adds a row per command to results/benchmarks/times/times.csv: command, seconds, cpu, threads, bfloat16 (whether the CPU
 multiplies it in hardware), commit, date. Runs in a fresh clone of this repository, so that nothing is there before.
