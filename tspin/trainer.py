@@ -33,9 +33,9 @@ UNLOGGED = "unlogged.json"  # in a training's state: what was summed since the l
 class TripletTrainer(Trainer):
     """Trains a policy on triplets with one method's objective, at one iteration.
 
-    args.per_device_train_batch_size counts the triplets of a step, whatever the number of devices (SelfPlayConfig's
-    batch_size); they pass through the model in micro-batches planned by tokens (see TripletCollator). Dropout is off: log π is the
-    policy's, as it was when y′ was drawn.
+    args.per_device_train_batch_size counts the triplets of a step, whatever the number of devices
+    (SelfPlayConfig.batch_size); they pass through the model in micro-batches planned by tokens (see
+    TripletCollator). Dropout is off: log π is the policy's, as it was when y′ was drawn.
 
     Logs, at every logging step: loss, gradient norm, tokens per second, both advantages, and for
     each role the reward by the method's own definition and the log-likelihood (nats, summed over
