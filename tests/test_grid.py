@@ -19,6 +19,7 @@ from tspin.experiment.grid import Cell, Choice, load_sweep
 from tspin.experiment.jobs import prepare, run_sweep
 from tspin.runs.files import read_json
 from tspin.schema import RUN, STUDY_MEASURES
+from tspin.yaml_files import find_yaml
 from tspin_analysis import studies
 
 TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=1", "batch_size=8"]
@@ -384,4 +385,4 @@ def test_the_committed_sweep_is_the_papers_table():
     sweep = load_sweep(Path("zephyr-7b"), profile, Path("my-runs"), Path("my-results"))
     assert len(sweep.cells) == 1 + 3 * 3
     assert {(cell.runs, cell.results, cell.shared) for cell in sweep.cells} == {("my-runs", "my-results", None)}
-    assert (REPOSITORY / str(sweep.cells[0].launcher)).exists()
+    assert find_yaml(str(sweep.cells[0].launcher), "experiments/accelerate", "launch file").is_file()
