@@ -9,11 +9,12 @@ there, the nearest right name.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import torch
-from pydantic import Field, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
@@ -28,6 +29,8 @@ from tspin.yaml_files import find_yaml, overridden, read_yaml
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+IsoDate = Annotated[str, BeforeValidator(str), AfterValidator(lambda text: date.fromisoformat(text).isoformat())]
 Dtype = Literal["float32", "bfloat16"]
 Backend = Literal["transformers", "vllm"]
 
@@ -107,6 +110,17 @@ class Decoding:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How conversations become text: the fields of SelfPlayConfig of these names."""
+
+    template: str = "auto"
+    system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    turn_end: str | None = None
+    date: str | None = None
+
+
 def setting(default: Any, meaning: str, operational: bool = False) -> Any:
     """A field of SelfPlayConfig. operational: it says how a run is executed, not what an iteration computes."""
     return field(default=default, metadata={"help": meaning, "operational": operational})
@@ -142,6 +156,10 @@ class SelfPlayConfig(_WithCoefficients):
     shared_dir: str | None = setting(None, "keeps what methods can share, y0 and the first y′; None: output_dir", True)
 
     template: str = setting("auto", "auto, chat, paper, none, or a text with {prompt} in it: see tspin.data.templates")
+    system_prompt: str | None = setting(None, "put before conversations that have none of their own")
+    chat_template_kwargs: dict[str, Any] | None = setting(None, "given to the chat template, such as {enable_thinking: false}")
+    turn_end: NonEmpty | None = setting(None, "text that ends a response; None: what the chat template writes there")
+    date: IsoDate | None = setting(None, "today, to chat templates that write it; None: the day the run began")
     max_prompt_length: PositiveInt = setting(512, "tokens of a prompt")
     max_completion_length: PositiveInt = setting(256, "tokens of a labelled response, which is cut there")
     long_prompts: Literal["error", "truncate", "drop"] = setting("error", "on prompts over max_prompt_length")
@@ -208,6 +226,11 @@ class SelfPlayConfig(_WithCoefficients):
     def learning_rates(self) -> list[float]:
         """One per iteration, the last going on."""
         return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+
+    @property
+    def rendering(self) -> Rendering:
+        """How conversations become text."""
+        return Rendering(self.template, self.system_prompt, self.chat_template_kwargs, self.turn_end, self.date)
 
     @property
     def decoding(self) -> Decoding:
