@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -20,7 +22,49 @@ SCORE = [*RUN, "benchmark", "metric"]  # what a row of evaluations.csv is known 
 EVALUATION_COLUMNS = ["preset", *SCORE, "value", "stderr", "n"]
 
 # results/<preset>/studies/<name>.csv: the settings, by the last part of their keys; RUN; and these.
-STUDY_MEASURES = ["avg", "avg_se", "mean_tokens", "end_token_share"]  # percent; y′ of the iteration: tokens, share
+STUDY_MEASURES = ["avg", "avg_se", "mean_tokens", "end_token_share"]  # as scores; y′ of the iteration: tokens, share
+
+# What lm-eval 0.4.13 reports that is no share of problems, and why: kept in its units. All else is a share, in percent.
+# Patterns of a metric's name without its filter, or "<task>:<metric>" where other tasks mean a share by that name.
+NO_SHARES = {
+    "perplexity": "exp of nats a token",
+    "word_perplexity": "exp of nats a word",
+    "byte_perplexity": "exp of nats a byte",
+    "bits_per_byte": "bits",
+    "likelihood": "nats",
+    "likelihood_diff": "nats",
+    "*bleu": "0 to 100 by sacrebleu, 0 to 1 where a task computes its own",
+    "*bleu_[0-9]": "0 to 100",
+    "bleu_[!a]*": "0 to 100: best, mean and difference; bleu_acc is a share",
+    "chrf*": "0 to 100 by sacrebleu, 0 to 1 where a task computes its own",
+    "ter": "edits for a hundred words of the reference",
+    "wer": "edits a word of the reference",
+    "rouge[12L]": "an F-measure, 0 to 1",
+    "rougeLsum": "an F-measure, 0 to 1",
+    "rouge[12L]_[!a]*": "0 to 100: best and difference; rouge1_acc is a share",
+    "rougeL_avg": "0 to 100",
+    "rouge_*score": "an F-measure, 0 to 1",
+    "bert*": "similarities of embeddings",
+    "bleurt": "a regression's output",
+    "code_sim_score": "a similarity",
+    "*f1*": "a harmonic mean of two shares: 0 to 1, 0 to 100 of squadv2 and scrolls",
+    "F1-*": "a harmonic mean of two shares, 0 to 1",
+    "fscore": "a weighted harmonic mean of two shares, 0 to 1",
+    "mcc": "a correlation, −1 to 1",
+    "pearsonr": "a correlation, −1 to 1",
+    "brier_score": "a squared distance, 0 to 2",
+    "mrr": "a mean of reciprocal ranks",
+    "*bias*": "differences and regression coefficients",
+    "difference_male_female": "a difference",
+    "perspective_api_toxicity_score": "a classifier's output",
+    "eqbench": "0 to 100",
+    "percent_parseable": "percent already",
+    "average_len": "words",
+    "summary_length": "words",
+    "bypass": "no score",
+    "squadv2:*": "percent already",
+    "scrolls*:em": "percent already",
+}
 
 # A row per prompt and role. Log-probabilities are of the whole response, in nats.
 DIAGNOSTICS = pa.schema(
@@ -36,6 +80,18 @@ DIAGNOSTICS = pa.schema(
         ("reward_after", pa.float32()),  # the same under π_θt+1
     ]
 )
+
+
+def is_share(benchmark: str, metric: str) -> bool:
+    """Whether a metric, as lm-eval names it ("acc,none"), is a share of problems, which results have in percent."""
+    name = metric.partition(",")[0]
+    return not any(fnmatchcase(f"{benchmark}:{name}" if ":" in pattern else name, pattern) for pattern in NO_SHARES)
+
+
+def unit(columns: Iterable[tuple[str, str, str]]) -> str:
+    """What a table's scores are in. columns: (benchmark, metric, label)."""
+    others = [label for benchmark, metric, label in columns if not is_share(benchmark, metric)]
+    return f"percent, but {', '.join(others)} in lm-eval's units" if others else "percent"
 
 
 def gaps(table: pd.DataFrame, when: str = "after") -> pd.DataFrame:

@@ -56,9 +56,18 @@ def mapping(given: Any, path: str) -> Mapping[str, Any]:
 
 
 def _explained(error: ValidationError, kind: type[Section], values: Mapping[str, Any]) -> str:
-    """The path of the first value that is wrong, and what each type that it may have says to it."""
-    problems = [(_path(problem["loc"], values), problem) for problem in error.errors()]
-    first = problems[0][0]
+    """The path of the first value that is wrong, and what each type that it may have says to it.
+
+    Where values do not fit together, what the section's own validator says.
+    """
+    # A key that is not known may be the one that is missing, misspelt.
+    errors = sorted(error.errors(), key=lambda problem: problem["type"] == "missing")
+    if not errors[0]["loc"]:
+        return str(errors[0]["ctx"]["error"])
+    problems = [(_path(problem["loc"], values), problem) for problem in errors]
+    first, problem = problems[0]
+    if problem["type"] == "missing":
+        return ".".join(map(str, problem["loc"])) + ": required, and missing"
     return f"{first}: " + " or ".join(_message(problem, kind) for path, problem in problems if path == first)
 
 

@@ -1,6 +1,8 @@
 """Suites of lm-evaluation-harness tasks: what a table has as columns. tspin.evaluation.harness runs them.
 
-A suite is a YAML file, `experiments/suites/<name>.yaml`: which tasks, and which metric of each makes a column.
+A suite is a YAML file, `experiments/suites/<name>.yaml`: which tasks, which metric of each makes a column, and how they
+are asked. Its keys for that are lm-eval's and do what they do there; with the same keys `python -m lm_eval run` has the
+same responses. Where it differs, and why: experiments/README.md.
 """
 
 from importlib.metadata import version
@@ -8,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, model_validator
 
+from tspin.config import IsoDate, NonEmpty, Rendering
 from tspin.errors import UserError
 from tspin.runs.files import fingerprint
+from tspin.sections import Section, read
 from tspin.yaml_files import find_yaml, read_yaml
 
 SUITES = "experiments/suites"
 PACKAGE = Path(__file__).parents[1]
 
 
-class Column(BaseModel):
+class Column(Section):
     """One column of the table: a metric of an lm-eval task or group."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     benchmark: str  # lm-eval's name of the task or group
     label: str
@@ -32,15 +34,56 @@ class Column(BaseModel):
     limit: int | None = Field(None, ge=1)
 
 
-class Suite(BaseModel):
-    """The columns of a table and how their prompts are built."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Suite(Section):
+    """The columns of a table, how their prompts are built and what becomes of the responses."""
 
     columns: tuple[Column, ...]  # in table order
     include_path: Path | None = None  # folder of further task files, relative to the current one or to this package
-    apply_chat_template: bool = False
     split: str | None = None  # None: the split that each task is meant to be tested on
+    apply_chat_template: bool | NonEmpty = False  # or the name of one of the tokenizer's templates
+    fewshot_as_multiturn: bool | None = None  # examples as turns of their own; None: where there is a chat template
+    system_instruction: str | None = None
+    gen_kwargs: dict[str, Any] = {}  # over the tasks' own generation settings
+    chat_template_args: dict[str, Any] = {}
+    enable_thinking: bool | None = None  # told to the chat template; None: nothing is
+    think_end_token: str | int | None = None  # what is before it is no part of the response: its text, or its number
+    # Ours, as training has them (tspin.config.SelfPlayConfig).
+    turn_end: NonEmpty | None = None
+    date: IsoDate | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Suite":
+        if not self.apply_chat_template:
+            for name in ("fewshot_as_multiturn", "chat_template_args", "enable_thinking", "date"):
+                if getattr(self, name) not in (None, False, {}):
+                    raise ValueError(f"{name}: only a chat template has a use for it; set apply_chat_template: true")
+        if self.thinking and self.think_end_token is None:
+            raise ValueError("enable_thinking: give think_end_token too, what ends the reasoning (such as </think>)")
+        return self
+
+    @property
+    def thinking(self) -> bool | None:
+        """enable_thinking, which may stand among the template's arguments as well."""
+        return self.chat_template_args.get("enable_thinking") if self.enable_thinking is None else self.enable_thinking
+
+    @property
+    def rendering(self) -> Rendering:
+        """How conversations become text, as training says it."""
+        given = {name: value for name, value in self.chat_template_args.items() if name != "enable_thinking"}
+        if self.thinking is not None:
+            given["enable_thinking"] = self.thinking
+        return Rendering(
+            system_prompt=self.system_instruction, chat_template_kwargs=given, turn_end=self.turn_end, date=self.date
+        )
+
+    def alike(self, run: Rendering) -> "Suite":
+        """The suite that asks as a run writes its prompts, in all that it does not say itself. Raises UserError."""
+        theirs: dict[str, Any] = {"turn_end": run.turn_end}
+        if self.apply_chat_template:
+            arguments = dict(run.chat_template_kwargs or {})
+            theirs |= {"system_instruction": run.system_prompt, "chat_template_args": arguments, "date": run.date}
+        theirs = {name: value for name, value in theirs.items() if name not in self.model_fields_set}
+        return read(Suite, {**self.model_dump(), **theirs}, "evaluation.suite: ")
 
     @property
     def task_folder(self) -> Path | None:
@@ -68,12 +111,7 @@ def load_suite(name_or_path: str | Path) -> Suite:
     Raises UserError for an unknown name and for a file with unknown keys or bad values.
     """
     path = find_yaml(str(name_or_path), SUITES, "suite")
-    try:
-        return Suite.model_validate(_settings(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {key}: {first['msg']}") from error
+    return read(Suite, _settings(path), f"{path}: ")
 
 
 def tabulated(scores: pd.DataFrame, suite: Suite) -> pd.DataFrame:
