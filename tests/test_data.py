@@ -7,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tspin import SelfPlayConfig
-from tspin.data import templates as data
 from tspin.data.encoding import encode_examples
 from tspin.data.formats import Source, checked_rows, load_rows, nested_subset, source_of
 from tspin.data.responses import Response, read_responses, write_responses
@@ -55,9 +54,10 @@ def test_conversations_columns_and_first_rounds(tmp_path, tokenizer):
 
 
 def test_labelled_responses_end_unless_they_are_cut(tokenizer):
-    whole = data.encode_response("The answer is 12.", tokenizer, 16)
+    rows = [{"prompt": "1 + 11 =", "completion": "The answer is 12."}]
+    whole = encoded(rows, tokenizer, max_completion_length=16)[0].labelled
     assert whole.finished and whole.ids[-1] == tokenizer.eos_token_id
-    cut = data.encode_response("The answer is 12.", tokenizer, 3)
+    cut = encoded(rows, tokenizer, max_completion_length=3)[0].labelled
     assert not cut.finished and len(cut.ids) == 3 and tokenizer.eos_token_id not in cut.ids
 
 
@@ -80,9 +80,10 @@ def test_lines_end_at_newlines_only(tmp_path):
 
 
 def test_a_template_shows_the_prompt(tokenizer):
-    assert data.encode_prompt("1", tokenizer, "Q: {prompt} A:")[0] == "Q: 1 A:"
+    rows = [{"prompt": "1", "completion": "2"}]
+    assert encoded(rows, tokenizer, template="Q: {prompt} A:")[0].prompt == "Q: 1 A:"
     with pytest.raises(UserError, match="template 'papre'"):
-        data.encode_prompt("1", tokenizer, "papre")
+        encoded(rows, tokenizer, template="papre")
 
 
 def test_responses_survive_the_file(tmp_path):

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tspin.config import Decoding, EngineSettings, load_config
+from tspin.data.turns import Stops, stops, turn_end
 from tspin.engines.vllm import Served, evaluate_folder, generate_tokens, require_vllm
 from tspin.errors import UserError
 from tspin.hub.offline import offline_model
 from tspin.models import POCKET_MODEL, load_model, load_tokenizer
-from tspin.sampling import end_tokens, sample
+from tspin.sampling import sample
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -58,9 +59,9 @@ def test_log_probabilities_agree_token_by_token(model, temperature):
     folder = folder_of(model)
     tokenizer, policy = load_tokenizer(folder), load_model(folder).eval()
     prompts = prompts_for(model, tokenizer)
-    ends = end_tokens(policy.generation_config, tokenizer)
+    stop = stops(tokenizer, policy.generation_config, turn_end(tokenizer))
     answers = generate_tokens(
-        Served(folder, "float32", EngineSettings(enforce_eager=True)), prompts, ends,
+        Served(folder, "float32", EngineSettings(enforce_eager=True)), prompts, stop,
         decoding=Decoding(temperature, 1.0, 48, 64), seed=3, logprobs=True,
     )  # fmt: skip
     largest = 0.0
@@ -85,7 +86,7 @@ def test_copies_of_the_engine_draw_what_one_draws():
     one, two = (
         generate_tokens(
             Served(str(POCKET_MODEL), "float32", EngineSettings(data_parallel=copies, enforce_eager=True)),
-            prompts, [tokenizer.eos_token_id], decoding=Decoding(1.0, 1.0, 16, 64), seed=5,
+            prompts, Stops(turn_end(tokenizer)), decoding=Decoding(1.0, 1.0, 16, 64), seed=5,
         )
         for copies in (1, 2)
     )  # fmt: skip

@@ -8,12 +8,19 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from tspin.attention import grouped
 from tspin.config import Decoding
 from tspin.data.mapped import mapped, table_of
 from tspin.data.responses import RESPONSE_SCHEMA, Response, Responses
+from tspin.data.turns import Stops, TurnEnd, stops, turn_end
 from tspin.errors import UserError
 
 FIRST_SEGMENT = 8  # tokens after which ended rows leave for the first time; twice as many each time after
@@ -26,15 +33,17 @@ def sample(
     decoding: Decoding,
     *,
     seed: int,
+    end: TurnEnd | None = None,
     description: str = "sampling",
 ) -> Sequence[Response]:
     """One response per prompt, in the prompts' order. prompts: token ids, special tokens included.
 
-    Responses stop at the model's or the tokenizer's end token, which is kept as their last token.
+    end: what closes a response, which keeps it as its last tokens; None: what the chat template says. Other end tokens
+    of the model and the tokenizer stop a response too, without closing it (see `response_of`).
     The same seed on the same machine gives the same responses; PyTorch's global generator is left
     as it was.
     """
-    ends = end_tokens(model.generation_config, tokenizer)
+    stop = stops(tokenizer, model.generation_config, end or turn_end(tokenizer))
     sampled = decoding.temperature > 0
     settings = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
@@ -42,7 +51,7 @@ def sample(
         temperature=decoding.temperature if sampled else None,
         top_p=decoding.top_p if sampled else None,
         top_k=0 if sampled else None,  # Transformers' default of 50 would truncate the distribution unasked
-        eos_token_id=ends,
+        eos_token_id=stop.tokens,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     # Prompts of similar length share a batch, the longest first: least padding, and memory runs
@@ -64,8 +73,9 @@ def sample(
             def draw(batch: dict[str, list[int]]) -> pa.Table:
                 chosen = batch["prompt"]
                 rows = []
-                for i, ids in zip(chosen, _generate(model, [prompts[i] for i in chosen], settings), strict=True):
-                    response = response_of(ids, ends, tokenizer)
+                drawn = _generate(model, [prompts[i] for i in chosen], settings, stop.end, tokenizer)
+                for i, ids in zip(chosen, drawn, strict=True):
+                    response = response_of(ids, stop, tokenizer)
                     rows.append((i, response.text, response.ids, response.finished))
                 bar.update(len(rows))
                 return table_of(rows, RESPONSE_SCHEMA)
@@ -78,7 +88,13 @@ def sample(
     return drawn.of(range(len(prompts)))
 
 
-def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:
+def _generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    end: TurnEnd,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[list[int]]:
     length = max(map(len, prompts))
     input_ids = torch.full((len(prompts), length), settings.pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -86,7 +102,12 @@ def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings
         input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, length - len(prompt) :] = 1
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-    return generate_in_segments(model, input_ids, attention_mask, settings)
+    if end.token is not None:
+        return generate_in_segments(model, input_ids, attention_mask, settings)
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [end.text])])
+    return generate_in_segments(
+        model, input_ids, attention_mask, settings, lambda rows: criteria, lambda ids: end.text in tokenizer.decode(ids)
+    )
 
 
 @torch.inference_mode()
@@ -138,20 +159,31 @@ def generate_in_segments(
     return continuations
 
 
-def response_of(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Response:
-    """The response that new tokens are: cut after the first end token, which it keeps."""
-    stop = next((position for position, token in enumerate(ids) if token in ends), None)
-    finished = stop is not None
-    kept = ids if stop is None else ids[: stop + 1]
+def response_of(ids: list[int], stop: Stops, tokenizer: PreTrainedTokenizerBase) -> Response:
+    """The response that new tokens are.
+
+    It is finished where it has the turn's end, which it keeps, and cut after it. Another end token is no part of it,
+    unless it is the first of all: a response has a token.
+    """
+    last = next((position for position, token in enumerate(ids) if token in stop.tokens), None)
+    kept = ids if last is None else ids[: last + 1]
+    if stop.end.token is None:
+        return _ended_by_text(kept, stop, tokenizer)
+    finished = last is not None and ids[last] == stop.end.token
+    if last and not finished:
+        kept = ids[:last]
     text = tokenizer.decode(kept[:-1] if finished else kept, skip_special_tokens=True)
     return Response(kept, str(text), finished)
 
 
-def end_tokens(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: the model's by its generation settings, and the tokenizer's."""
-    configured = settings.eos_token_id if settings else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None})
+def _ended_by_text(ids: list[int], stop: Stops, tokenizer: PreTrainedTokenizerBase) -> Response:
+    """As `response_of`, where ordinary tokens spell the turn's end: the last of them may spell more."""
+    text, finished, _ = str(tokenizer.decode(ids)).partition(stop.end.text)
+    if not finished:
+        kept = ids[:-1] if len(ids) > 1 and ids[-1] in stop.others else ids
+        return Response(kept, str(tokenizer.decode(kept, skip_special_tokens=True)), False)
+    count = next(n for n in range(1, len(ids) + 1) if stop.end.text in str(tokenizer.decode(ids[:n])))
+    return Response(ids[:count], text, True)
 
 
 def generation_settings(folder: str) -> GenerationConfig | None:

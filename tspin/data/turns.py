@@ -16,9 +16,8 @@ import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tspin.config import Rendering
+from tspin.data.formats import Message
 from tspin.errors import UserError
-
-Message = dict[str, Any]
 
 REPLY = "tspin reply"  # stands for an assistant's message when a template is asked what it writes around one
 
@@ -28,13 +27,10 @@ class TurnEnd:
     """What closes a response.
 
     text: as the template writes it. token: the one token that says so; None where ordinary tokens spell the text.
-    closing: all that the chat template writes after a conversation's last message, of which `text` is the beginning or,
-    where `text` is not the template's, no part.
     """
 
     text: str
     token: int | None
-    closing: str = ""
 
     def __str__(self) -> str:
         return repr(self.text) + ("" if self.token is not None else ", spelt by ordinary tokens")
@@ -54,13 +50,13 @@ class Stops:
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = Rendering()) -> TurnEnd:
-    """The end of a response. Raises UserError for a chat template that leaves out what an assistant says.
-
-    rendering.turn_end replaces what is derived.
-    """
-    closing = _closing(tokenizer, rendering) if uses_chat(tokenizer, rendering) else ""
-    text = rendering.turn_end or _first_control(closing, tokenizer) or closing.rstrip() or str(tokenizer.eos_token)
-    return TurnEnd(text, _closing_token(text, tokenizer), closing)
+    """The end of a response; rendering.turn_end replaces what is derived. Raises UserError as `closing` does."""
+    text = rendering.turn_end
+    if not text and tokenizer.chat_template and rendering.template in ("auto", "chat", "none"):
+        written = closing(tokenizer, rendering)
+        text = _first_control(written, tokenizer) or written.rstrip()
+    text = text or str(tokenizer.eos_token)
+    return TurnEnd(text, _closing_token(text, tokenizer))
 
 
 def stops(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, end: TurnEnd) -> Stops:
@@ -69,11 +65,6 @@ def stops(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | Non
     listed = configured if isinstance(configured, list) else [configured]
     others = {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
     return Stops(end, frozenset(others - {end.token}))
-
-
-def uses_chat(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> bool:
-    """Whether responses end as the chat template says: where there is one, unless prompts have a form of their own."""
-    return bool(tokenizer.chat_template) and rendering.template in ("auto", "chat", "none")
 
 
 def rendered(
@@ -104,13 +95,17 @@ def rendered(
     return text
 
 
-def _closing(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> str:
+def closing(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> str:
+    """All that the chat template writes after a conversation's last message.
+
+    Raises UserError for a template that leaves out what an assistant says.
+    """
     conversation = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": REPLY}]
     text = rendered(conversation, tokenizer, rendering)
-    _, reply, closing = text.rpartition(REPLY)
+    _, reply, written = text.rpartition(REPLY)
     if not reply:
         raise UserError("the tokenizer's chat template leaves out what the assistant says: give another one")
-    return closing
+    return written
 
 
 def _first_control(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -18,6 +18,7 @@ from datasets import Dataset, Features, List, Value, interleave_datasets
 
 from tspin.config import Decoding, EngineSettings
 from tspin.data.mapped import FILE, read_in, without_bars
+from tspin.data.turns import Stops
 from tspin.engines.workers import Worker, gpu_environment, run_workers
 from tspin.errors import UserError
 
@@ -53,13 +54,13 @@ class Served:
 def generate_tokens(
     served: Served,
     prompts: Sequence[Sequence[int]],
-    end_tokens: Sequence[int],
+    stop: Stops,
     *,
     decoding: Decoding,
     seed: int,
     logprobs: bool = False,
 ) -> Dataset:
-    """One response per prompt: {"ids": token ids, the end token included where it ended, "logprobs": nats per token}.
+    """One response per prompt: {"ids": token ids, those of its end included, "logprobs": nats per token}.
 
     prompts: token ids, special tokens included. logprobs: whether to compute them; under the policy itself, whatever
     the temperature. Each prompt has a generator of its own, seeded by `seed` and its position: neither data_parallel
@@ -68,7 +69,8 @@ def generate_tokens(
     """
     job = {
         **served.job("generate"),
-        "end_tokens": list(end_tokens),
+        "end_tokens": stop.tokens,
+        "end_text": stop.end.text if stop.end.token is None else None,  # which ordinary tokens spell
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
         "max_new_tokens": decoding.max_new_tokens,

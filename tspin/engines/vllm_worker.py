@@ -34,7 +34,7 @@ def _generate(job: dict[str, Any], folder: Path) -> None:
 
     llm = LLM(
         model=job["model"],
-        skip_tokenizer_init=True,  # token ids go in and come out
+        skip_tokenizer_init=job["end_text"] is None,  # token ids go in and come out
         max_model_len=job["max_model_len"],
         logprobs_mode="raw_logprobs",
         **_engine_arguments(job),
@@ -49,7 +49,9 @@ def _generate(job: dict[str, Any], folder: Path) -> None:
                 stop_token_ids=job["end_tokens"],
                 seed=seed,
                 logprobs=0 if job["logprobs"] else None,
-                detokenize=False,
+                stop=job["end_text"],
+                include_stop_str_in_output=True,
+                detokenize=job["end_text"] is not None,  # a text is looked for in the text so far
             )
             for seed in batch["seed"]
         ]
