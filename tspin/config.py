@@ -121,6 +121,11 @@ class Rendering:
     date: str | None = None
 
 
+def rendering_of(training: Any) -> Rendering:
+    """The Rendering of a SelfPlayConfig, or of the Settings of one."""
+    return Rendering(**{entry.name: getattr(training, entry.name) for entry in dataclasses.fields(Rendering)})
+
+
 def setting(default: Any, meaning: str, operational: bool = False) -> Any:
     """A field of SelfPlayConfig. operational: it says how a run is executed, not what an iteration computes."""
     return field(default=default, metadata={"help": meaning, "operational": operational})
@@ -230,7 +235,7 @@ class SelfPlayConfig(_WithCoefficients):
     @property
     def rendering(self) -> Rendering:
         """How conversations become text."""
-        return Rendering(self.template, self.system_prompt, self.chat_template_kwargs, self.turn_end, self.date)
+        return rendering_of(self)
 
     @property
     def decoding(self) -> Decoding:

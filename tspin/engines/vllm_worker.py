@@ -15,6 +15,7 @@ from datasets import load_from_disk
 from tspin.data.mapped import FILE, mapped, table_of
 from tspin.engines.vllm import DRAWN_SCHEMA, PROMPT_FOLDER
 from tspin.engines.workers import read_job
+from tspin.sampling import generation_settings
 
 WINDOW = 50_000  # prompts that the engine holds at a time
 REQUESTS = 4096  # of an evaluation that it holds: each has the log-probabilities of all its tokens
@@ -67,20 +68,34 @@ def _generate(job: dict[str, Any], folder: Path) -> None:
 
 
 def _evaluate(job: dict[str, Any]) -> None:
+    from tspin.evaluation.backend import AsTrained
     from tspin.evaluation.harness import evaluate_lm
     from tspin.evaluation.suites import Suite
 
     _name_vllm()
     from lm_eval.models.vllm_causallms import VLLM
 
-    lm = VLLM(
+    class ServedLM(AsTrained, VLLM):
+        """lm-eval's VLLM, asked as training asks."""
+
+        END_TOKENS = "stop_token_ids"
+
+        def use_template(self, template: str) -> None:
+            self.hf_chat_template = template
+
+    suite = Suite.model_validate(job["suite"])
+    lm = ServedLM(
         job["model"],
+        suite=suite,
+        generation=generation_settings(job["model"]),
         data_parallel_size=job["engine"]["data_parallel"],
         batch_size=REQUESTS,
         seed=job["seed"],
         **_engine_arguments(job),
     )
-    evaluation = evaluate_lm(lm, Suite.model_validate(job["suite"]), limit=job["limit"], seed=job["seed"])
+    if isinstance(lm.think_end_token, int):  # vLLM's responses show special tokens
+        lm.think_end_token = lm.tokenizer.decode([lm.think_end_token])
+    evaluation = evaluate_lm(lm, suite, limit=job["limit"], seed=job["seed"])
     target = Path(job["target"])
     evaluation.scores.to_csv(target / "scores.csv", index=False)
     evaluation.samples.to_parquet(target / "samples.parquet", index=False)

@@ -1,11 +1,18 @@
-"""Our model behind lm-evaluation-harness: its Hugging Face backend, with less work for the same numbers."""
+"""Our model behind lm-evaluation-harness: its backends, asking as training does; less work for the same numbers."""
 
 import inspect
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import date
+from functools import cached_property
 from typing import Any
 
+import jinja2
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch.nn.functional import log_softmax
@@ -13,19 +20,153 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from tspin.data.turns import stops, turn_end
+from tspin.data.templates import Template, special_tokens
+from tspin.data.turns import Stops, stops
+from tspin.errors import UserError, reason
+from tspin.evaluation.suites import Suite
 from tspin.sampling import generate_in_segments
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts; tokens of a context, of a continuation
 Answer = tuple[float, bool]  # log-probability of the continuation in nats; whether it is what greedy decoding gives
+PLAIN = Suite(columns=())
 
 
-class SegmentedLM(HFLM):
+class AsTrained(TemplateLM):
+    """What lm-eval's classes lack to ask as a suite and training say; before one of them among a class's bases.
+
+    suite: how its tasks are asked. generation: the checkpoint's settings, for its end tokens. All else: the other
+    class's arguments.
+    """
+
+    END_TOKENS: str  # the generation setting of the other class that takes the end tokens
+    add_bos_token: bool | None
+    think_end_token: str | int | None
+
+    def __init__(self, *args: Any, suite: Suite, generation: GenerationConfig | None, **kwargs: Any):
+        self.rendering = suite.rendering
+        self._generation = generation
+        arguments = dict(self.rendering.chat_template_kwargs or {})
+        thinking = {"enable_thinking": arguments.pop("enable_thinking", None), "think_end_token": suite.think_end_token}
+        if self.rendering.date:
+            arguments["strftime_now"] = date.fromisoformat(self.rendering.date).strftime
+        super().__init__(*args, chat_template_args=arguments, **thinking, **kwargs)
+        if isinstance(suite.apply_chat_template, str):
+            self._choose_template(suite.apply_chat_template)
+        elif suite.apply_chat_template and not self.tokenizer.chat_template:
+            raise UserError("apply_chat_template: the tokenizer has no chat template; set it to false in the suite")
+
+    def _choose_template(self, name: str) -> None:
+        """lm-eval takes the name of a template, and goes on with the tokenizer's default one."""
+        known = self.tokenizer.chat_template
+        if not isinstance(known, dict) or name not in known:
+            named = ", ".join(known) if isinstance(known, dict) else "none of a name"
+            raise UserError(f"apply_chat_template: the tokenizer has no template {name!r} (it has: {named})")
+        self.use_template(known[name])
+        arguments = {**(self.rendering.chat_template_kwargs or {}), "chat_template": known[name]}
+        self.rendering = replace(self.rendering, chat_template_kwargs=arguments)
+
+    def use_template(self, template: str) -> None:
+        """Render by this template in place of the tokenizer's."""
+        self.chat_template_args["chat_template"] = template
+
+    @cached_property
+    def template(self) -> Template:
+        """How training writes a response: where it begins and what closes it. Raises UserError."""
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end token (eos_token): set one, or responses could never end")
+        return Template(self.tokenizer, self.rendering)
+
+    @cached_property
+    def stops(self) -> Stops:
+        """Where generation stops: where drawing responses does."""
+        return stops(self.tokenizer, self._generation, self.template.end)
+
+    @cached_property
+    def _before_end(self) -> str:
+        """What stands before the turn's end token, as a part of the end."""
+        end = self.stops.end
+        return "" if end.token is None else end.text.removesuffix(str(self.tokenizer.convert_ids_to_tokens(end.token)))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """lm-eval's. Raises UserError for messages that the template refuses, without a system's among them too."""
+        try:
+            return super().apply_chat_template(chat_history, add_generation_prompt)  # type: ignore[safe-super]
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"the tokenizer's chat template refuses a task's messages ({reason(error)})") from error
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """lm-eval's, of prompts and up to ends that are training's; nothing of an end is in what is returned."""
+        seams = [self._seam(request.args[0]) for request in requests]
+        asked = [self._asked(request, seam) for request, seam in zip(requests, seams, strict=True)]
+        responses = super().generate_until(asked, disable_tqdm)  # type: ignore[safe-super]
+        return [
+            response.removeprefix(request.args[0][seam:]).removesuffix(self._before_end)
+            for request, seam, response in zip(requests, seams, responses, strict=True)
+        ]
+
+    def _seam(self, context: str) -> int:
+        """Where a prompt is cut: white space that the tokenizer merges with a first word belongs to the response."""
+        return len(context) - self.template.moved(context) or len(context)
+
+    def _asked(self, request: Instance, seam: int) -> Instance:
+        context, settings = request.args
+        until = settings.get("until") or []
+        until = [until] if isinstance(until, str) else [*until]
+        if self.stops.end.token is None:
+            until.append(self.stops.end.text)
+        given = settings.get(self.END_TOKENS) or []
+        tokens = sorted({*self.stops.tokens, *(given if isinstance(given, list) else [given])})
+        return replace(request, arguments=(context[:seam], {**settings, self.END_TOKENS: tokens, "until": until}))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """lm-eval's, which puts the begin token before each text: neither text nor tokenizer may add another."""
+        begin = self.tokenizer.decode(self.prefix_token_id)
+        bare = [replace(request, arguments=(request.args[0].removeprefix(begin),)) for request in requests]
+        given, self.add_bos_token = self.add_bos_token, False
+        try:
+            return super().loglikelihood_rolling(bare, disable_tqdm)  # type: ignore[safe-super]
+        finally:
+            self.add_bos_token = given
+
+
+class SegmentedLM(AsTrained, HFLM):
     """HFLM whose greedy decoding lets rows leave a batch as they end, and whose choices share their context.
 
     A problem's choices are continuations of one context, worked examples and all: it is computed once for all of them.
     All else is lm-eval's.
     """
+
+    END_TOKENS = "eos_token_id"
+
+    def __init__(self, pretrained: PreTrainedModel, suite: Suite = PLAIN, **kwargs: Any):
+        super().__init__(pretrained=pretrained, suite=suite, generation=pretrained.generation_config, **kwargs)
+        self._shortened = 0
+        if self.think_end_token in special_tokens(self.tokenizer):  # which texts of responses do not show
+            self.think_end_token = self.tokenizer.convert_tokens_to_ids(self.think_end_token)
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and mask, (texts, longest): lm-eval's, but each text is asked whether it has the begin token."""
+        rows = [self.tok_encode(text) for text in strings]
+        kept = [row[-left_truncate_len:] for row in rows] if left_truncate_len else rows
+        self._shortened += sum(len(row) > len(rest) for row, rest in zip(rows, kept, strict=True))
+        return _padded(kept, self.device, padding_side, self.tokenizer.pad_token_id)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """See AsTrained; says how many prompts the model's context had no room for."""
+        self._shortened = 0
+        responses = super().generate_until(requests, disable_tqdm)
+        if self._shortened:
+            sys.stderr.write(
+                f"tspin: {self._shortened} of {len(requests)} prompts were asked without their beginnings: the model's "
+                f"context of {self.max_length} tokens has no room for them and their answers\n"
+            )
+        return responses
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -83,18 +224,31 @@ class SegmentedLM(HFLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
+        """Contexts and responses, padded from their end token on."""
+        if self.think_end_token is not None:  # what stops a task's response may well stand among its reasoning
+            stop = [text for text in stop if text == self.stops.end.text]
         temperature = generation_kwargs.get("temperature") or 0.0
-        known = {"attention_mask", "temperature", "do_sample"}
+        known = {"attention_mask", "temperature", "do_sample", "eos_token_id"}
         if temperature > 0 or generation_kwargs.get("do_sample") or generation_kwargs.keys() - known:
-            return super()._model_generate(context, max_length, stop, **generation_kwargs)
-        length, end = context.shape[1], self.tokenizer.eos_token_id
+            tokens = super()._model_generate(context, max_length, stop, **generation_kwargs)
+        else:
+            tokens = self._decode_greedily(context, max_length, stop, generation_kwargs)
+        responses = tokens[:, context.shape[1] :]
+        ends = torch.tensor(generation_kwargs["eos_token_id"], device=tokens.device)
+        ended = torch.isin(responses, ends).cumsum(dim=1) > 0
+        return torch.cat([context, responses.masked_fill(ended, self.tokenizer.pad_token_id)], dim=1)
+
+    def _decode_greedily(
+        self, context: torch.Tensor, max_length: int, stop: list[str], generation_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        length = context.shape[1]
         settings = GenerationConfig(
             max_new_tokens=max_length - length,
             do_sample=False,
-            eos_token_id=stops(self.tokenizer, self.model.generation_config, turn_end(self.tokenizer)).tokens,
+            eos_token_id=generation_kwargs["eos_token_id"],
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        texts = [text for text in stop if text != self.tokenizer.decode([end])]
+        texts = [text for text in stop if text != self.tokenizer.decode([self.tokenizer.eos_token_id])]
         with self._autocast():
             rows = generate_in_segments(
                 self.model,
@@ -152,9 +306,11 @@ def continuation_logits(
     return torch.cat([first, later.logits], dim=1)
 
 
-def _padded(rows: list[list[int]], device: torch.device, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids, padded by zeros on one side, and the mask of those that are tokens: int64 (rows, longest)."""
+def _padded(
+    rows: list[list[int]], device: torch.device, side: str, token: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, padded by `token` on one side, and the mask of those that are no padding: int64 (rows, longest)."""
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     mask = [torch.ones(len(row), dtype=torch.long) for row in rows]
-    first, second = (pad_sequence(tensors, batch_first=True, padding_side=side) for tensors in (ids, mask))
-    return first.to(device), second.to(device)
+    padded = pad_sequence(ids, batch_first=True, padding_value=token, padding_side=side)
+    return padded.to(device), pad_sequence(mask, batch_first=True, padding_side=side).to(device)

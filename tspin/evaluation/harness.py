@@ -15,6 +15,7 @@ import pandas as pd
 from tspin.errors import UserError, reason, unknown
 from tspin.evaluation.suites import Column, Suite
 from tspin.hub.offline import limit_waiting, offline_benchmarks
+from tspin.schema import is_share
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -30,7 +31,9 @@ SAMPLES = ["benchmark", "task", "doc_id", "metric", "value", "response"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What lm-eval reports about one model on one suite; values and standard errors are in percent.
+    """What lm-eval reports about one model on one suite.
+
+    Values and standard errors of shares are in percent, all others in lm-eval's units (tspin.schema.NO_SHARES).
 
     scores: one row per benchmark and metric (all that lm-eval reports, not only the columns'), with columns
         `benchmark, metric, value, stderr, n`. An lm-eval group has its aggregate, over `n` problems in all.
@@ -65,7 +68,7 @@ def evaluate(
 
     was_training = model.training
     with _lm_eval_log(logging.ERROR):  # it warns of ready-made models as such
-        lm = SegmentedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        lm = SegmentedLM(model, suite, tokenizer=tokenizer, batch_size=batch_size)
     try:
         return evaluate_lm(lm, suite, limit=limit, seed=seed)
     finally:
@@ -84,16 +87,22 @@ def evaluate_lm(lm: "LM", suite: Suite, *, limit: int | None = None, seed: int =
     with _lm_eval_log(logging.ERROR):  # its warnings here concern custom data sets as such
         manager = task_manager_for(suite)
         with offline_benchmarks():
-            tasks = {column: _loaded(manager, column, suite.split) for column in reversed(benchmarks.values())}
+            tasks = {column: _loaded(manager, column, suite) for column in reversed(benchmarks.values())}
         loaded = manager.load([*tasks.values()])
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed)
+    _check_thinking(loaded["tasks"], suite)
     set_seed(seed)
     with _lm_eval_log(logging.WARNING):
         # Not simple_evaluate: it reloads the tasks and starts a dozen programs to describe the machine, every time.
         try:
             results = lm_eval.evaluate(
-                lm, loaded, samples=_chosen(tasks, limit), apply_chat_template=suite.apply_chat_template
+                lm,
+                loaded,
+                samples=_chosen(tasks, limit),
+                system_instruction=suite.system_instruction,
+                apply_chat_template=suite.apply_chat_template,
+                fewshot_as_multiturn=suite.multiturn,
             )
         except AssertionError as error:
             if "maximum sequence length" not in str(error):
@@ -135,8 +144,8 @@ def task_manager_for(suite: Suite) -> "TaskManager":
     return manager
 
 
-def _loaded(manager: "TaskManager", column: Column, split: str | None) -> "Task | Group":
-    """The column's task or group, with its number of shots and its split.
+def _loaded(manager: "TaskManager", column: Column, suite: Suite) -> "Task | Group":
+    """The column's task or group, with its number of shots, its split and its generation settings.
 
     Set on the loaded tasks, as lm-eval itself does: a dict of overrides is looked up in no index by TaskManager.load.
     Raises UserError for what the hub's clients raise: gated sets, no network, a silent server.
@@ -155,9 +164,22 @@ def _loaded(manager: "TaskManager", column: Column, split: str | None) -> "Task 
             task.set_config("num_fewshot", column.num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
-        if split is not None:
-            task.set_config("test_split", split)
+        if suite.split is not None:
+            task.set_config("test_split", suite.split)
+        if suite.gen_kwargs and task.get_config("output_type") == "generate_until":
+            task.set_config("generation_kwargs", {**(task.get_config("generation_kwargs") or {}), **suite.gen_kwargs})
     return loaded.get("groups", {}).get(column.benchmark) or loaded["tasks"][column.benchmark]
+
+
+def _check_thinking(tasks: "Mapping[str, Task]", suite: Suite) -> None:
+    """Raise UserError for tasks that compare likelihoods, of which reasoning leaves nothing to compare."""
+    kinds = ("loglikelihood", "multiple_choice")
+    compared = [name for name, task in tasks.items() if task.get_config("output_type") in kinds]
+    if suite.thinking and compared:
+        raise UserError(
+            f"enable_thinking: {', '.join(sorted(compared))} compare likelihoods and let no model think; "
+            "set enable_thinking: false in the suite, or leave them out"
+        )
 
 
 def _chosen(tasks: "Mapping[Column, Task | Group]", limit: int | None) -> dict[str, list[int]] | None:
@@ -182,8 +204,9 @@ def _scores(benchmark: str, result: dict[str, Any]) -> pd.DataFrame:
         metric, comma, filter_name = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             stderr = result.get(f"{metric}_stderr,{filter_name}")
-            stderr = 100.0 * stderr if isinstance(stderr, Real) else float("nan")  # lm-eval has "N/A"
-            rows.append((benchmark, key, 100.0 * value, stderr, result["sample_len"]))
+            scale = _scale(benchmark, key)
+            stderr = scale * stderr if isinstance(stderr, Real) else float("nan")  # lm-eval has "N/A"
+            rows.append((benchmark, key, scale * value, stderr, result["sample_len"]))
     return pd.DataFrame(rows, columns=SCORES)
 
 
@@ -195,8 +218,13 @@ def _samples(benchmark: str, task: str, samples: list[dict[str, Any]]) -> pd.Dat
         for metric in sample["metrics"]:
             if isinstance(value := sample[metric], Real):
                 key = f"{metric},{sample['filter']}"
-                rows.append((benchmark, task, sample["doc_id"], key, 100.0 * float(value), response))
+                rows.append((benchmark, task, sample["doc_id"], key, _scale(task, key) * float(value), response))
     return pd.DataFrame(rows, columns=SAMPLES)
+
+
+def _scale(benchmark: str, metric: str) -> float:
+    """What lm-eval's value is multiplied by."""
+    return 100.0 if is_share(benchmark, metric) else 1.0
 
 
 @contextmanager

@@ -67,6 +67,11 @@ class Suite(Section):
         return self.chat_template_args.get("enable_thinking") if self.enable_thinking is None else self.enable_thinking
 
     @property
+    def multiturn(self) -> bool:
+        """Whether worked examples are turns of their own; unless it is said, where there are turns, as by lm-eval."""
+        return bool(self.apply_chat_template) if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
+
+    @property
     def rendering(self) -> Rendering:
         """How conversations become text, as training says it."""
         given = {name: value for name, value in self.chat_template_args.items() if name != "enable_thinking"}

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig
+from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig, rendering_of
 from tspin.data.encoding import Example
 from tspin.data.formats import Source, load_rows
 from tspin.engines.launch import check_launcher
@@ -246,12 +246,15 @@ def model_source(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
 
 
 class Evaluator:
-    """Scores checkpoints on a config's suite, each kept as a stage."""
+    """Scores checkpoints on a config's suite, each kept as a stage.
+
+    suite: asks as the config's runs write their prompts, in all that it does not say itself.
+    """
 
     def __init__(self, config: Config, suite: Suite):
         assert config.evaluation is not None
         self.config = config
-        self.suite = suite
+        self.suite = suite.alike(rendering_of(config.training))
         self.settings = config.evaluation
         folder, self.loading = model_source(config.model)
         self.policy = Policy(folder, policy_fingerprint(folder))
