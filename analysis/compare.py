@@ -23,18 +23,23 @@ GIB = 2**30
 
 def summary(first: Run, second: Run) -> pd.DataFrame:
     """What to know first, as texts: columns "", A and B."""
-    columns = [{"method": run.method, **facts(run)} for run in (first, second)]
+    columns = [{"method": run.method, **facts(run, sign(first, second))} for run in (first, second)]
     return pd.DataFrame([{"": name, "A": columns[0][name], "B": columns[1][name]} for name in columns[0]])
 
 
-def facts(run: Run) -> dict[str, str]:
-    """A run in a few texts, by the names that `summary` shows."""
+def sign(first: Run, second: Run) -> str:
+    """What averages are in."""
+    return "%" if first.unit == second.unit == "percent" else "of unlike units"
+
+
+def facts(run: Run, sign: str = "%") -> dict[str, str]:
+    """A run in a few texts, by the names that `summary` shows. sign: the average's unit."""
     average, gap, costs = run.average(), run.likelihood_gap(), run.costs
     peak = costs["peak_bytes"].max()
     changes = average.diff().dropna()
     drops = changes[changes < 0]
     return {
-        "Avg after the last iteration, %": number(average.iloc[-1] if len(average) else None),
+        f"Avg after the last iteration, {sign}": number(average.iloc[-1] if len(average) else None),
         "drops between iterations": f"{len(drops)} of {len(changes)}" if len(changes) else MISSING,
         "worst drop, points": number(drops.min()),
         "variance of the change, points²": number(changes.var()),
@@ -99,7 +104,7 @@ def picture(first: Run, second: Run) -> Figure:
             steps = with_gap(run.steps.sort_values(["iteration", "step"]))
             _draw(gap, running_means(steps, ["gap"], ["iteration"])["gap"].reset_index(drop=True), colour, label)
         _draw(share, 100 * run.misaligned(), colour, label, marker="o")
-    average.set(title="Average over benchmarks", ylabel="%", xlabel="Iteration")
+    average.set(title="Average over benchmarks", ylabel=sign(first, second), xlabel="Iteration")
     gap.set(title="log π(y) − log π(y′), running mean of 5 steps", ylabel="nats", xlabel="Step, all iterations")
     gap.axhline(0, color="black", linewidth=0.6)
     share.set(title="Misaligned: y has the higher reward, the lower likelihood", ylabel="% of prompts",
@@ -126,6 +131,7 @@ def page(first: Run, second: Run) -> str:
         colours=COLOURS,
         picture=f"data:image/svg+xml;base64,{encoded}",
         summary=summary(first, second).to_numpy().tolist(),
+        unit=" / ".join(dict.fromkeys((first.unit, second.unit))),
         scores=by_iteration(first, second).to_dict("records"),
         prompts=prompts(first, second),
     )

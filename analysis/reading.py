@@ -51,7 +51,7 @@ def read_suite(folder: Path) -> list[Column]:
 
 
 def read_evaluations(folder: Path) -> pd.DataFrame:
-    """All of `evaluations.csv`: `value` and `stderr` in percent, `iteration` NA at base and sft.
+    """All of `evaluations.csv`: `value` and `stderr` of shares in percent, `iteration` NA at base and sft.
 
     Raises `UserError` if the file is missing, empty or malformed, or holds another preset's rows or a score twice.
     """

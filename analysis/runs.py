@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from tspin.errors import UserError
-from tspin.schema import gaps, misaligned
+from tspin.schema import gaps, misaligned, unit
 
 from .reading import read_evaluations, read_scores, read_suite, read_table
 
@@ -18,7 +18,7 @@ from .reading import read_evaluations, read_scores, read_suite, read_table
 class Run:
     """A run's tables; every one has a column `iteration`, empty tables stand for what was not recorded.
 
-    scores: label, value (percent). steps: as logged. samples: prompt_id, and the gaps of y over y′ after training,
+    scores: label, value. unit: what these are in. steps: as logged. samples: prompt_id, and the gaps of y over y′ after training,
     reward and log_likelihood. costs: seconds, tokens, peak_bytes. responses: prompt_id, text, of the policy that the
     iteration ended with. prompts: prompt_id, prompt, labelled. warnings: name, of tspin.diagnostics; None where no
     iteration recorded whether there were any.
@@ -33,9 +33,10 @@ class Run:
     responses: pd.DataFrame
     prompts: pd.DataFrame
     warnings: pd.DataFrame | None = None
+    unit: str = "percent"
 
     def average(self) -> pd.Series:
-        """Avg by iteration: the mean over benchmarks, in percent."""
+        """Avg by iteration: the mean over benchmarks."""
         return _mean_by_iteration(self.scores, lambda scores: scores["value"])
 
     def misaligned(self) -> pd.Series:
@@ -96,6 +97,7 @@ def _from_results(folder: Path, method: str, seed: int) -> Run:
         responses=tables["responses"],
         prompts=optional("prompts"),
         warnings=_warnings({cost["iteration"]: cost["warnings"] for cost in costs if "warnings" in cost}),
+        unit=unit((column.benchmark, column.metric, column.label) for column in read_suite(folder)),
     )
 
 
@@ -114,18 +116,20 @@ def _from_folder(folder: Path) -> Run:
     responses = parquet("synthetic.parquet")
     if len(responses):  # what iteration t trained on as y′ came from the policy of iteration t − 1
         responses = responses.assign(iteration=responses["iteration"] - 1)
-    prompts = folder / "prompts.parquet"
+    prompts, scores = folder / "prompts.parquet", each(_scores)
+    columns = scores[["benchmark", "metric", "label"]].drop_duplicates() if len(scores) else scores
     guards = {t: path / "guards.json" for t, path in iterations.items()}
     return Run(
         name=str(folder),
         method=_json(folder / "config.json")["settings"]["method"],
-        scores=each(_scores),
+        scores=scores,
         steps=parquet("steps.parquet"),
         samples=_samples(parquet("diagnostics.parquet")),
         costs=_costs([{"iteration": t, **_facts(path)} for t, path in iterations.items()]),
         responses=pd.concat([responses, parquet("examples.parquet")], ignore_index=True),
         prompts=pd.read_parquet(prompts) if prompts.is_file() else pd.DataFrame(),
         warnings=_warnings({t: _json(path)["warnings"] for t, path in guards.items() if path.is_file()}),
+        unit=unit(columns.itertuples(index=False, name=None)),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from tspin.schema import BASE, ONCE
+from tspin.schema import BASE, ONCE, unit
 
 from .reading import Column, read_paper, read_scores, read_suite
 from .scores import Policy, scores_of
@@ -38,7 +38,7 @@ LAYOUTS = {
 
 
 def score_table(folder: Path, layout: Layout = LAYOUTS["1"]) -> pd.DataFrame:
-    """A table of scores in percent, a row per method and iteration; a row is there, of NAs, if it was not run.
+    """A table of scores, a row per method and iteration; a row is there, of NAs, if it was not run.
 
     After method, iteration, seeds and the benchmarks (named by label) come
 
@@ -122,9 +122,10 @@ def score_cells(table: pd.DataFrame) -> pd.DataFrame:
 def score_caption(table: pd.DataFrame, folder: Path, layout: Layout = LAYOUTS["1"]) -> str:
     """What a reader must know to read the table: preset, seeds, problems, metrics, the error, the paper's column."""
     columns = read_suite(folder)
+    names = [(column.benchmark, column.metric, column.label) for column in columns]
     ran = [row for row in table.to_dict("records") if row["seeds"]]
     every = " ".join(str(seed) for seed in sorted({int(seed) for row in ran for seed in row["seeds"].split()}))
-    sentences = [f"Table {layout.number} ({folder.name}): scores in percent, {_seeds(every)}."]
+    sentences = [f"Table {layout.number} ({folder.name}): scores in {unit(names)}, {_seeds(every)}."]
     if others := [f"{_name(row)} ({_seeds(row['seeds'])})" for row in ran if row["seeds"] != every]:
         sentences.append(f"Rows with fewer seeds: {', '.join(others)}.")
     sentences.append(_problems(columns, read_scores(folder)))

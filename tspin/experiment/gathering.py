@@ -2,7 +2,7 @@
 
 <name>.csv              a row per cell and iteration: the settings, by the last part of their keys; method, seed,
                         iteration (empty for base and sft); avg and avg_se: average over the suite's columns, its
-                        standard error over problems (percent); mean_tokens and end_token_share of the y′ trained on
+                        standard error over problems; mean_tokens and end_token_share of the y′ trained on
 <name>_provenance.json  date, seconds, finished and missing cells; the distinct provenances of the stages behind the
                         numbers, with how many stages and seconds each covers
 <name>.md               where there is a rule of choice: every setting's score, and what the rule chooses
@@ -96,7 +96,7 @@ def report(study: Study, path: Path, complete: bool) -> str:
     suite = f"the suite `{study.suite}`" if study.suite else "the preset's suite"
     lines = [
         f"# {path.stem}",
-        f"Average in percent (± standard error over problems) after the last iteration, on {suite}, seeds "
+        f"Average (shares in percent, ± standard error over problems) after the last iteration, on {suite}, seeds "
         f"{', '.join(map(str, study.seeds))}. Settings per method: {', '.join(counts)}.",
         f"{study.rule.strip()} (`choose`: {choice.model_dump_json()})",
         "Bold: chosen by this rule." if complete else "Cells are missing: nothing is chosen yet.",

@@ -94,7 +94,7 @@ def rerun(recorded: Recorded, out: Path, settings: Sequence[str] = (), launcher:
 def compare(old: Path, new: Path) -> pd.DataFrame:
     """A row per run and iteration that both results folders have: method, seed, iteration, and
 
-    average_old, average_new: percent, over the suite's columns
+    average_old, average_new: over the suite's columns
     error: standard error of their difference
     largest: difference of any score
     problems: share of those with equal values

@@ -1,7 +1,7 @@
 """results/<preset>/: the small tidy files that tables, figures and claims are made from.
 
-evaluations.csv      preset, method, seed, iteration, benchmark, metric, value, stderr, n (percent)
-problems.parquet     method, seed, iteration, benchmark, doc_id, value: the tabulated metric of each problem (percent)
+evaluations.csv      preset, method, seed, iteration, benchmark, metric, value, stderr, n
+problems.parquet     method, seed, iteration, benchmark, doc_id, value: the tabulated metric of each problem
 steps.parquet        method, seed, iteration, and what training logged at each optimizer step
 diagnostics.parquet  method, seed, iteration, and a row per prompt and role (tspin.schema.DIAGNOSTICS)
 prompts.parquet      seed, prompt_id, prompt, labelled, proto: texts, of the smallest seed
@@ -11,6 +11,7 @@ responses.parquet    method, seed, iteration, prompt_id, text: a response sample
 suite.json           which metric makes which column
 provenance.json      commit, versions, hardware, and what each run cost
 
+Scores that are shares are in percent, others in lm-eval's units (tspin.schema.NO_SHARES).
 Of larger data sets, diagnostics.parquet, prompts.parquet and responses.parquet have TEXTS prompts, evenly spread.
 `iteration` is empty for base and sft. Numbers of diagnostics.parquet are rounded to 1/4096. Rows of a method and seed
 replace those that were there.
@@ -56,7 +57,7 @@ class Collected:
 
 
 def problems_of(samples: pd.DataFrame, suite: Suite) -> pd.DataFrame:
-    """benchmark, doc_id, value (percent) of the tabulated metrics, from an evaluation's samples.
+    """benchmark, doc_id, value of the tabulated metrics, from an evaluation's samples.
 
     doc_id numbers a benchmark's problems, through all tasks of a group.
     """

@@ -1,0 +1,615 @@
+"""How a suite's tasks are asked: as lm-eval's own command asks them, as training writes prompts, to the turn's end."""
+
+import importlib.machinery
+import importlib.metadata
+import json
+import math
+import shutil
+import subprocess
+import sys
+import types
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import sacrebleu
+import torch
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from test_cli import call
+from test_turns import DATED, GEMMA, IM, QWEN_2_5, QWEN_3, TURN, byte_level
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from tspin.config import load_config
+from tspin.errors import UserError
+from tspin.evaluation.backend import SegmentedLM
+from tspin.evaluation.harness import evaluate
+from tspin.evaluation.suites import Column, Suite, load_suite
+from tspin.experiment.preset import Evaluator
+from tspin.models import POCKET_MODEL
+from tspin.schema import is_share, unit
+
+ROWS = [{"q": f"How many apples are in basket {n}?", "a": a} for n, a in enumerate(["five", "twelve", "two", "ten"])]
+POCKET_TASKS = POCKET_MODEL.parent / "lm_eval"
+
+
+def tiny(tokenizer, **generation) -> LlamaForCausalLM:
+    """Random weights, far from uniform."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config = GenerationConfig(**generation)
+    return model
+
+
+def writing(tokenizer, text: str, *, chat: bool = True, **generation) -> LlamaForCausalLM:
+    """A model that has learned to write a text after each of the questions, and goes on after it."""
+    prompts = [f"{row['q']}\n" for row in ROWS]
+    if chat:
+        messages = [[{"role": "user", "content": row["q"]}] for row in ROWS]
+        prompts = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in messages]
+    contexts = [ids(tokenizer, prompt.rstrip(" ")) for prompt in prompts]
+    tokens = torch.tensor([ids(tokenizer, f"{prompt}{text} user") for prompt in prompts])
+    first = len(contexts[0]) - 1
+    model = tiny(tokenizer, **generation)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        logits = model(tokens).logits[:, first:-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, first + 1 :].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.01
+    return model
+
+
+def ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def task_file(folder: Path, name: str, kind: str, text: str, target: str, metrics: list[str], **settings) -> None:
+    """A task on folder/rows.jsonl, as others write theirs."""
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}}
+    task = {
+        "task": name, **data, "test_split": "test", "output_type": kind, "doc_to_text": text, "doc_to_target": target,
+        "metric_list": [{"metric": metric} for metric in metrics], "num_fewshot": 0, **settings,
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+def suite_of(folder: Path, *names: str, **settings) -> Suite:
+    columns = [Column(benchmark=name, label=name, group="g", metric="m") for name in names]
+    return Suite(columns=tuple(columns), include_path=folder, **settings)
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """Two rows, and tasks that generate, compare, and measure whole texts."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    until = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
+    described = {"description": "Count well."}
+    task_file(tmp_path, "counts", "generate_until", "{{q}}", "{{a}}", ["exact_match"], generation_kwargs=until)
+    task_file(tmp_path, "told", "generate_until", "{{q}}", "{{a}}", ["exact_match"], generation_kwargs=until, **described)
+    task_file(tmp_path, "translates", "generate_until", "{{q}}", "{{a}}", ["bleu", "chrf"], generation_kwargs=until)
+    task_file(tmp_path, "texts", "loglikelihood_rolling", "", "{{q}} The answer is {{a}}.",
+              ["word_perplexity", "byte_perplexity", "bits_per_byte"])  # fmt: skip
+    task_file(tmp_path, "chooses", "multiple_choice", "{{q}}", "{{a}}", ["acc", "acc_norm"],
+              doc_to_choice=["five", "twelve", "two", "ten"])  # fmt: skip
+    return tmp_path
+
+
+# The suite's keys
+
+
+@pytest.mark.parametrize(
+    "keys, told",
+    [
+        ({"enable_thinking": True, "apply_chat_template": True}, "enable_thinking: give think_end_token too"),
+        ({"chat_template_args": {"enable_thinking": True}, "apply_chat_template": True}, "give think_end_token too"),
+        ({"fewshot_as_multiturn": True}, "fewshot_as_multiturn: .* set apply_chat_template: true"),
+        ({"chat_template_args": {"a": 1}}, "chat_template_args: .* set apply_chat_template: true"),
+        ({"date": "2024-01-02"}, "date: .* set apply_chat_template: true"),
+        ({"gen_kwargs": ["temperature=1"]}, r"gen_kwargs: input should be a valid dictionary \(got"),
+        ({"gen_kwarg": {}}, "gen_kwarg: unknown key 'gen_kwarg': did you mean 'gen_kwargs'"),
+        ({"columns": [{"benchmark": "gsm8k", "label": "a", "group": "b"}]}, "columns.0.metric: required, and missing"),
+        ({"columns": [{"benchmark": "gsm8k", "labell": "a"}]}, "columns.0.labell: unknown key .* mean 'label'"),
+    ],
+)
+def test_what_is_wrong_in_a_suite_is_one_line(tmp_path, keys, told):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"columns": [], **keys}))
+    with pytest.raises(UserError, match=f"^{path}: .*{told}") as error:
+        load_suite(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"apply_chat_template": True},
+        {"apply_chat_template": True, "shots": 2},
+        {"apply_chat_template": True, "shots": 2, "fewshot_as_multiturn": False, "system_instruction": "Be brief."},
+        {"system_instruction": "Be brief.", "shots": 1},
+        {"apply_chat_template": True, "gen_kwargs": {"until": [" "], "max_gen_toks": 5}},
+        {"apply_chat_template": True, "gen_kwargs": {"do_sample": True, "temperature": 0.7, "top_p": 0.9}},
+        {"apply_chat_template": True, "enable_thinking": False, "chat_template_args": {"other": 1}},
+    ],
+    ids=str,
+)
+def test_the_same_keys_ask_what_lm_eval_asks(tasks, keys):
+    """Prompts, responses and scores are those of its own function and class, on a model that ends nothing early."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    tokenizer = byte_level(IM, "<|im_end|>", pad="<|endoftext|>", template=QWEN_3)
+    model, shots = tiny(tokenizer), keys.get("shots", 0)
+    given = {name: value for name, value in keys.items() if name != "shots"}
+    suite = suite_of(tasks, "counts", "told", **given)
+    columns = [column.model_copy(update={"num_fewshot": shots}) for column in suite.columns]
+    found = evaluate(model, tokenizer, suite.model_copy(update={"columns": tuple(columns)}), batch_size=4)
+    of_model = {name: given.pop(name) for name in ("enable_thinking", "chat_template_args") if name in given}
+    given.setdefault("fewshot_as_multiturn", bool(given.get("apply_chat_template")))
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    loaded = manager.load(["told", "counts"])["tasks"]
+    for task in loaded.values():
+        task.set_config("num_fewshot", shots)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, **of_model)
+    samples = simple_evaluate(lm, tasks=[*loaded.values()], bootstrap_iters=0, task_manager=manager, **given)["samples"]
+    assert set(samples) == {"counts", "told"}
+    for name, theirs in samples.items():
+        ours = found.samples[found.samples.task == name]
+        assert list(ours.response) == [sample["resps"][0][0] for sample in theirs] and len(ours) == len(ROWS)
+        assert list(ours.value) == [100 * sample["exact_match"] for sample in theirs]
+
+
+def test_generation_settings_are_not_kept_for_the_next_evaluation(tasks):
+    tokenizer = byte_level(IM, "<|im_end|>", pad="<|endoftext|>", template=QWEN_3)
+    model, suite = tiny(tokenizer), suite_of(tasks, "counts")
+    before = evaluate(model, tokenizer, suite, batch_size=4).samples.response
+    short = suite.model_copy(update={"gen_kwargs": {"max_gen_toks": 2}})
+    assert evaluate(model, tokenizer, short, batch_size=4).samples.response.map(len).max() < before.map(len).max()
+    assert list(evaluate(model, tokenizer, suite, batch_size=4).samples.response) == list(before)
+
+
+@pytest.mark.parametrize("special, by", [(True, str), (True, int), (False, str)])
+def test_reasoning_is_no_part_of_a_response(tasks, special, by):
+    """It is gone before the task's stop strings are looked for, and does not stop at one either."""
+    tokenizer = byte_level([*IM, *(["</think>"] if special else [])], "<|im_end|>", template=QWEN_3)
+    model = writing(tokenizer, "Yes, it is.\n\nten</think>five<|im_end|>")
+    token = "</think>" if by is str else tokenizer.convert_tokens_to_ids("</think>")
+    suite = suite_of(tasks, "counts", apply_chat_template=True, enable_thinking=True, think_end_token=token,
+                     gen_kwargs={"until": ["\n\n", "Yes"], "max_gen_toks": 40})  # fmt: skip
+    found = evaluate(model, tokenizer, suite, batch_size=4)
+    assert set(found.samples.response) == {"five"} and found.scores.value[0] == 25.0
+    compares = suite.model_copy(update={"columns": suite_of(tasks, "chooses").columns})
+    with pytest.raises(UserError, match=r"^enable_thinking: chooses compare likelihoods"):
+        evaluate(model, tokenizer, compares, batch_size=4)
+
+
+def test_a_template_is_chosen_by_its_name(tasks):
+    tokenizer = byte_level(IM, "<|im_end|>", template={"default": QWEN_2_5, "short": "{{ messages[-1].content }}!"})
+    lm = SegmentedLM(tiny(tokenizer), suite_of(tasks, "counts", apply_chat_template="short"), tokenizer=tokenizer)
+    assert lm.apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi!"
+    with pytest.raises(UserError, match=r"no template 'long' \(it has: default, short\)"):
+        evaluate(tiny(tokenizer), tokenizer, suite_of(tasks, "counts", apply_chat_template="long"), batch_size=4)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="^apply_chat_template: the tokenizer has no chat template"):
+        evaluate(tiny(tokenizer), tokenizer, suite_of(tasks, "counts", apply_chat_template=True), batch_size=4)
+
+
+def test_messages_that_a_template_refuses_are_one_line(tasks):
+    template = "{{ raise_exception('roles must alternate') if messages | length > 1 else 'x' }}"
+    tokenizer = byte_level(IM, "<|im_end|>", template=template)
+    suite = suite_of(tasks, "counts", apply_chat_template=True)
+    columns = tuple(column.model_copy(update={"num_fewshot": 1}) for column in suite.columns)
+    with pytest.raises(UserError, match=r"^the tokenizer's chat template refuses a task's messages \(roles must alt"):
+        evaluate(tiny(tokenizer), tokenizer, suite.model_copy(update={"columns": columns}), batch_size=4)
+
+
+# Alike with the run
+
+
+def test_an_experiment_asks_as_its_runs_write_their_prompts():
+    given = ["system_prompt=Be brief.", "chat_template_kwargs={a: 1}", "date=2024-03-02", "turn_end=<|end|>"]
+    config = load_config("pocket", given)
+    plain = load_suite("pocket")
+    found = Evaluator(config, plain).suite
+    assert (found.system_instruction, found.chat_template_args) == ("Be brief.", {"a": 1})
+    assert (found.date, found.turn_end) == ("2024-03-02", "<|end|>")
+    own = Suite(columns=(), apply_chat_template=True, system_instruction=None, date="2020-01-01")
+    found = Evaluator(config, own).suite
+    assert (found.system_instruction, found.date, found.chat_template_args) == (None, "2020-01-01", {"a": 1})
+    found = Evaluator(config, Suite(columns=())).suite  # without a chat template it is lm-eval's plain text
+    assert (found.system_instruction, found.date, found.turn_end) == (None, None, "<|end|>")
+    with pytest.raises(UserError, match="^evaluation.suite: enable_thinking: give think_end_token"):
+        Evaluator(load_config("pocket", ["chat_template_kwargs={enable_thinking: true}"]), plain)
+
+
+def test_what_an_evaluation_follows_from_is_in_its_record(tmp_path):
+    """The run's way of writing prompts is a part of the stage's fingerprint, and of the results' config."""
+    first, second = (Evaluator(load_config("pocket", given), load_suite("pocket")) for given in ([], ["date=2024-03-02"]))
+    assert first.results_config()["suite"] != second.results_config()["suite"]
+    assert second.results_config()["suite"]["date"] == "2024-03-02"
+
+
+def test_templates_are_told_the_runs_date(tasks):
+    tokenizer = byte_level(IM, "<|im_end|>", template=DATED)
+    suite = suite_of(tasks, "counts", apply_chat_template=True, date="2021-03-04")
+    prompts, _ = asked_of(tiny(tokenizer), tokenizer, suite)
+    assert all("Today: 04 Mar 2021" in prompt for prompt in prompts)
+
+
+def asked_of(model, tokenizer, suite) -> tuple[list[str], list[list[int]]]:
+    """What is asked of a model in an evaluation: texts, and the token ids that reach it."""
+    seen = []
+    inner = model.generate
+
+    def generate(input_ids, *, attention_mask, **settings):
+        if settings.get("past_key_values") is None:
+            rows = zip(input_ids, attention_mask, strict=True)
+            seen.extend(row[mask.bool()].tolist() for row, mask in rows)
+        return inner(input_ids, attention_mask=attention_mask, **settings)
+
+    model.generate = generate
+    try:
+        evaluate(model, tokenizer, suite, batch_size=3)
+    finally:
+        del model.generate
+    return tokenizer.batch_decode(seen), seen
+
+
+# The turn's end, on both back ends
+
+PAPER = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}"
+    "{{ '### Instruction: ' + m.content + '\n\n### Response: ' }}{% endif %}{% endfor %}"
+)
+AS_ADDED = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n<|done|>\n' }}{% endfor %}" + (
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+
+
+def with_added(template: str):
+    """A tokenizer whose turns end by a token that was added, but is not special: decoding does not leave it out."""
+    tokenizer = byte_level(["<|endoftext|>"], "<|endoftext|>", template=template)
+    tokenizer.add_tokens(["<|done|>"])
+    return tokenizer
+
+
+ENDS = {
+    "gemma": (byte_level(TURN, "<eos>", "<bos>", "<pad>", GEMMA), "five", "<end_of_turn>", {"eos_token_id": 1}),
+    "chatml, no tokens": (byte_level(["<|endoftext|>"], "<|endoftext|>", template=QWEN_2_5), "five", "<|im_end|>", {}),
+    "added, not special": (with_added(AS_ADDED), "five", "\n<|done|>", {}),
+    "the tokenizer's": (byte_level(IM, "<|im_end|>", template=QWEN_2_5), "five", "<|endoftext|>", {"eos_token_id": [0]}),
+}  # fmt: skip
+
+
+@cache
+def ending(name: str, chat: bool = True):
+    """(model, tokenizer, response): the model writes the response, the turn's end and more."""
+    tokenizer, response, end, generation = ENDS[name]
+    return writing(tokenizer, f"{response}{end}\n", chat=chat, **generation), tokenizer, response
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_response_ends_where_responses_end_in_training(tasks, monkeypatch, name, sampled, chat):
+    model, tokenizer, response = ending(name, chat)
+    drawn = {"do_sample": True, "temperature": 0.01} if sampled else {}
+    suite = suite_of(tasks, "counts", apply_chat_template=chat, gen_kwargs={"max_gen_toks": 300, "until": [], **drawn})
+    if not chat:
+        task = (tasks / "counts.yaml").read_text()
+        (tasks / "counts.yaml").write_text(task.replace("'{{q}}'", '"{{q}}\\n"'))
+    steps = []
+    inner = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: steps.append(1) or inner(*args, **kwargs))
+    found = evaluate(model, tokenizer, suite, batch_size=4)
+    assert set(found.samples.response) == {response} and len(steps) < 40
+    assert found.scores.value[0] == 25.0
+
+
+def test_a_suite_may_name_another_end(tasks):
+    model, tokenizer, response = ending("chatml, no tokens")
+    suite = suite_of(tasks, "counts", apply_chat_template=True, turn_end="ive")
+    assert set(evaluate(model, tokenizer, suite, batch_size=4).samples.response) == {"f"}
+
+
+def test_a_prompts_last_space_belongs_to_the_response(tasks):
+    """A byte-level tokenizer's "Ġ" before "five" is no way to ask for "Ġfive"."""
+    tokenizer = byte_level(["<|endoftext|>"], "<|endoftext|>", template=PAPER)
+    model = writing(tokenizer, "The answer<|endoftext|>")
+    suite = suite_of(tasks, "counts", apply_chat_template=True)
+    prompts, _ = asked_of(model, tokenizer, suite)
+    assert all(prompt.endswith("### Response:") for prompt in prompts)
+    assert set(evaluate(model, tokenizer, suite, batch_size=4).samples.response) == {"The answer"}
+
+
+# The begin token, once
+
+WITHOUT = GEMMA.replace("{{ bos_token }}", "")
+CHATS = {"with": GEMMA, "without": WITHOUT, "both": GEMMA.replace(
+    "{{ bos_token }}", "{% if '1' in messages[0].content %}{{ bos_token }}{% endif %}")}  # fmt: skip
+
+
+def beginning(template: str):
+    """A tokenizer that puts a begin token before each text, and a random model."""
+    tokenizer = byte_level(TURN, "<eos>", "<bos>", "<pad>", template)
+    return tiny(tokenizer), tokenizer
+
+
+def assert_begun(rows: list[list[int]], tokenizer) -> None:
+    assert rows
+    for row in rows:
+        assert row[0] == tokenizer.bos_token_id and row.count(tokenizer.bos_token_id) == 1, row
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("chat", [True, False])
+def test_generation_begins_once(tasks, name, chat):
+    model, tokenizer = beginning(CHATS[name])
+    prompts, rows = asked_of(model, tokenizer, suite_of(tasks, "counts", apply_chat_template=chat))
+    assert_begun(rows, tokenizer)
+    lm = SegmentedLM(model, tokenizer=tokenizer, batch_size=2)
+    for texts in (["<bos>one", "one", "<bos>one two"], ["one", "<bos>one"]):  # lm-eval asks the first one alone
+        tokens, mask = lm.tok_batch_encode(texts)
+        assert_begun([row[keep.bool()].tolist() for row, keep in zip(tokens, mask, strict=True)], tokenizer)
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("task", ["chooses", "texts"])
+def test_likelihoods_begin_once(tasks, monkeypatch, name, chat, task):
+    model, tokenizer = beginning(CHATS[name])
+    rows = []
+    inner = SegmentedLM._loglikelihood_tokens
+
+    def tokens_of(self, requests, *args, **kwargs):
+        rows.extend([*context, *continuation] for _, context, continuation in requests)
+        return inner(self, requests, *args, **kwargs)
+
+    monkeypatch.setattr(SegmentedLM, "_loglikelihood_tokens", tokens_of)
+    evaluate(model, tokenizer, suite_of(tasks, task, apply_chat_template=chat), batch_size=3)
+    assert_begun(rows, tokenizer)
+    assert len(rows) == {"chooses": 16, "texts": 4}[task]
+
+
+def test_a_text_that_spells_the_begin_token_begins_once(tasks):
+    model, tokenizer = beginning(GEMMA)
+    lm = SegmentedLM(model, tokenizer=tokenizer, batch_size=2)
+    found = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("one", "<bos>one")])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+# Units
+
+
+@pytest.mark.parametrize("template", [GEMMA, None])
+def test_perplexities_are_a_plain_computations(tasks, template):
+    model, tokenizer = beginning(GEMMA)
+    if template is None:  # no begin token: texts begin after the end token, as lm-eval has it
+        tokenizer = byte_level(["<|endoftext|>"], "<|endoftext|>")
+        model = tiny(tokenizer)
+    scores = evaluate(model, tokenizer, suite_of(tasks, "texts"), batch_size=3).scores.set_index("metric")
+    rows = map(json.loads, (tasks / "rows.jsonl").read_text().splitlines())
+    nats, words, octets = 0.0, 0, 0
+    for text in (f"{row['q']} The answer is {row['a']}." for row in rows):
+        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        tokens = torch.tensor([[begin, *ids(tokenizer, text)]])
+        with torch.no_grad():
+            logps = model(tokens).logits[0, :-1].log_softmax(dim=-1)
+        nats -= float(logps.gather(1, tokens[0, 1:, None]).sum())
+        words, octets = words + len(text.split()), octets + len(text.encode())
+    assert scores.value["word_perplexity,none"] == pytest.approx(math.exp(nats / words), rel=1e-4)
+    assert scores.value["byte_perplexity,none"] == pytest.approx(math.exp(nats / octets), rel=1e-4)
+    assert scores.value["bits_per_byte,none"] == pytest.approx(nats / octets / math.log(2), rel=1e-4)
+
+
+def test_bleu_and_chrf_are_sacrebleus(tasks, monkeypatch):
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # of lm-eval's bootstrap
+    model, tokenizer, _ = ending("gemma")
+    suite = suite_of(tasks, "translates", apply_chat_template=True)
+    scores = evaluate(model, tokenizer, suite, batch_size=3).scores.set_index("metric")
+    answers, responses = ["five", "twelve", "two", "ten"], ["five"] * 4
+    assert scores.value["bleu,none"] == pytest.approx(sacrebleu.corpus_bleu(responses, [answers]).score)
+    assert scores.value["chrf,none"] == pytest.approx(sacrebleu.corpus_chrf(responses, [answers]).score)
+    assert 0 < scores.value["chrf,none"] < 100 and 0 < scores.stderr["chrf,none"] < 100
+
+
+def test_shares_are_told_from_others():
+    shares = ["acc", "acc_norm", "exact_match", "prompt_level_strict_acc", "inst_level_loose_acc", "rouge1_acc", "bleu_acc",
+              "math_verify", "pct_stereotype", "pass_at_1", "acc_mutual_info", "em", "r@1", "precision"]  # fmt: skip
+    others = ["word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte", "bleu", "chrf", "chrf++", "ter", "rouge1",
+              "rougeLsum", "rouge2_max", "bleu_diff", "smoothed_bleu_4", "brier_score", "mcc", "f1", "qa_f1_score",
+              "bertscore_f1_max", "bert", "eqbench", "percent_parseable", "likelihood_diff", "wer"]  # fmt: skip
+    assert [name for name in shares if not is_share("some", f"{name},none")] == []
+    assert [name for name in others if is_share("some", f"{name},none")] == []
+    assert not is_share("squadv2", "exact,none") and not is_share("scrolls_quality", "em,none")
+    assert unit([("gsm8k", "exact_match,none", "A")]) == "percent"
+    assert unit([("a", "acc,none", "A"), ("b", "bleu,none", "B")]) == "percent, but B in lm-eval's units"
+
+
+# lm-eval's VLLM class, on an engine that stands in for vLLM's: the same model, the rules of its sampling settings
+
+
+class Engine:
+    """What lm-eval's class asks of vllm.LLM. model, tokenizer, seen: set from outside."""
+
+    model = tokenizer = None
+    seen: list[list[int]] = []
+
+    def __init__(self, **arguments):
+        config = types.SimpleNamespace(max_model_len=512)
+        self.llm_engine = types.SimpleNamespace(model_config=config)
+
+    def generate(self, prompts, sampling_params, **_):
+        return [self._answer(prompt, settings) for prompt, settings in zip(prompts, sampling_params, strict=True)]
+
+    @torch.no_grad()
+    def _answer(self, prompt, settings):
+        prompt = prompt["prompt_token_ids"]
+        self.seen.append(prompt)
+        logits = self.model(torch.tensor([prompt])).logits[0]
+        if settings.get("prompt_logprobs"):
+            logps = logits.log_softmax(-1)
+            pairs = [{t: float(row[t]), int(row.argmax()): float(row.max())}
+                     for t, row in zip(prompt[1:], logps, strict=False)]  # fmt: skip
+            return types.SimpleNamespace(prompt_logprobs=[None, *pairs])
+        drawn, text = [], ""
+        while len(drawn) < settings["max_tokens"]:
+            drawn.append(int(self.model(torch.tensor([[*prompt, *drawn]])).logits[0, -1].argmax()))
+            if drawn[-1] in [*settings.get("stop_token_ids", []), self.tokenizer.eos_token_id]:
+                break
+            text = self.tokenizer.decode(drawn, skip_special_tokens=settings["skip_special_tokens"])
+            if stop := [stop for stop in settings["stop"] if stop in text]:
+                text = text.partition(stop[0])[0]
+                break
+        return types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text)])
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """tspin.engines.vllm_worker, for which the stand-in is vLLM."""
+    from tspin.engines import vllm_worker
+
+    installed = importlib.metadata.version
+    with pytest.MonkeyPatch.context() as patch:
+
+        def module(name, **names):
+            made = types.ModuleType(name)
+            made.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            made.__dict__.update(names)
+            patch.setitem(sys.modules, name, made)
+
+        patch.setattr(importlib.metadata, "version", lambda name: "0.32.0" if name == "vllm" else installed(name))
+        module("vllm", LLM=Engine, SamplingParams=dict, TokensPrompt=dict)
+        module("vllm.lora")
+        module("vllm.lora.request", LoRARequest=None)
+        module("vllm.renderers")
+        module("vllm.renderers.hf", resolve_chat_template=lambda tokenizer, **_: tokenizer.chat_template)
+        module("vllm.tokenizers", get_tokenizer=lambda *_, **__: Engine.tokenizer)
+        yield vllm_worker
+    sys.modules.pop("lm_eval.models.vllm_causallms", None)
+
+
+@pytest.fixture
+def vllm(worker, monkeypatch, tmp_path):
+    """(model, tokenizer, suite) → scores, samples, and the token ids that reach the engine."""
+
+    def run(model, tokenizer, suite):
+        folder, target = tmp_path / "served", tmp_path / "scores"
+        model.save_pretrained(folder)
+        target.mkdir()
+        for name, value in {"model": model, "tokenizer": tokenizer, "seen": []}.items():
+            monkeypatch.setattr(Engine, name, value)
+        engine = {"data_parallel": 1, "tensor_parallel": 1, "memory": 0.9, "enforce_eager": True}
+        worker._evaluate(
+            {"model": str(folder), "engine": engine, "dtype": "float32", "trust_remote_code": False, "limit": None,
+             "suite": suite.model_dump(mode="json"), "seed": 1234, "target": str(target)}
+        )  # fmt: skip
+        return pd.read_csv(target / "scores.csv"), pd.read_parquet(target / "samples.parquet"), Engine.seen
+
+    return run
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_vllm_ends_responses_there_too(tasks, vllm, name):
+    model, tokenizer, response = ending(name)
+    suite = suite_of(tasks, "counts", apply_chat_template=True, gen_kwargs={"max_gen_toks": 30})
+    scores, samples, _ = vllm(model, tokenizer, suite)
+    assert set(samples.response) == {response} and scores.value[0] == 25.0
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("chat", [True, False])
+def test_vllm_is_asked_the_same_tokens(tasks, vllm, name, chat):
+    """And answers the same, what generates, compares and measures."""
+    model, tokenizer = beginning(CHATS[name])
+    suite = suite_of(tasks, "counts", "told", "chooses", "texts", apply_chat_template=chat)
+    scores, samples, seen = vllm(model, tokenizer, suite)
+    assert_begun(seen, tokenizer)
+    ours = evaluate(model, tokenizer, suite, batch_size=3)
+    shown = samples.response.str.replace("|".join(TURN), "", regex=True)  # amid a response, by lm-eval's class
+    assert list(shown.dropna()) == list(ours.samples.response.dropna())
+    pd.testing.assert_frame_equal(scores, ours.scores, rtol=1e-4, check_dtype=False)
+
+
+def test_vllm_has_a_suites_other_keys(tasks, vllm):
+    tokenizer = byte_level([*IM, "</think>"], "<|im_end|>")
+    tokenizer.chat_template = {"default": "no", "dated": "{{ word }} {{ strftime_now('%Y') }}" + QWEN_2_5}
+    number = tokenizer.convert_tokens_to_ids("</think>")
+    suite = suite_of(tasks, "counts", apply_chat_template="dated", chat_template_args={"word": "now"}, date="2021-01-01",
+                     system_instruction="Be brief.", enable_thinking=True, think_end_token=number)  # fmt: skip
+    same = byte_level([*IM, "</think>"], "<|im_end|>", template="now 2021" + QWEN_2_5.replace("You are Qwen", "Be brief"))
+    _, samples, seen = vllm(writing(same, "Yes,</think>five<|im_end|>"), tokenizer, suite)
+    assert set(samples.response) == {"five"}
+    assert all(text.startswith("now 2021<|im_start|>system\nBe brief.<|im_end|>") for text in tokenizer.batch_decode(seen))
+
+
+# lm-eval's own command
+
+
+@pytest.mark.parametrize(
+    "keys, options",
+    [
+        ({}, []),
+        ({"system_instruction": "Answer in one line.", "gen_kwargs": {"max_gen_toks": 24}, "shots": 2},
+         ["--system_instruction", "Answer in one line.", "--gen_kwargs", "max_gen_toks=24", "--fewshot_as_multiturn"]),
+    ],
+    ids=["plain", "shots and a system instruction"],
+)  # fmt: skip
+def test_scores_are_those_of_lm_evals_command(tmp_path, keys, options):
+    """`python -m lm_eval run` and `tspin evaluate` on the pocket model: the same responses, the same scores."""
+    names, limit = ["pocket_gcd", "pocket_chain_sum", "pocket_choice"], 12
+    folder = tmp_path / "tasks"
+    shutil.copytree(POCKET_TASKS, folder, ignore=lambda _, found: {name for name in found if name not in KEPT})
+    shots = keys.get("shots", 0)
+    shared = folder / "_pocket_yaml"
+    shared.write_text(shared.read_text().replace("num_fewshot: 0", f"num_fewshot: {shots}"))
+    (folder / "choice.yaml").write_text(CHOICE.format(shots=shots))
+    suite = {
+        "include_path": str(folder), "apply_chat_template": True,
+        **{name: value for name, value in keys.items() if name != "shots"},
+        "columns": [{"benchmark": name, "label": name, "group": "g", "metric": "acc,none"
+                     if name == "pocket_choice" else "exact_match,flexible-extract"} for name in names],
+    }  # fmt: skip
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    common = ["-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "12", "--limit", str(limit)]
+    model = f"pretrained={POCKET_MODEL},dtype=float32"
+    theirs = [*common, "--model_args", model, "--tasks", ",".join(names), "--include_path", str(folder),
+              "--apply_chat_template", "--output_path", str(tmp_path / "theirs"), *options]  # fmt: skip
+    done = subprocess.run([sys.executable, *theirs], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = call("evaluate", "--model", POCKET_MODEL, "--suite", tmp_path / "suite.yaml", "--batch-size", 12,
+                "--limit", limit, "--out", tmp_path / "ours.csv")  # fmt: skip
+    assert said.exit_code == 0, said.output
+    (report,) = (tmp_path / "theirs").glob("**/results_*.json")
+    results = json.loads(report.read_text())["results"]
+    scores = pd.read_csv(tmp_path / "ours.csv")
+    assert set(scores.benchmark) == set(names) and len(scores) == 6
+    for row in scores.to_dict("records"):
+        value = results[row["benchmark"]][row["metric"]]
+        assert row["value"] == pytest.approx(100 * value) and row["n"] == limit
+        metric, _, filter_name = row["metric"].partition(",")
+        assert row["stderr"] == pytest.approx(100 * results[row["benchmark"]][f"{metric}_stderr,{filter_name}"])
+    assert len(set(scores.value)) > 1
+
+
+KEPT = ("_pocket_yaml", "dataset.py", "gcd.yaml", "chain_sum.yaml")
+CHOICE = """\
+task: pocket_choice
+custom_dataset: !function dataset.load
+dataset_kwargs: {{task: gcd}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: ["The answer is 1.", "The answer is 2.", "The answer is 3.", "The answer is 4."]
+doc_to_target: 1
+num_fewshot: {shots}
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
