@@ -71,6 +71,7 @@ class DataSettings(Section):
     columns: dict[Literal["prompt", "completion"], str] = {}
     labels: PositiveInt | None = None  # rows used, a nested seeded subset; all when empty
     subset_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    history: Annotated[int, Field(ge=0, lt=128)] = 0  # see SelfPlayConfig
 
 
 class EvaluationSettings(Section):
@@ -172,6 +173,9 @@ class SelfPlayConfig(_WithCoefficients):
     sampling_dtype: Dtype | None = setting(None, "of the weights while sampling; None: as the model is loaded")
     engine: EngineSettings = setting(EngineSettings(), "vLLM's GPUs", operational=True)
 
+    history: Annotated[int, Field(ge=0, lt=128)] = setting(
+        0, "earlier iterations whose y′ an iteration trains on too; SPIN's released code takes 1"
+    )
     learning_rate: Positive | Annotated[list[Positive], Field(min_length=1)] = setting(  # type: ignore[assignment]
         5e-7, "one, or a list with one per iteration, the last going on"
     )
@@ -262,7 +266,7 @@ OURS = {name for name, declared in _DECLARED.items() if "operational" in declare
 OPERATIONAL |= {name for name in OURS if _DECLARED[name].metadata["operational"]}
 SECTIONS = ("model", "data", "evaluation", "methods")
 PRESET_FIELDS = sorted(
-    (name for name in _DECLARED if name not in {*BY_COMMAND, *COEFFICIENTS} and not name.endswith("_token")),
+    (name for name in _DECLARED if name not in {*BY_COMMAND, *COEFFICIENTS, "history"} and not name.endswith("_token")),
     key=lambda name: name not in OURS,
 )
 
@@ -327,7 +331,7 @@ class Config:
 
 def _deciding(training: Any) -> dict[str, Any]:
     """The fields that decide what an iteration computes: ours, and Transformers' where they are not its defaults."""
-    left_out = {*OPERATIONAL, *COEFFICIENTS, "method", "seed", "per_device_train_batch_size"}
+    left_out = {*OPERATIONAL, *COEFFICIENTS, "method", "seed", "history", "per_device_train_batch_size"}
     theirs: dict[str, Any] = training.model_dump(exclude=OURS | left_out, exclude_defaults=True)
     return theirs | training.model_dump(include=OURS - left_out)
 
@@ -375,6 +379,8 @@ def build_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), source:
 
 def _refusal(name: str, value: Any, known: Iterable[str]) -> str:
     """Why a preset has no such key in this place, and which one may be meant."""
+    if name == "history":
+        return "stands in data, as data.history"
     if name in BY_COMMAND:
         return f"no part of a config: the command gives it, by {BY_COMMAND[name]}"
     if name.endswith("_token"):

@@ -31,7 +31,7 @@ from tspin.objectives import METHODS, Coefficients, Method
 from tspin.runs.files import sha256, write_json
 from tspin.runs.unfinished import Unfinished
 from tspin.schema import PROTO, SYNTHETIC
-from tspin.triplets import Triplets, make_triplets, reference_table, with_reference
+from tspin.triplets import Triplets, joined, make_triplets, reference_table, with_reference
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Iteration:
 
     number: t, from 0. policy: π_θt. initial: π_θ0. folder: where a run keeps its outputs.
     responses: y′ (SYNTHETIC) and y0 (PROTO), role → Parquet file as read_responses reads it; none without self-play.
+    history: the y′ of earlier iterations that it trains on too, each a file.
     """
 
     run: Run
@@ -82,6 +83,7 @@ class Iteration:
     initial: Policy
     folder: Path
     responses: Mapping[str, Path]
+    history: Sequence[Path] = ()
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ class Iteration:
             "policy": self.policy.fingerprint,
             "initial": self.initial.fingerprint,
             "responses": {role: sha256(path) for role, path in self.responses.items()},
+            "history": [sha256(path) for path in self.history],
             "weights": "bfloat16" if trains_in_bfloat16(self.run.args) else "as loaded",  # while computing
         }
 
@@ -121,10 +124,17 @@ class Iteration:
         """role → the responses in its file."""
         return {role: read_responses(path) for role, path in self.responses.items()}
 
-    def triplets(self, roles: Sequence[str], reference: Path | None = None) -> Triplets:
-        """The labelled responses with those of the sampled `roles`, and their reference log-probabilities."""
-        triplets = make_triplets(self.run.examples, {role: self.sampled[role] for role in roles})
-        return with_reference(triplets, pd.read_parquet(reference)) if reference else triplets
+    def triplets(self, roles: Sequence[str]) -> Triplets:
+        """The labelled responses with those of the sampled `roles`."""
+        return make_triplets(self.run.examples, {role: self.sampled[role] for role in roles})
+
+    def with_history(self, roles: Sequence[str]) -> Triplets:
+        """`triplets`, and after them the same with the y′ of each earlier iteration in `history`."""
+        earlier = [{**self.sampled, SYNTHETIC: read_responses(path)} for path in self.history]
+        return joined(
+            [self.triplets(roles)]
+            + [make_triplets(self.run.examples, {role: drawn[role] for role in roles}) for drawn in earlier]
+        )
 
 
 def sample(
@@ -138,9 +148,17 @@ def sample(
     return response_statistics(responses, labelled)
 
 
+def take_generated(run: Run, target: Path) -> dict[str, float]:
+    """Step 1 where the data brought iteration 0's y′ along: write them as `sample` does."""
+    generated = run.examples.generated
+    assert generated is not None
+    write_responses(target, run.examples.prompt_ids, generated)
+    return response_statistics(generated, run.examples.labelled)
+
+
 def score_reference(iteration: Iteration, target: Path) -> None:
     """Step 2: write the reference's log-probabilities of all responses: Parquet, prompt_id and a column per role."""
-    triplets = iteration.triplets(iteration.scored_roles)
+    triplets = iteration.with_history(iteration.scored_roles)
     keep = iteration.reference == iteration.policy  # training starts from it
     logps = iteration.run.engine.score(iteration.reference, triplets, "the reference", keep=keep)
     reference_table(triplets, logps).to_parquet(target, index=False)
@@ -160,7 +178,9 @@ def train(
     reference: step 2's file. log_folder: where the step log goes. unfinished: where a stopped training keeps its state.
     """
     run = iteration.run
-    triplets = iteration.triplets(iteration.trained_roles, reference)
+    triplets = iteration.with_history(iteration.trained_roles)
+    if reference:
+        triplets = with_reference(triplets, pd.read_parquet(reference))
     training = Training(triplets, run.engine.tokenizer, run.args, iteration.number, target, log_folder)
     return run.engine.train(iteration.policy, training, callbacks, unfinished)
 
@@ -175,7 +195,7 @@ def diagnose(iteration: Iteration, reference: Path | None, trained: Policy, targ
     referred = None
     if reference is not None:
         table = pd.read_parquet(reference)
-        referred = {role: table[role].tolist() for role in triplets.roles}
+        referred = {role: table[role].tolist()[: len(triplets)] for role in triplets.roles}  # what follows is history
     elif method.uses_reference:
         referred = run.engine.score(iteration.reference, triplets, "the reference")
     before = referred if referred and iteration.reference == iteration.policy else None

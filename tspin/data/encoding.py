@@ -26,7 +26,15 @@ from tspin.runs.stages import run_stage
 
 SETTINGS = ("rendering", "max_prompt_length", "max_completion_length", "long_prompts")  # that examples depend on
 BAR_AFTER = 10  # seconds of encoding that need no progress bar
-EXAMPLE_SCHEMA = pa.schema([*RESPONSE_SCHEMA, ("prompt", pa.string()), ("prompt_ids", pa.list_(pa.int32()))])
+GENERATED = {"ids": "generated_ids", "text": "generated_text", "finished": "generated_finished"}
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        *RESPONSE_SCHEMA,
+        ("prompt", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        *((name, RESPONSE_SCHEMA.field(cell).type) for cell, name in GENERATED.items()),  # null where there is none
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Examples(TypedRows[Example]):
             dataset.select_columns(["prompt_id", "prompt", "prompt_ids", "ids", "text", "finished"]),
             lambda number, prompt, prompt_ids, *label: Example(number, prompt, prompt_ids, Response(*label)),
         )
+        self._generated = dataset.select_columns(list(GENERATED.values()))
         self.noted = noted
         self.remarks = remarks
         numbers = self.prompt_ids.tolist()
@@ -80,6 +89,12 @@ class Examples(TypedRows[Example]):
     def labelled(self) -> TypedRows[Response]:
         """The labelled responses."""
         return response_rows(self.dataset)
+
+    @property
+    def generated(self) -> TypedRows[Response] | None:
+        """The responses that came with the data, to be iteration 0's y′; None where there are none."""
+        cells = self._generated.rename_columns({name: cell for cell, name in GENERATED.items()})
+        return None if cells[0]["ids"] is None else response_rows(cells)
 
 
 def encode_dataset(
@@ -153,17 +168,30 @@ class _Encoder:
 
     def __call__(self, batch: dict[str, list[Any]]) -> pa.Table:
         rows = [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
-        written = [(row, parts) for row in rows if (parts := self._written(row))]
+        encoded = self._with_responses(rows, "completion")
+        generated = {}
+        if rows[0]["generated"] is not None:
+            generated = {row["number"]: response for row, _, _, response in self._with_responses(rows, "generated")}
+        examples = [self._example(*item, generated.get(item[0]["number"])) for item in encoded]
+        self.bar.update(len(rows))
+        return table_of([cells for cells in examples if cells], EXAMPLE_SCHEMA)
+
+    def _with_responses(
+        self, rows: Sequence[dict[str, Any]], column: str
+    ) -> list[tuple[dict[str, Any], Written, list[int], Response]]:
+        """(row, text, prompt's tokens, response in `column`) of the rows that can be rendered."""
+        written = [(row, parts) for row in rows if (parts := self._written(row, column))]
         hidden = [parts.hidden for _, parts in written]
         prompts = self.template.encode([parts.prompt for _, parts in written], hidden)
         wholes = self.template.encode([self._whole(parts) for _, parts in written], hidden)
-        encoded = [self._encoded(*item) for item in zip(written, prompts, wholes, strict=True)]
-        self.bar.update(len(rows))
-        return table_of([cells for cells in encoded if cells], EXAMPLE_SCHEMA)
+        return [
+            (row, parts, prompt, self._response(row, parts, prompt, whole))
+            for (row, parts), prompt, whole in zip(written, prompts, wholes, strict=True)
+        ]
 
-    def _written(self, row: dict[str, Any]) -> Written | None:
+    def _written(self, row: dict[str, Any], column: str) -> Written | None:
         """A row as text; None where it cannot be rendered."""
-        prompt, (response,) = json.loads(row["prompt"]), json.loads(row["completion"])
+        prompt, (response,) = json.loads(row["prompt"]), json.loads(row[column])
         try:
             return self.template.write(prompt, response, json.loads(row["tools"] or "null"))
         except UserError as error:
@@ -173,12 +201,13 @@ class _Encoder:
     def _whole(self, written: Written) -> str:
         return f"{written.prompt}{written.response}{self.template.end.text}"
 
-    def _encoded(self, of: tuple[dict[str, Any], Written], prompt: list[int], whole: list[int]) -> tuple[Any, ...]:
+    def _example(
+        self, row: dict[str, Any], written: Written, prompt: list[int], label: Response, generated: Response | None
+    ) -> tuple[Any, ...]:
         """A row of EXAMPLE_SCHEMA; an empty one where the prompt is dropped."""
-        (row, written), args = of, self.args
+        args = self.args
         if not prompt:
             raise UserError(f"data row {row['row'] + 1}: the tokenizer makes no token of this prompt")
-        label = self._response(row, written, prompt, whole)
         if len(prompt) > args.max_prompt_length:
             if args.long_prompts == "error":
                 raise UserError(
@@ -194,7 +223,8 @@ class _Encoder:
         if not label.finished:
             self._note("cut", row)
         text = written.shown(written.prompt)
-        return row["number"], label.text, label.ids, label.finished, text, prompt
+        cells = (None, None, None) if generated is None else (generated.ids, generated.text, generated.finished)
+        return row["number"], label.text, label.ids, label.finished, text, prompt, *cells
 
     def _response(self, row: dict[str, Any], written: Written, prompt: list[int], whole: list[int]) -> Response:
         """The labelled response: what follows the prompt in both together, or cut and without an end."""

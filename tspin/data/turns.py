@@ -59,6 +59,11 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = Renderin
     return TurnEnd(text, _closing_token(text, tokenizer))
 
 
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template may write today's date."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
 def stops(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, end: TurnEnd) -> Stops:
     """The turn's end, and the end tokens of the tokenizer and of the model's generation settings besides it."""
     configured = generation.eos_token_id if generation else None

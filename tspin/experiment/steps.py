@@ -15,6 +15,7 @@ import torch
 from tspin import iteration as steps
 from tspin.config import RunSettings, build_config
 from tspin.data.encoding import encode_dataset
+from tspin.data.turns import writes_date
 from tspin.engines.engine import Engine
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
@@ -22,6 +23,7 @@ from tspin.evaluation.suites import load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
 from tspin.iteration import Iteration, Run
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
+from tspin.runs.dates import date_of_run
 from tspin.runs.files import atomic_path, write_text
 from tspin.runs.locks import owned
 from tspin.runs.unfinished import Unfinished
@@ -65,6 +67,8 @@ class Step:
         args = training_arguments(self.settings, Path("runs"), self.seed)
         folder, loading = model_source(self.settings.model)
         tokenizer = load_tokenizer(folder, loading)
+        if args.date is None and writes_date(tokenizer):
+            args.date = date_of_run(self.out.parent)
         examples = encode_dataset(load_dataset(self.settings.data), tokenizer, args)
         return Run(args, examples, Engine(args, tokenizer, loading))
 
