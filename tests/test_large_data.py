@@ -27,7 +27,7 @@ def responses_of(count: int) -> Responses:
     """Responses to the prompts 0, 7, 14, …, written three at a time."""
 
     def draw(batch):
-        rows = [(7 * n, f"text {n}", list(range(n)), n % 2 == 0) for n in batch["n"]]
+        rows = [(7 * n, f"text {n}", list(range(n)), n % 2 == 0, None) for n in batch["n"]]
         return table_of(rows, RESPONSE_SCHEMA)
 
     return Responses(mapped(Dataset.from_dict({"n": list(range(count))}), draw, RESPONSE_SCHEMA, batch_size=3))

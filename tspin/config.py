@@ -158,7 +158,9 @@ class SelfPlayConfig(_WithCoefficients):
 
     template: str = setting("auto", "auto, chat, paper, none, or a text with {prompt} in it: see tspin.data.templates")
     system_prompt: str | None = setting(None, "put before conversations that have none of their own")
-    chat_template_kwargs: dict[str, Any] | None = setting(None, "given to the chat template, such as {enable_thinking: false}")
+    chat_template_kwargs: dict[str, Any] | None = setting(
+        None, "given to the chat template, such as {enable_thinking: false}"
+    )
     turn_end: NonEmpty | None = setting(None, "text that ends a response; None: what the chat template writes there")
     date: IsoDate | None = setting(None, "today, to chat templates that write it; None: the day the run began")
     max_prompt_length: PositiveInt = setting(512, "tokens of a prompt")

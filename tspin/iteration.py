@@ -19,16 +19,17 @@ from typing import Any
 import pandas as pd
 from transformers import TrainerCallback
 
+from tspin import canaries
 from tspin.config import SelfPlayConfig
 from tspin.data.encoding import Example, Examples
 from tspin.data.responses import Responses, read_responses, response_statistics, write_responses
 from tspin.diagnostics import degeneration, sample_table, summary, warnings
 from tspin.engines.engine import Engine
-from tspin.engines.here import Training
+from tspin.engines.here import FIRST_STEP, Training
 from tspin.engines.launch import trains_in_bfloat16
 from tspin.models import Policy
 from tspin.objectives import METHODS, Coefficients, Method
-from tspin.runs.files import sha256, write_json
+from tspin.runs.files import read_json, sha256, write_json
 from tspin.runs.unfinished import Unfinished
 from tspin.schema import PROTO, SYNTHETIC
 from tspin.triplets import Triplets, joined, make_triplets, reference_table, with_reference
@@ -206,11 +207,40 @@ def diagnose(iteration: Iteration, reference: Path | None, trained: Policy, targ
     return summary(table)
 
 
-def measure(iteration: Iteration, diagnostics: Path | None, target: Path) -> dict[str, float]:
-    """Write measures of degeneration, and the warnings that follow from them, as JSON; returns the measures."""
+def measure(iteration: Iteration, diagnostics: Path | None, changed: float | None, target: Path) -> dict[str, float]:
+    """Write measures of degeneration, canaries, and the warnings that follow from both, as JSON; returns the measures.
+
+    changed: the share of weights that training changed.
+    """
     examples = iteration.run.examples
     responses = {role: sampled.of(examples.prompt_ids) for role, sampled in iteration.sampled.items()}
     table = None if diagnostics is None else pd.read_parquet(diagnostics)
     measures = degeneration(responses.get(SYNTHETIC, []), examples.labelled, responses.get(PROTO, []), table)
-    write_json(target, {"measures": measures, "warnings": warnings(measures)})
+    watched = canaries_of(iteration, table, measures, changed)
+    told = {**warnings(measures), **canaries.told(watched)}
+    write_json(target, {"measures": measures, "canaries": canaries.plain(watched), "warnings": told})
     return measures
+
+
+def canaries_of(
+    iteration: Iteration, table: pd.DataFrame | None, measures: Mapping[str, float], changed: float | None
+) -> dict[str, canaries.Canary]:
+    """The canaries of an iteration that is trained (tspin.canaries). table: its diagnostics, if there are any."""
+    run, method = iteration.run, iteration.run.method
+    same = method.uses_reference and iteration.reference == iteration.policy
+    coarse = run.args.bf16 or trains_in_bfloat16(run.args) or "bfloat16" in run.loading.get("dtype", "")
+    first = read_json(iteration.folder / FIRST_STEP)
+    # An earlier iteration's y′, which has a prompt's number too, changes nothing where policy and reference are one.
+    logps = None if iteration.history and not same else table
+    arithmetic = "bfloat16" if coarse else "float32"
+    found = canaries.first_step(method, iteration.coefficients, first, logps, arithmetic, same)
+    if table is not None and SYNTHETIC in iteration.sampled:
+        drawn = iteration.sampled[SYNTHETIC]
+        by_engine = run.args.sampling_backend == "vllm" or run.args.sampling_dtype == "bfloat16"
+        responses = zip(drawn.prompt_ids.tolist(), drawn.of(drawn.prompt_ids), strict=True)
+        found |= canaries.sampler(responses, table, "bfloat16" if coarse or by_engine else "float32")
+    if "unfinished_share" in measures:
+        found["ended"] = canaries.Canary(1 - measures["unfinished_share"], least=canaries.ENDED)
+    if changed is not None:
+        found["changed"] = canaries.Canary(changed, least=canaries.CHANGED)
+    return found

@@ -23,14 +23,14 @@ from tspin.config import SelfPlayConfig
 from tspin.data.encoding import Example, encode_dataset
 from tspin.data.responses import write_parquet
 from tspin.data.turns import writes_date
-from tspin.diagnostics import warnings
 from tspin.engines.engine import Engine
+from tspin.engines.here import FIRST_STEP
 from tspin.errors import UserError
 from tspin.iteration import Iteration, Run, diagnose, measure, sample, score_reference, take_generated, train
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.runs.claims import claim_folder
 from tspin.runs.dates import date_of_run, record_date
-from tspin.runs.files import atomic_path, fingerprint_of, folder_fingerprint, sha256, write_json
+from tspin.runs.files import atomic_path, fingerprint_of, folder_fingerprint, read_json, sha256, write_json
 from tspin.runs.locks import owned
 from tspin.runs.seeds import stage_seed
 from tspin.runs.stages import DamagedStage, Stage, check_stage, note_damage, run_stage
@@ -50,7 +50,7 @@ class IterationResult:
     synthetic: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     diagnostics: dict[str, Any] = field(default_factory=dict)
-    warnings: dict[str, str] = field(default_factory=dict)  # what has gone too far, see tspin.diagnostics.warnings
+    warnings: dict[str, str] = field(default_factory=dict)  # what has gone too far, see tspin.iteration.measure
 
     @property
     def policy(self) -> Policy:
@@ -203,9 +203,9 @@ class SelfPlayTrainer:
             return None
         path = self.response_path(role, number)
         if role == SYNTHETIC and number == 0 and (generated := self.examples.generated):
-            inputs = {"data": self.examples.prompts_fingerprint, "generated": fingerprint_of(r.ids for r in generated)}
+            brought = {"data": self.examples.prompts_fingerprint, "generated": fingerprint_of(r.ids for r in generated)}
             with owned(path.parent, wait=True):
-                return run_stage(path, inputs, partial(take_generated, self.run))
+                return run_stage(path, brought, partial(take_generated, self.run))
         seed = stage_seed(self.args.seed, role, None if role == PROTO else number)
         prompts = self.examples.prompts_fingerprint
         inputs = {**self.run.decoding, "policy": policy.fingerprint, "data": prompts, "seed": seed}
@@ -236,7 +236,9 @@ class SelfPlayTrainer:
             train, iteration, scores, log_folder=iteration.folder, callbacks=self.callbacks, unfinished=unfinished
         )
         # Of checkpoints most are not read again: whoever loads one checks it.
-        trained = run_stage(iteration.folder / "model", inputs, produce, beside=["steps.parquet"], check=False)
+        trained = run_stage(
+            iteration.folder / "model", inputs, produce, beside=["steps.parquet", FIRST_STEP], check=False
+        )
         self.run.engine.release()
         unfinished.forget()
         return trained
@@ -249,7 +251,7 @@ class SelfPlayTrainer:
         if self.args.diagnostics:
             produce = partial(diagnose, iteration, reference.output if reference else None, policy)
             stages.append(run_stage(iteration.folder / "diagnostics.parquet", inputs, produce))
-        produce = partial(measure, iteration, stages[0].output if stages else None)
+        produce = partial(measure, iteration, stages[0].output if stages else None, trained.facts.get("changed_share"))
         inputs = {**inputs, "diagnostics": self.args.diagnostics}
         return [*stages, run_stage(iteration.folder / "guards.json", inputs, produce)]
 
@@ -267,5 +269,5 @@ def _result(
         synthetic.facts if synthetic else {},
         {**trained.facts, **costs, "commit": trained.provenance["commit"]},
         {name: value for stage in diagnosed for name, value in stage.facts.items()},
-        warnings(diagnosed[-1].facts),
+        read_json(diagnosed[-1].output)["warnings"],
     )

@@ -29,7 +29,7 @@ BAR_AFTER = 10  # seconds of encoding that need no progress bar
 GENERATED = {"ids": "generated_ids", "text": "generated_text", "finished": "generated_finished"}
 EXAMPLE_SCHEMA = pa.schema(
     [
-        *RESPONSE_SCHEMA,
+        *(field for field in RESPONSE_SCHEMA if field.name != "logp"),
         ("prompt", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         *((name, RESPONSE_SCHEMA.field(cell).type) for cell, name in GENERATED.items()),  # null where there is none
@@ -138,8 +138,8 @@ def encode_examples(
     """Encode checked rows (tspin.data.formats.ROWS). path: keeps what is made of them there, an Arrow file.
 
     A prompt over args.max_prompt_length is dealt with as args.long_prompts says: "error" raises UserError, "drop"
-    leaves the row out, "truncate" keeps the prompt's last tokens. Rows that are not learned as they stand are in `noted`
-    of what is returned, and counted and listed in its `remarks`.
+    leaves the row out, "truncate" keeps the prompt's last tokens. Rows that are not learned as they stand are in
+    `noted` of what is returned, and counted and listed in its `remarks`.
     Raises UserError for a tokenizer without an end token, for rows that the chat template cannot write, and where no
     rows are left or two have the same number.
     """

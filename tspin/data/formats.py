@@ -24,7 +24,16 @@ from tspin.runs.files import sha256
 LARGE = 2**25  # bytes of a data set from which encoding takes long enough to keep what it gives
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can spell and no text has
-ROWS = Features({"number": Value("int64"), "row": Value("int64"), "prompt": Value("string"), "completion": Value("string"), "tools": Value("string"), "generated": Value("string")})  # the number counts from 0
+ROWS = Features(
+    {
+        "number": Value("int64"),
+        "row": Value("int64"),
+        "prompt": Value("string"),
+        "completion": Value("string"),
+        "tools": Value("string"),
+        "generated": Value("string"),
+    }
+)  # the number counts from 0
 
 Message = dict[str, Any]
 
@@ -116,7 +125,14 @@ def checked_rows(
             if any(SURROGATE.search(text or "") for message in messages for text in message.values()):
                 raise UserError(f"{where}: the {what} has half of a surrogate pair: no Unicode text")
         given = row.get("prompt_id") if numbered else None
-        yield {"number": given if isinstance(given, int) else number - 1, "row": number - 1, "prompt": json.dumps(prompt), "completion": json.dumps(completion[-1:]), "tools": None, "generated": None}
+        yield {
+            "number": given if isinstance(given, int) else number - 1,
+            "row": number - 1,
+            "prompt": json.dumps(prompt),
+            "completion": json.dumps(completion[-1:]),
+            "tools": None,
+            "generated": None,
+        }
     if not number:
         raise UserError(f"{source} has no rows: give a data set with at least one prompt and response")
 

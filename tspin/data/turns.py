@@ -38,7 +38,7 @@ class TurnEnd:
 
 @dataclass(frozen=True)
 class Stops:
-    """Where drawing stops. end: the turn's. others: tokens after which nothing follows either, but which end no turn."""
+    """Where drawing stops: at the turn's end, and at other tokens after which nothing follows either."""
 
     end: TurnEnd
     others: frozenset[int] = frozenset()

@@ -77,9 +77,9 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
     if config.evaluation.backend == "vllm":
         require_vllm("evaluation.backend", config.training.engine, evaluates=True)
     runs, target = where.runs / preset, where.results / preset
-    config = dated(config, runs)
     # Everything that can be wrong with settings, model and data is found before anything is written.
-    evaluator = Evaluator(config, load_suite(config.evaluation.suite))
+    suite, config = load_suite(config.evaluation.suite), dated(config, runs)
+    evaluator = Evaluator(config, suite)
     trainers = {
         (method, seed): build_trainer(
             config.for_method(method), runs / f"seed-{seed}", seed, where.launcher, where.shared
@@ -243,7 +243,13 @@ def training_arguments(
         require_vllm("sampling_backend", settings.training.engine)
     if launcher and not launcher.is_file():
         launcher = find_yaml(str(launcher), "experiments/accelerate", "launch file")
-    given = {"history": settings.data.history, "output_dir": folder, "shared_dir": shared, "launcher": launcher, "seed": seed}
+    given = {
+        "history": settings.data.history,
+        "output_dir": folder,
+        "shared_dir": shared,
+        "launcher": launcher,
+        "seed": seed,
+    }
     args = SelfPlayConfig(**{**dict(settings.training), **given})
     if launcher:
         check_launcher(launcher, args)
