@@ -1,7 +1,6 @@
 """Rows in, examples out: prompts and labelled responses as tokens, encoded once where that takes long."""
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from tspin.data.formats import Source, source_of
 from tspin.data.mapped import FILE, TypedRows, column, mapped, table_of
 from tspin.data.responses import RESPONSE_SCHEMA, Response, response_rows
 from tspin.data.templates import Template, Written
-from tspin.errors import UserError
+from tspin.errors import UserError, tell
 from tspin.models import tokenizer_fingerprint
 from tspin.runs.files import fingerprint, fingerprint_of
 from tspin.runs.locks import owned
@@ -111,7 +110,7 @@ def encode_dataset(
     else:
         examples = _encoded_once(source, tokenizer, args)
     for remark in examples.remarks:
-        sys.stderr.write(f"tspin: {remark}\n")
+        tell(remark)
     return examples
 
 
