@@ -19,6 +19,7 @@ from tspin.config import Rendering
 from tspin.data.formats import Message
 from tspin.errors import UserError
 
+AS_IT_IS = Rendering()
 REPLY = "tspin reply"  # stands for an assistant's message when a template is asked what it writes around one
 
 
@@ -49,7 +50,7 @@ class Stops:
         return sorted(self.others if self.end.token is None else self.others | {self.end.token})
 
 
-def turn_end(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = Rendering()) -> TurnEnd:
+def turn_end(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = AS_IT_IS) -> TurnEnd:
     """The end of a response; rendering.turn_end replaces what is derived. Raises UserError as `closing` does."""
     text = rendering.turn_end
     if not text and tokenizer.chat_template and rendering.template in ("auto", "chat", "none"):

@@ -37,7 +37,8 @@ class Step:
     """What a command is given: a policy, data, settings, and files of responses.
 
     number: the iteration, from 0. synthetic, proto: y′ and y0, as `tspin sample` writes them.
-    history: y′ of earlier iterations, to train on too. before: π_θt, where `model` is what was trained from it. reference: π_θ0.
+    history: y′ of earlier iterations, to train on too. before: π_θt, where `model` is what was trained from it.
+    reference: π_θ0.
     """
 
     model: str
