@@ -1,5 +1,6 @@
 """Rows in, examples out: prompts and labelled responses as tokens, encoded once where that takes long."""
 
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tspin.config import SelfPlayConfig
-from tspin.data.formats import Message, Source, source_of
+from tspin.data.formats import Message
 from tspin.data.mapped import FILE, TypedRows, column, mapped, table_of
 from tspin.data.responses import RESPONSE_SCHEMA, Response, response_rows
+from tspin.data.sources import Source, source_of
 from tspin.data.templates import encode_prompt, encode_response, special_tokens, spelt_tokens
 from tspin.errors import UserError
 from tspin.models import tokenizer_fingerprint
@@ -41,7 +43,7 @@ class Example:
 class Examples(TypedRows[Example]):
     """Examples of a data set of EXAMPLE_SCHEMA.
 
-    noted: "dropped", "truncated", "cut", "last_message", "special_tokens" → numbers of such rows, only what there is.
+    noted: "dropped", "truncated", "cut", "special_tokens" → numbers of such rows, only what there is.
     remarks: that in words, a line per kind.
     fingerprint: of the prompts' numbers and tokens and the labels' tokens. prompts_fingerprint: without the labels.
     """
@@ -84,7 +86,7 @@ class Examples(TypedRows[Example]):
 def encode_dataset(
     dataset: Source | Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
 ) -> Examples:
-    """Rows {"prompt", "completion"} as examples; an integer "prompt_id" replaces the row's number. Raises UserError.
+    """Rows of a known format (tspin.data.formats) as examples, numbered as `source_of` does. Raises UserError.
 
     What is made of large data sets (`Source.key`) is kept in args.shared_dir, or the run's folder, and read from there
     the next time. Rows of note are told on stderr.
@@ -118,12 +120,12 @@ def _encoded_once(source: Source, tokenizer: PreTrainedTokenizerBase, args: Self
 def encode_examples(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig, path: Path | None = None
 ) -> Examples:
-    """Encode checked rows (tspin.data.formats.ROWS). path: keeps what is made of them there, an Arrow file.
+    """Encode checked rows (tspin.data.rows.ROWS). path: keeps what is made of them there, an Arrow file.
 
     A prompt over args.max_prompt_length is dealt with as args.long_prompts says: "error" raises UserError, "drop"
-    leaves the row out, "truncate" keeps the prompt's last tokens. Rows that were dropped, cut in prompt or response, or
-    taken in part, and those whose text spells special tokens, are in `noted` of what is returned, and counted and
-    listed in its `remarks`.
+    leaves the row out, "truncate" keeps the prompt's last tokens. Rows that were dropped, or cut in prompt or response,
+    and those whose text spells special tokens, are in `noted` of what is returned, and counted and listed in its
+    `remarks`.
     Raises UserError for a tokenizer without an end token, and where no rows are left or two have the same number.
     """
     if tokenizer.eos_token_id is None:
@@ -150,7 +152,9 @@ class _Encoder:
         self._spelt: set[str] = set()
 
     def __call__(self, batch: dict[str, list[Any]]) -> pa.Table:
-        rows = map(self._encoded, batch["number"], batch["prompt"], batch["completion"])
+        rows = map(
+            self._encoded, batch["number"], map(json.loads, batch["prompt"]), map(json.loads, batch["completion"])
+        )
         table = table_of([row for row in rows if row], EXAMPLE_SCHEMA)
         self.bar.update(len(batch["number"]))
         return table
@@ -177,8 +181,6 @@ class _Encoder:
         label = encode_response(completion[-1]["content"], self.tokenizer, self.args.max_completion_length)
         if not label.finished:
             self._note("cut", number)
-        if len(completion) > 1:
-            self._note("last_message", number)
         return number, label.text, label.ids, label.finished, text, ids
 
     def _note(self, kind: str, number: int) -> None:
@@ -194,7 +196,6 @@ class _Encoder:
             "dropped": f"dropped: prompts of more than max_prompt_length, {limit}",
             "truncated": f"cut to the last {limit} tokens of their prompts (max_prompt_length)",
             "cut": f"cut to {longest} tokens of their response and no end token (max_completion_length)",
-            "last_message": "have several messages in their completion, of which the last is the response",
             "special_tokens": f"spell special tokens ({' '.join(sorted(self._spelt))}), taken {as_text}",
         }
         remarks = []
