@@ -9,8 +9,8 @@ import torch
 from tspin import SelfPlayConfig, SelfPlayTrainer, canaries
 from tspin.canaries import Canary
 from tspin.config import Decoding
-from tspin.data.formats import source_of
 from tspin.data.responses import Response, read_responses
+from tspin.data.sources import source_of
 from tspin.objectives import METHODS
 from tspin.runs.files import read_json
 from tspin.sampling import sample

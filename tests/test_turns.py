@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin.config import Decoding, Rendering
 from tspin.data.encoding import encode_examples
-from tspin.data.formats import source_of
+from tspin.data.sources import source_of
 from tspin.data.templates import Template
 from tspin.data.turns import Stops, closing, rendered, stops, turn_end
 from tspin.engines.here import Scoring, score

@@ -64,11 +64,13 @@ class ModelSettings(Section):
 class DataSettings(Section):
     """Where the rows, prompts and labelled responses, come from."""
 
-    path: str = "pocket"  # .jsonl, .parquet, a hub name, or the embedded "pocket"
-    name: str | None = None  # the hub's configuration name
+    path: str = "pocket"  # a file or folder (tspin.data.files), a hub name, or the embedded "pocket"
+    name: str | None = None  # the configuration's, of the hub or a folder
     split: str = "train"
     revision: str | None = None
-    columns: dict[Literal["prompt", "completion"], str] = {}
+    columns: dict[Literal["prompt", "completion"], str] = {}  # of a format that is not known (tspin.data.formats)
+    rounds: Literal["first", "all"] = "first"  # of a conversation, the assistant's turns that are responses to learn
+    generated: bool = False  # take the column `generated`, as SPIN's sets have it, for iteration 0's y′
     labels: PositiveInt | None = None  # rows used, a nested seeded subset; all when empty
     subset_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     history: Annotated[int, Field(ge=0, lt=128)] = 0  # see SelfPlayConfig

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tspin.config import SelfPlayConfig
-from tspin.data.formats import Source, source_of
 from tspin.data.mapped import FILE, TypedRows, column, mapped, table_of
 from tspin.data.responses import RESPONSE_SCHEMA, Response, response_rows
+from tspin.data.sources import Source, source_of
 from tspin.data.templates import Template, Written
 from tspin.errors import UserError, tell
 from tspin.models import tokenizer_fingerprint
@@ -134,7 +134,7 @@ def _encoded_once(source: Source, tokenizer: PreTrainedTokenizerBase, args: Self
 def encode_examples(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig, path: Path | None = None
 ) -> Examples:
-    """Encode checked rows (tspin.data.formats.ROWS). path: keeps what is made of them there, an Arrow file.
+    """Encode checked rows (tspin.data.rows.ROWS). path: keeps what is made of them there, an Arrow file.
 
     A prompt over args.max_prompt_length is dealt with as args.long_prompts says: "error" raises UserError, "drop"
     leaves the row out, "truncate" keeps the prompt's last tokens. Rows that are not learned as they stand are in

@@ -155,8 +155,8 @@ class Template:
         else:
             notes.add("opened_otherwise")
             answer = content
-        if not answer.strip():
-            raise UserError("the tokenizer's chat template writes nothing of the response")
+        if response.get("tool_calls") and not answer.strip():
+            raise UserError("the tokenizer's chat template does not write tool calls: give one that does")
         if content.strip() not in answer:
             notes.add("left_out")
         return prompt, answer

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig
 from tspin.data.encoding import Example
-from tspin.data.formats import Source, load_rows
+from tspin.data.sources import Source, load_rows
 from tspin.data.turns import writes_date
 from tspin.engines.launch import check_launcher
 from tspin.engines.vllm import Served, evaluate_folder, require_vllm
@@ -230,6 +230,8 @@ def load_dataset(settings: DataSettings) -> Source:
         split=settings.split,
         revision=settings.revision,
         columns={str(name): column for name, column in settings.columns.items()},
+        rounds=settings.rounds,
+        generated=settings.generated,
         labels=settings.labels,
         seed=settings.subset_seed,
     )
