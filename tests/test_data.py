@@ -8,8 +8,8 @@ import pytest
 
 from tspin import SelfPlayConfig
 from tspin.data.encoding import encode_examples
-from tspin.data.formats import Source, checked_rows, load_rows, nested_subset, source_of
 from tspin.data.responses import Response, read_responses, write_responses
+from tspin.data.sources import Source, load_rows, nested_subset, source_of
 from tspin.errors import UserError
 from tspin.pocket.tasks import LABELS_PER_TASK, table_tasks
 
@@ -18,7 +18,7 @@ LIMITS = {"max_prompt_length": 64, "max_completion_length": 16, "long_prompts": 
 
 def texts(source: Source) -> list[dict[str, str]]:
     """Rows of one message each, as they stand in a file."""
-    return [{name: row[name][-1]["content"] for name in ("prompt", "completion")} for row in source.read()]
+    return [{name: json.loads(row[name])[0]["content"] for name in ("prompt", "completion")} for row in source.read()]
 
 
 def encoded(rows, tokenizer, **settings):
@@ -31,22 +31,11 @@ def test_jsonl_and_parquet_agree(tmp_path, data_file, rows):
     assert texts(load_rows(str(data_file))) == texts(load_rows(str(parquet))) == rows
 
 
-def test_conversations_columns_and_first_rounds(tmp_path, tokenizer):
+def test_a_text_is_one_message(tokenizer):
     conversation = {
         "prompt": [{"role": "user", "content": "1 + 1 ="}],
         "completion": [{"role": "assistant", "content": "2"}],
     }
-    rounds = {"messages": [*conversation["prompt"], *conversation["completion"], {"role": "user", "content": "Why?"}]}
-    path = tmp_path / "chat.jsonl"
-    path.write_text("\n".join(map(json.dumps, [conversation, rounds])))
-    first, second = load_rows(str(path)).read()
-    assert first == {"number": 0, **conversation} and second == {"number": 1, **conversation}
-    ultrachat = {"prompt": "1 + 1 =", "prompt_id": "f0e3", **rounds}
-    assert list(checked_rows([ultrachat], "hub", numbered=True)) == [first]
-    renamed = tmp_path / "gsm8k.jsonl"
-    renamed.write_text(json.dumps({"question": "1 + 1 =", "answer": "2"}))
-    columns = {"prompt": "question", "completion": "answer"}
-    assert texts(load_rows(str(renamed), columns=columns)) == [{"prompt": "1 + 1 =", "completion": "2"}]
     plain = encoded([{"prompt": "1 + 1 =", "completion": "2"}], tokenizer, template="chat")
     chat = encoded([conversation], tokenizer, template="paper")
     assert list(plain) == list(chat)
@@ -100,7 +89,7 @@ def test_subsets_are_nested(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": str(i), "completion": "x"}) + "\n" for i in range(50)))
     rows = load_rows(str(path), labels=10, seed=1).read()
-    assert [(row["number"], row["prompt"][0]["content"]) for row in rows] == [(n, str(n)) for n in small]
+    assert [(row["number"], json.loads(row["prompt"])[0]["content"]) for row in rows] == [(n, str(n)) for n in small]
     with pytest.raises(UserError, match="51 labelled responses asked for, the data set has 50"):
         nested_subset(50, 51, seed=1)
 
@@ -115,7 +104,7 @@ def test_the_pocket_labels():
     "text, line",
     [
         ("", "has no rows"),
-        ('{"prompt": "a"}\n', r"row 1: empty response \(column 'completion'\)"),
+        ('{"prompt": "a", "completion": null}\n', r"row 1: no response \(column 'completion'\)"),
         ('{"prompt": "a", "completion": " "}\n', "row 1: empty response"),
         ('{"prompt": "a", "completion": "b"}\n{"completion": "b"}\n', "row 2: no prompt"),
         ("[1]\n", "row 1: not an object"),
@@ -136,7 +125,7 @@ def test_missing_and_foreign_files(tmp_path):
     fake.write_text("no table")
     with pytest.raises(UserError, match="not a Parquet file"):
         load_rows(str(fake)).read()
-    with pytest.raises(UserError, match="neither a .jsonl or .parquet file here nor on the hub"):
+    with pytest.raises(UserError, match="neither a file or folder here nor on the hub"):
         load_rows("nobody/no-such-data-set")
 
 
@@ -153,19 +142,11 @@ def test_special_tokens_that_data_spells_are_text_and_are_listed(template, token
     assert hostile.labelled.ids.count(tokenizer.eos_token_id) == 1 == plain.labelled.ids.count(tokenizer.eos_token_id)
     assert hostile.labelled.ids[-1] == tokenizer.eos_token_id and len(hostile.labelled.ids) > 5
     assert end in hostile.prompt and examples.noted == {"special_tokens": [1]}
-    assert "1 of 2 data rows spell special tokens" in examples.remarks[0]
+    assert "1 of 2 data rows spell special tokens" in examples.remarks[1]
 
 
 def test_what_is_not_learned_whole_is_listed(tokenizer):
     whole, long = ("It is 4.", "It is 4, since two and two are four and no other number. " * 5)
-    messages = [{"role": "assistant", "content": "Let me see."}, {"role": "assistant", "content": whole}]
-    rows = [{"prompt": "2 + 2 =", "completion": completion} for completion in (whole, long, messages)]
+    rows = [{"prompt": "2 + 2 =", "completion": completion} for completion in (whole, long)]
     examples = encoded(rows, tokenizer, template="chat")
-    assert examples.noted == {"cut": [1], "last_message": [2]}
-    assert "1 of 3 data rows cut to 16 tokens" in examples.remarks[0] and "rows 3" in examples.remarks[1]
-
-
-def test_a_message_without_a_role_is_named():
-    rows = [{"prompt": [{"content": "hi"}], "completion": "hello"}]
-    with pytest.raises(UserError, match=r"mine, row 1: a message of the prompt has no role"):
-        list(checked_rows(rows, "mine"))
+    assert examples.noted == {"cut": [1]} and "1 of 2 data rows cut to 16 tokens" in examples.remarks[1]

@@ -101,7 +101,9 @@ def test_ultrachats_first_rounds_become_the_papers_prompts(preset, offline, stan
         assert len(examples) == 12
         for example in examples:
             first = conversations[example.prompt_id]["messages"]
-            assert example.prompt == f"### Instruction: {first[0]['content']}\n\n### Response:"  # the space is the response's
+            assert (
+                example.prompt == f"### Instruction: {first[0]['content']}\n\n### Response:"
+            )  # the space is the response's
             assert example.labelled.text == first[1]["content"] and example.labelled.finished
             assert example.labelled.ids[-1] == stand_in.eos_token_id not in example.prompt_ids
     # SFT takes every row, and the self-play subset is nested in it.

@@ -26,8 +26,8 @@ from typer.testing import CliRunner
 from tspin import SelfPlayConfig, cli
 from tspin.config import COEFFICIENTS, PRESET_FIELDS, SECTIONS, Config, load_config
 from tspin.data.encoding import encode_examples
-from tspin.data.formats import source_of
 from tspin.data.responses import RESPONSE_SCHEMA
+from tspin.data.sources import source_of
 from tspin.errors import UserError
 from tspin.experiment.results import read_results
 from tspin.objectives import METHODS
@@ -96,11 +96,17 @@ WORDS = ["", "1 + 1 =", "<|im_start|>user\n", "</s>", "<|end|>", "<|pad|>", "{{ 
          "مرحبا", "\u202e", "\u2028", "\ud800", "\ue000", "\r", " ", "\ufeff"]  # fmt: skip
 TEXT = st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=4).map("".join)
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
-MESSAGES = st.lists(st.fixed_dictionaries({}, optional={"role": TEXT | st.just("user"), "content": TEXT | PLAIN}))
 VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
-ROWS = st.fixed_dictionaries(
-    {}, optional={"prompt": TEXT | MESSAGES | VALUES, "completion": TEXT | MESSAGES, "messages": MESSAGES | VALUES}
+SPEAKERS = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "function_call"])
+PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "image"])}, optional={"text": TEXT}))
+MESSAGES = st.lists(
+    st.fixed_dictionaries({}, optional={"role": TEXT | SPEAKERS, "content": TEXT | PLAIN | PARTS, "tool_calls": VALUES})
+    | st.fixed_dictionaries({"from": SPEAKERS, "value": TEXT | PLAIN})
 )
+WHOLE = MESSAGES | VALUES
+ROWS = st.fixed_dictionaries(
+    {}, optional={"prompt": TEXT | WHOLE, "completion": TEXT | MESSAGES, "messages": WHOLE, "tools": TEXT | VALUES}
+) | st.fixed_dictionaries({}, optional={name: WHOLE for name in ("prompt", "chosen", "real", "conversations", "image")})
 LINES = (
     st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT}).map(lambda row: json.dumps(row).encode())
     | ROWS.map(lambda row: json.dumps(row).encode())

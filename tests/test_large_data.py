@@ -10,24 +10,25 @@ from test_selfplay import assert_same_run, play
 
 from tspin.config import DataSettings
 from tspin.data import encoding
-from tspin.data.formats import ROWS, load_rows
 from tspin.data.mapped import TypedRows, mapped, read_in, rows_at, table_of
 from tspin.data.responses import RESPONSE_SCHEMA, Response, Responses
-from tspin.errors import UserError
+from tspin.data.rows import ROWS
+from tspin.data.sources import load_rows
+from tspin.errors import UserError, tell
 from tspin.experiment.preset import load_dataset
 from tspin.runs.files import fingerprint, fingerprint_of
 
 
 @pytest.fixture
 def all_large(monkeypatch):
-    monkeypatch.setattr("tspin.data.formats.LARGE", 1)
+    monkeypatch.setattr("tspin.data.sources.LARGE", 1)
 
 
 def responses_of(count: int) -> Responses:
     """Responses to the prompts 0, 7, 14, …, written three at a time."""
 
     def draw(batch):
-        rows = [(7 * n, f"text {n}", list(range(n)), n % 2 == 0) for n in batch["n"]]
+        rows = [(7 * n, f"text {n}", list(range(n)), n % 2 == 0, None) for n in batch["n"]]
         return table_of(rows, RESPONSE_SCHEMA)
 
     return Responses(mapped(Dataset.from_dict({"n": list(range(count))}), draw, RESPONSE_SCHEMA, batch_size=3))
@@ -58,7 +59,7 @@ def test_what_goes_wrong_on_the_way_is_what_is_raised(tmp_path, monkeypatch):
     disabled = are_progress_bars_disabled()
 
     def rows():
-        yield {"number": 0, "prompt": [], "completion": []}
+        yield dict.fromkeys(ROWS)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
@@ -94,7 +95,7 @@ def test_a_large_data_set_trains_the_same_and_is_encoded_once(
     (kept,) = (tmp_path / "large").glob("examples-*[0-9a-f]")
     assert [path.name for path in kept.iterdir()] == ["rows.arrow"]
     with monkeypatch.context() as patch:
-        patch.setattr("tspin.data.formats.LARGE", 2**30)
+        patch.setattr("tspin.data.sources.LARGE", 2**30)
         small = load_dataset(DataSettings(path=str(data_file)))
     assert small.key is None
     play(tmp_path / "small", model_folder, small, method="spin")
@@ -102,6 +103,7 @@ def test_a_large_data_set_trains_the_same_and_is_encoded_once(
     config = (tmp_path / "large" / "config.json").read_text()
     assert config == (tmp_path / "small" / "config.json").read_text()
     capsys.readouterr()
+    tell.cache_clear()
 
     def never(*_, **__):
         raise AssertionError("encoded again")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from datetime import date as real_date
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tspin import SelfPlayConfig
+from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin.config import Decoding, Rendering
 from tspin.data.encoding import encode_examples
-from tspin.data.formats import source_of
+from tspin.data.sources import source_of
 from tspin.data.templates import Template
 from tspin.data.turns import Stops, closing, rendered, stops, turn_end
 from tspin.engines.here import Scoring, score
@@ -34,7 +35,7 @@ LLAMA_3 = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim }}"
     "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
@@ -52,7 +53,8 @@ QWEN_3 = (  # an assistant's last message opens with its thoughts, the generatio
     "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ ' [INST] ' + m.content + ' [/INST]' }}"
@@ -342,3 +344,25 @@ def test_likelihoods_are_those_of_the_conversations_own_tokens(kind, prompts):
 def test_a_templates_closing_is_all_that_it_writes():
     phi, _ = MODELS["phi-3"]
     assert closing(phi, Rendering()) == "<|end|>\n<|endoftext|>" and turn_end(phi).text == "<|end|>"
+
+
+def test_a_run_that_goes_on_the_next_day_is_the_same_run(tmp_path, monkeypatch):
+    class Day(real_date):
+        shift = 0
+
+        @classmethod
+        def today(cls):
+            return real_date(2024, 2, 28 + cls.shift)
+
+    monkeypatch.setattr("tspin.runs.dates.date", Day)
+    tokenizer = byte_level(IM, "<|im_end|>", pad="<|endoftext|>", template=DATED)
+    model = llama(tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"How many? {n}", "completion": "Twelve."} for n in range(4)]
+    given = {"output_dir": str(tmp_path / "run"), "method": "spin", "batch_size": 4, "max_new_tokens": 4}
+    for shift in (0, 1):
+        Day.shift = shift
+        trainer = SelfPlayTrainer(str(tmp_path / "model"), SelfPlayConfig(iterations=1 + shift, **given), rows)
+        assert "28 Feb 2024" in trainer.examples[0].prompt
+        assert len(list(trainer.iterate())) == 1 + shift

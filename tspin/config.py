@@ -64,13 +64,16 @@ class ModelSettings(Section):
 class DataSettings(Section):
     """Where the rows, prompts and labelled responses, come from."""
 
-    path: str = "pocket"  # .jsonl, .parquet, a hub name, or the embedded "pocket"
-    name: str | None = None  # the hub's configuration name
+    path: str = "pocket"  # a file or folder (tspin.data.files), a hub name, or the embedded "pocket"
+    name: str | None = None  # the configuration's, of the hub or a folder
     split: str = "train"
     revision: str | None = None
-    columns: dict[Literal["prompt", "completion"], str] = {}
+    columns: dict[Literal["prompt", "completion"], str] = {}  # of a format that is not known (tspin.data.formats)
+    rounds: Literal["first", "all"] = "first"  # of a conversation, the assistant's turns that are responses to learn
+    generated: bool = False  # take the column `generated`, as SPIN's sets have it, for iteration 0's y′
     labels: PositiveInt | None = None  # rows used, a nested seeded subset; all when empty
     subset_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    history: Annotated[int, Field(ge=0, lt=128)] = 0  # see SelfPlayConfig
 
 
 class EvaluationSettings(Section):
@@ -162,7 +165,9 @@ class SelfPlayConfig(_WithCoefficients):
 
     template: str = setting("auto", "auto, chat, paper, none, or a text with {prompt} in it: see tspin.data.templates")
     system_prompt: str | None = setting(None, "put before conversations that have none of their own")
-    chat_template_kwargs: dict[str, Any] | None = setting(None, "given to the chat template, such as {enable_thinking: false}")
+    chat_template_kwargs: dict[str, Any] | None = setting(
+        None, "given to the chat template, such as {enable_thinking: false}"
+    )
     turn_end: NonEmpty | None = setting(None, "text that ends a response; None: what the chat template writes there")
     date: IsoDate | None = setting(None, "today, to chat templates that write it; None: the day the run began")
     max_prompt_length: PositiveInt = setting(512, "tokens of a prompt")
@@ -177,6 +182,9 @@ class SelfPlayConfig(_WithCoefficients):
     sampling_dtype: Dtype | None = setting(None, "of the weights while sampling; None: as the model is loaded")
     engine: EngineSettings = setting(EngineSettings(), "vLLM's GPUs", operational=True)
 
+    history: Annotated[int, Field(ge=0, lt=128)] = setting(
+        0, "earlier iterations whose y′ an iteration trains on too; SPIN's released code takes 1"
+    )
     learning_rate: Positive | Annotated[list[Positive], Field(min_length=1)] = setting(  # type: ignore[assignment]
         5e-7, "one, or a list with one per iteration, the last going on"
     )
@@ -267,7 +275,7 @@ OURS = {name for name, declared in _DECLARED.items() if "operational" in declare
 OPERATIONAL |= {name for name in OURS if _DECLARED[name].metadata["operational"]}
 SECTIONS = ("model", "data", "evaluation", "methods")
 PRESET_FIELDS = sorted(
-    (name for name in _DECLARED if name not in {*BY_COMMAND, *COEFFICIENTS} and not name.endswith("_token")),
+    (name for name in _DECLARED if name not in {*BY_COMMAND, *COEFFICIENTS, "history"} and not name.endswith("_token")),
     key=lambda name: name not in OURS,
 )
 
@@ -332,7 +340,7 @@ class Config:
 
 def _deciding(training: Any) -> dict[str, Any]:
     """The fields that decide what an iteration computes: ours, and Transformers' where they are not its defaults."""
-    left_out = {*OPERATIONAL, *COEFFICIENTS, "method", "seed", "per_device_train_batch_size"}
+    left_out = {*OPERATIONAL, *COEFFICIENTS, "method", "seed", "history", "per_device_train_batch_size"}
     theirs: dict[str, Any] = training.model_dump(exclude=OURS | left_out, exclude_defaults=True)
     return theirs | training.model_dump(include=OURS - left_out)
 
@@ -380,6 +388,8 @@ def build_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), source:
 
 def _refusal(name: str, value: Any, known: Iterable[str]) -> str:
     """Why a preset has no such key in this place, and which one may be meant."""
+    if name == "history":
+        return "stands in data, as data.history"
     if name in BY_COMMAND:
         return f"no part of a config: the command gives it, by {BY_COMMAND[name]}"
     if name.endswith("_token"):

@@ -1,7 +1,9 @@
 """Responses from a policy."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -57,7 +59,8 @@ def sample(
     # Prompts of similar length share a batch, the longest first: least padding, and memory runs
     # out at once or not at all.
     lengths = list(map(len, prompts))
-    order = Dataset.from_dict({"prompt": sorted(range(len(prompts)), key=lambda i: -lengths[i])})
+    longest_first = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    order = Dataset.from_dict({"prompt": longest_first})
     was_training, configured = model.training, model.generation_config
     model.eval()
     # generate() fills what `settings` leaves open from the model's own settings (a repetition
@@ -73,10 +76,11 @@ def sample(
             def draw(batch: dict[str, list[int]]) -> pa.Table:
                 chosen = batch["prompt"]
                 rows = []
-                drawn = _generate(model, [prompts[i] for i in chosen], settings, stop.end, tokenizer)
-                for i, ids in zip(chosen, drawn, strict=True):
-                    response = response_of(ids, stop, tokenizer)
-                    rows.append((i, response.text, response.ids, response.finished))
+                watch = Watch(len(chosen)) if chosen[0] == longest_first[0] else None  # of one batch: it is a sample
+                drawn = _generate(model, [prompts[i] for i in chosen], settings, stop.end, tokenizer, watch)
+                for row, (i, ids) in enumerate(zip(chosen, drawn, strict=True)):
+                    response = response_of(ids, stop, tokenizer, watch.logps[row] if watch else ())
+                    rows.append((i, response.text, response.ids, response.finished, response.logp))
                 bar.update(len(rows))
                 return table_of(rows, RESPONSE_SCHEMA)
 
@@ -94,6 +98,7 @@ def _generate(
     settings: GenerationConfig,
     end: TurnEnd,
     tokenizer: PreTrainedTokenizerBase,
+    watch: "Watch | None" = None,
 ) -> list[list[int]]:
     length = max(map(len, prompts))
     input_ids = torch.full((len(prompts), length), settings.pad_token_id, dtype=torch.long)
@@ -103,11 +108,12 @@ def _generate(
         attention_mask[row, length - len(prompt) :] = 1
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
     if end.token is not None:
-        return generate_in_segments(model, input_ids, attention_mask, settings)
+        return generate_in_segments(model, input_ids, attention_mask, settings, watch=watch)
     criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [end.text])])
     return generate_in_segments(
-        model, input_ids, attention_mask, settings, lambda rows: criteria, lambda ids: end.text in tokenizer.decode(ids)
-    )
+        model, input_ids, attention_mask, settings,
+        lambda rows: criteria, lambda ids: end.text in tokenizer.decode(ids), watch,
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -118,12 +124,14 @@ def generate_in_segments(
     settings: GenerationConfig,
     stops: Callable[[int], StoppingCriteriaList] | None = None,
     has_stopped: Callable[[list[int]], bool] | None = None,
+    watch: "Watch | None" = None,
 ) -> list[list[int]]:
     """New tokens of each row by `generate`, in segments: rows that have ended leave between two of them.
 
     One long response would otherwise keep its whole batch computing to the end. input_ids,
     attention_mask: int64 (batch, length), left-padded. A row ends at settings.eos_token_id; stops:
     further stopping criteria for a number of rows, has_stopped: whether a continuation ended by them.
+    watch: gets the log-probabilities of the new tokens.
     """
     ends = set(settings.eos_token_id)
     continuations: list[list[int]] = [[] for _ in input_ids]
@@ -132,7 +140,7 @@ def generate_in_segments(
     while rows and left > 0:
         part = copy.deepcopy(settings)
         part.max_new_tokens = min(segment, left)
-        with grouped(model):
+        with grouped(model), watch.over(model, rows) if watch else nullcontext():
             output: Any = model.generate(  # type: ignore[operator]
                 input_ids,
                 attention_mask=attention_mask,
@@ -142,6 +150,8 @@ def generate_in_segments(
                 return_dict_in_generate=True,
             )
         new = output.sequences[:, input_ids.shape[1] :]
+        if watch:
+            watch.last(new[:, -1])
         still_open = []
         for position, tokens in enumerate(new.tolist()):
             row = continuations[rows[position]]
@@ -159,12 +169,53 @@ def generate_in_segments(
     return continuations
 
 
-def response_of(ids: list[int], stop: Stops, tokenizer: PreTrainedTokenizerBase) -> Response:
-    """The response that new tokens are.
+class Watch:
+    """The log-probabilities of the tokens that `generate` draws, under the policy itself whatever the temperature.
+
+    logps: for each row one per token, in nats; past a row's end they mean nothing.
+    """
+
+    def __init__(self, rows: int):
+        self.logps: list[list[float]] = [[] for _ in range(rows)]
+        self._rows: list[int] = []
+        self._next: torch.Tensor | None = None  # log-probabilities of the token to come, (rows, vocabulary)
+
+    @contextmanager
+    def over(self, model: PreTrainedModel, rows: list[int]) -> Iterator[None]:
+        """While this holds, `model` is called for the continuations of these rows."""
+        self._rows, self._next = rows, None
+        hook = model.register_forward_hook(self._called, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def last(self, tokens: torch.Tensor) -> None:
+        """The newest tokens, (rows,): the model is not called on them any more."""
+        assert self._next is not None
+        drawn = self._next.gather(1, tokens[:, None].to(self._next.device))[:, 0].tolist()
+        for row, logp in zip(self._rows, drawn, strict=True):
+            self.logps[row].append(logp)
+
+    def _called(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._next is not None:
+            self.last(kwargs["input_ids"][:, -1])
+        self._next = output.logits[:, -1].float().log_softmax(-1)
+
+
+def response_of(
+    ids: list[int], stop: Stops, tokenizer: PreTrainedTokenizerBase, logps: Sequence[float] = ()
+) -> Response:
+    """The response that new tokens are. logps: of each, where they are known.
 
     It is finished where it has the turn's end, which it keeps, and cut after it. Another end token is no part of it,
     unless it is the first of all: a response has a token.
     """
+    response = _cut(ids, stop, tokenizer)
+    return replace(response, logp=sum(logps[: len(response.ids)])) if logps else response
+
+
+def _cut(ids: list[int], stop: Stops, tokenizer: PreTrainedTokenizerBase) -> Response:
     last = next((position for position, token in enumerate(ids) if token in stop.tokens), None)
     kept = ids if last is None else ids[: last + 1]
     if stop.end.token is None:
@@ -177,7 +228,7 @@ def response_of(ids: list[int], stop: Stops, tokenizer: PreTrainedTokenizerBase)
 
 
 def _ended_by_text(ids: list[int], stop: Stops, tokenizer: PreTrainedTokenizerBase) -> Response:
-    """As `response_of`, where ordinary tokens spell the turn's end: the last of them may spell more."""
+    """As `_cut`, where ordinary tokens spell the turn's end: the last of them may spell more."""
     text, finished, _ = str(tokenizer.decode(ids)).partition(stop.end.text)
     if not finished:
         kept = ids[:-1] if len(ids) > 1 and ids[-1] in stop.others else ids

@@ -13,7 +13,7 @@ from pathlib import Path
 import nltk
 from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
 
-from tspin.data.formats import read_rows
+from tspin.data.files import read_rows
 from tspin.runs.files import sha256, write_json
 from tspin.runs.provenance import provenance
 

@@ -1,7 +1,6 @@
 """Rows in, examples out: prompts and labelled responses as tokens, encoded once where that takes long."""
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tspin.config import SelfPlayConfig
-from tspin.data.formats import Source, source_of
 from tspin.data.mapped import FILE, TypedRows, column, mapped, table_of
 from tspin.data.responses import RESPONSE_SCHEMA, Response, response_rows
+from tspin.data.sources import Source, source_of
 from tspin.data.templates import Template, Written
-from tspin.errors import UserError
+from tspin.errors import UserError, tell
 from tspin.models import tokenizer_fingerprint
 from tspin.runs.files import fingerprint, fingerprint_of
 from tspin.runs.locks import owned
@@ -26,7 +25,15 @@ from tspin.runs.stages import run_stage
 
 SETTINGS = ("rendering", "max_prompt_length", "max_completion_length", "long_prompts")  # that examples depend on
 BAR_AFTER = 10  # seconds of encoding that need no progress bar
-EXAMPLE_SCHEMA = pa.schema([*RESPONSE_SCHEMA, ("prompt", pa.string()), ("prompt_ids", pa.list_(pa.int32()))])
+GENERATED = {"ids": "generated_ids", "text": "generated_text", "finished": "generated_finished"}
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        *(field for field in RESPONSE_SCHEMA if field.name != "logp"),
+        ("prompt", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        *((name, RESPONSE_SCHEMA.field(cell).type) for cell, name in GENERATED.items()),  # null where there is none
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Examples(TypedRows[Example]):
             dataset.select_columns(["prompt_id", "prompt", "prompt_ids", "ids", "text", "finished"]),
             lambda number, prompt, prompt_ids, *label: Example(number, prompt, prompt_ids, Response(*label)),
         )
+        self._generated = dataset.select_columns(list(GENERATED.values()))
         self.noted = noted
         self.remarks = remarks
         numbers = self.prompt_ids.tolist()
@@ -81,6 +89,12 @@ class Examples(TypedRows[Example]):
         """The labelled responses."""
         return response_rows(self.dataset)
 
+    @property
+    def generated(self) -> TypedRows[Response] | None:
+        """The responses that came with the data, to be iteration 0's y′; None where there are none."""
+        cells = self._generated.rename_columns({name: cell for cell, name in GENERATED.items()})
+        return None if cells[0]["ids"] is None else response_rows(cells)
+
 
 def encode_dataset(
     dataset: Source | Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
@@ -96,7 +110,7 @@ def encode_dataset(
     else:
         examples = _encoded_once(source, tokenizer, args)
     for remark in examples.remarks:
-        sys.stderr.write(f"tspin: {remark}\n")
+        tell(remark)
     return examples
 
 
@@ -120,11 +134,11 @@ def _encoded_once(source: Source, tokenizer: PreTrainedTokenizerBase, args: Self
 def encode_examples(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig, path: Path | None = None
 ) -> Examples:
-    """Encode checked rows (tspin.data.formats.ROWS). path: keeps what is made of them there, an Arrow file.
+    """Encode checked rows (tspin.data.rows.ROWS). path: keeps what is made of them there, an Arrow file.
 
     A prompt over args.max_prompt_length is dealt with as args.long_prompts says: "error" raises UserError, "drop"
-    leaves the row out, "truncate" keeps the prompt's last tokens. Rows that are not learned as they stand are in `noted`
-    of what is returned, and counted and listed in its `remarks`.
+    leaves the row out, "truncate" keeps the prompt's last tokens. Rows that are not learned as they stand are in
+    `noted` of what is returned, and counted and listed in its `remarks`.
     Raises UserError for a tokenizer without an end token, for rows that the chat template cannot write, and where no
     rows are left or two have the same number.
     """
@@ -153,17 +167,30 @@ class _Encoder:
 
     def __call__(self, batch: dict[str, list[Any]]) -> pa.Table:
         rows = [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
-        written = [(row, parts) for row in rows if (parts := self._written(row))]
+        encoded = self._with_responses(rows, "completion")
+        generated = {}
+        if rows[0]["generated"] is not None:
+            generated = {row["number"]: response for row, _, _, response in self._with_responses(rows, "generated")}
+        examples = [self._example(*item, generated.get(item[0]["number"])) for item in encoded]
+        self.bar.update(len(rows))
+        return table_of([cells for cells in examples if cells], EXAMPLE_SCHEMA)
+
+    def _with_responses(
+        self, rows: Sequence[dict[str, Any]], column: str
+    ) -> list[tuple[dict[str, Any], Written, list[int], Response]]:
+        """(row, text, prompt's tokens, response in `column`) of the rows that can be rendered."""
+        written = [(row, parts) for row in rows if (parts := self._written(row, column))]
         hidden = [parts.hidden for _, parts in written]
         prompts = self.template.encode([parts.prompt for _, parts in written], hidden)
         wholes = self.template.encode([self._whole(parts) for _, parts in written], hidden)
-        encoded = [self._encoded(*item) for item in zip(written, prompts, wholes, strict=True)]
-        self.bar.update(len(rows))
-        return table_of([cells for cells in encoded if cells], EXAMPLE_SCHEMA)
+        return [
+            (row, parts, prompt, self._response(row, parts, prompt, whole))
+            for (row, parts), prompt, whole in zip(written, prompts, wholes, strict=True)
+        ]
 
-    def _written(self, row: dict[str, Any]) -> Written | None:
+    def _written(self, row: dict[str, Any], column: str) -> Written | None:
         """A row as text; None where it cannot be rendered."""
-        prompt, (response,) = json.loads(row["prompt"]), json.loads(row["completion"])
+        prompt, (response,) = json.loads(row["prompt"]), json.loads(row[column])
         try:
             return self.template.write(prompt, response, json.loads(row["tools"] or "null"))
         except UserError as error:
@@ -173,12 +200,13 @@ class _Encoder:
     def _whole(self, written: Written) -> str:
         return f"{written.prompt}{written.response}{self.template.end.text}"
 
-    def _encoded(self, of: tuple[dict[str, Any], Written], prompt: list[int], whole: list[int]) -> tuple[Any, ...]:
+    def _example(
+        self, row: dict[str, Any], written: Written, prompt: list[int], label: Response, generated: Response | None
+    ) -> tuple[Any, ...]:
         """A row of EXAMPLE_SCHEMA; an empty one where the prompt is dropped."""
-        (row, written), args = of, self.args
+        args = self.args
         if not prompt:
             raise UserError(f"data row {row['row'] + 1}: the tokenizer makes no token of this prompt")
-        label = self._response(row, written, prompt, whole)
         if len(prompt) > args.max_prompt_length:
             if args.long_prompts == "error":
                 raise UserError(
@@ -194,7 +222,8 @@ class _Encoder:
         if not label.finished:
             self._note("cut", row)
         text = written.shown(written.prompt)
-        return row["number"], label.text, label.ids, label.finished, text, prompt
+        cells = (None, None, None) if generated is None else (generated.ids, generated.text, generated.finished)
+        return row["number"], label.text, label.ids, label.finished, text, prompt, *cells
 
     def _response(self, row: dict[str, Any], written: Written, prompt: list[int], whole: list[int]) -> Response:
         """The labelled response: what follows the prompt in both together, or cut and without an end."""

@@ -1,201 +1,197 @@
-"""Rows of prompts and completions: from files, the hub, or memory; checked, in one form.
+"""The formats of data sets: by which columns one is known, and which of a row's texts are prompt and response.
 
-Data sets are in TRL's prompt–completion format: rows {"prompt": …, "completion": …}, each a string
-or a list of {"role", "content"} messages, from a JSONL or Parquet file or the hub. A string is one message.
+FORMATS is the list. A set's format is decided by the columns of its first row; where several fit, the first in the list
+is taken. tspin.data.rows makes examples of any of them, the same as of TRL's prompt–completion form.
 """
 
 import json
-import random
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, Features, List, Value
-
-from tspin.data.mapped import BATCH, read_in
 from tspin.errors import UserError
-from tspin.hub.offline import load_dataset
-from tspin.runs.files import sha256
 
-LARGE = 2**25  # bytes of a data set from which encoding takes long enough to keep what it gives
-MESSAGES = List({"role": Value("string"), "content": Value("string")})
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can spell and no text has
-ROWS = Features({"number": Value("int64"), "row": Value("int64"), "prompt": Value("string"), "completion": Value("string"), "tools": Value("string"), "generated": Value("string")})  # the number counts from 0
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
 
 Message = dict[str, Any]
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Source:
-    """A data set that is named and not read yet.
+class Format:
+    """Columns in which data sets have conversations.
 
-    read: gives its checked rows, a data set of ROWS. Raises UserError, naming source and row, at the first one without
-        text, and where there is none.
-    key: of a large set, JSON values that change when its rows do; None where there is no cheap way to say, or no need.
+    whose: what they are called. needs: the columns without which it is another format.
+    conversation: a row → what is given and what follows, each a text or messages. The assistant's turns of what follows
+        are responses to learn from.
+    takes: columns that are read where they are there; `tools` and `generated` are of any format.
+    media: columns without which a row's texts are not whole.
     """
 
-    read: Callable[[], Dataset]
-    key: Any = None
+    whose: str
+    needs: tuple[str, ...]
+    conversation: Callable[[Row], tuple[Any, Any]]
+    takes: tuple[str, ...] = ()
+    media: tuple[str, ...] = MEDIA
+
+    def in_words(self, names: Sequence[str], generated: bool, numbered: bool) -> str:
+        """Which of a set's columns are read, and which are not. generated, numbered: see `checked_rows`."""
+        read = {*self.needs, *self.takes, "tools", *(["generated"] if generated else [])}
+        kept = [name for name in names if name in read]
+        left = [name for name in names if name not in {*read, "generated", *(["prompt_id"] if numbered else [])}]
+        words = f"{self.whose} {'columns' if len(kept) > 1 else 'column'} {', '.join(kept)}"
+        if left:
+            words += f"; not used: {', '.join(left)}"
+        if "generated" in names and "generated" not in read:
+            words += "; generated is not used (data.generated=true takes it as iteration 0's y′)"
+        return words
 
 
-def load_rows(
-    path: str,
-    *,
-    name: str | None = None,
-    split: str = "train",
-    revision: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    labels: int | None = None,
-    seed: int = 0,
-) -> Source:
-    """Rows of a JSONL or Parquet file, of the hub, or "pocket". Raises UserError where there is no such data set.
+def _pair(prompt: str, response: str, whose: str = "the") -> Format:
+    return Format(whose, (prompt, response), lambda row: (row.get(prompt), row.get(response)))
 
-    name, split, revision: of a data set on the hub.
-    columns: what the set calls them, {"prompt": "question", "completion": "answer"}. A set with a `messages` column and
-        no completion gives the first round of each conversation.
-    labels, seed: take only the rows that `nested_subset` chooses.
+
+def _whole(column: str) -> Callable[[Row], tuple[Any, Any]]:
+    return lambda row: ([], row.get(column))
+
+
+def _instruction(column: str, context: str) -> Callable[[Row], tuple[Any, Any]]:
+    """Alpaca's form: an instruction and, in a column of its own, what it is about."""
+
+    def conversation(row: Row) -> tuple[Any, Any]:
+        instruction, about = row.get("instruction"), row.get(context)
+        if isinstance(instruction, str) and isinstance(about, str) and about.strip():
+            instruction = f"{instruction}\n\n{about}"
+        return instruction, row.get(column)
+
+    return conversation
+
+
+def _chosen(row: Row) -> tuple[Any, Any]:
+    """TRL's preferences: `chosen` follows the prompt, or is the whole conversation, which then begins with it."""
+    prompt, chosen = as_messages(row.get("prompt"), "user"), as_messages(row.get("chosen"), "assistant")
+    if not chosen or chosen[0]["role"] == "assistant":
+        return prompt, chosen
+    given = len(prompt) if chosen[: len(prompt)] == prompt else 0
+    return chosen[:given], chosen[given:]
+
+
+def _sharegpt(column: str) -> Callable[[Row], tuple[Any, Any]]:
+    def conversation(row: Row) -> tuple[Any, Any]:
+        turns = row.get(column)
+        if not isinstance(turns, Sequence) or isinstance(turns, str):
+            return [], turns
+        messages, system = [_sharegpt_message(turn) for turn in turns], row.get("system")
+        if system and not (messages and messages[0].get("role") == "system"):
+            messages.insert(0, {"role": "system", "content": system})
+        return [], messages
+
+    return conversation
+
+
+def _sharegpt_message(turn: Any) -> Message:
+    if not isinstance(turn, Mapping):
+        raise UserError("a turn of the conversation is no object with from and value")
+    if turn.get("from") is None:  # role and content, as elsewhere
+        return dict(turn)
+    speaker, value = turn["from"], turn.get("value")
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        raise UserError(f"a turn of the conversation is from {speaker!r} (known: {', '.join(SHAREGPT_ROLES)})")
+    rest = {key: of for key, of in turn.items() if key not in ("from", "value")}
+    if speaker == "function_call":
+        calls = from_json(value, "a turn from function_call")
+        calls = calls if isinstance(calls, list) else [calls]
+        rest["tool_calls"], value = [{"type": "function", "function": call} for call in calls], None
+    return {**rest, "role": SHAREGPT_ROLES[speaker], "content": value}
+
+
+FORMATS = (
+    _pair("prompt", "completion", "TRL's"),
+    Format("TRL's preference", ("prompt", "chosen"), _chosen),
+    Format("TRL's preference", ("chosen",), _whole("chosen")),
+    Format("SPIN's", ("real",), _whole("real")),
+    Format("TRL's", ("messages",), _whole("messages")),
+    *(Format("ShareGPT's", (name,), _sharegpt(name), ("system",)) for name in ("conversations", "conversation")),
+    Format("Alpaca's", ("instruction", "output"), _instruction("output", "input"), ("input",)),
+    Format("Dolly's", ("instruction", "response"), _instruction("response", "context"), ("context",)),
+    *(_pair(*names) for names in (("prompt", "response"), ("question", "answer"), ("query", "response"))),
+)
+
+
+def find_format(names: Sequence[str], columns: Mapping[str, str] | None = None) -> Format:
+    """The format of a data set with columns of these names. columns: the user's own names, which win over FORMATS.
+
+    Raises UserError where it is none.
     """
-    file = Path(path)
-    given: Callable[[], Iterable[Any]]
-    if path == "pocket":
-        from tspin.pocket.tasks import labelled_rows
-
-        given, key = labelled_rows, None
-    elif file.suffix in {".jsonl", ".json", ".parquet"}:
-        if not file.is_file():
-            raise UserError(f"{path}: no such file")
-        given, key = lambda: read_rows(file), sha256(file) if file.stat().st_size >= LARGE else None
-    else:
-        dataset = load_dataset(path, name, split, revision)
-        given, key = lambda: dataset, key_of(dataset)
-
-    def read() -> Dataset:
-        rows = read_in(lambda: checked_rows(given(), path, columns), ROWS)
-        return rows if labels is None else rows.select(nested_subset(len(rows), labels, seed), new_fingerprint="rows")
-
-    return Source(read, None if key is None else [key, dict(columns or {}), labels, seed])
-
-
-def source_of(dataset: Iterable[Mapping[str, Any]]) -> Source:
-    """Rows that are there already, a datasets.Dataset or any mappings; an integer "prompt_id" replaces the number."""
-    return Source(lambda: read_in(lambda: checked_rows(dataset, "train_dataset", numbered=True), ROWS), key_of(dataset))
-
-
-def key_of(dataset: Any) -> Any:
-    """`Source.key` of a datasets.Dataset, which knows its own fingerprint; None for small ones and for all else."""
-    if not isinstance(dataset, Dataset) or dataset.data.nbytes < LARGE:
-        return None
-    return {"datasets.Dataset": dataset._fingerprint}  # a private name, but one that the library's guide shows
-
-
-def checked_rows(
-    rows: Iterable[Any], source: str, columns: Mapping[str, str] | None = None, numbered: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Rows as ROWS has them; the first bad one raises UserError, counted from 1. numbered: see `source_of`."""
-    names = {"prompt": "prompt", "completion": "completion", **(columns or {})}
-    number = 0
-    for number, row in enumerate(rows, start=1):
-        where = f"{source}, row {number}"
-        if not isinstance(row, Mapping):
-            raise UserError(f"{where}: not an object with a prompt and a completion")
-        prompt, completion = row.get(names["prompt"]), row.get(names["completion"])
-        if names["completion"] not in row and row.get("messages") is not None:
-            prompt, completion = _first_round(row["messages"], where)
-        prompt, completion = as_messages(prompt, "user"), as_messages(completion, "assistant")
-        if not prompt or not prompt[-1]["content"].strip():
-            raise UserError(f"{where}: no prompt (column {names['prompt']!r} is missing or empty)")
-        if not completion or not completion[-1]["content"].strip():
-            raise UserError(f"{where}: empty response (column {names['completion']!r})")
-        if None in (message["role"] for message in prompt):
-            raise UserError(f"{where}: a message of the prompt has no role (user, assistant or system)")
-        for what, messages in (("prompt", prompt), ("response", completion)):
-            if any(SURROGATE.search(text or "") for message in messages for text in message.values()):
-                raise UserError(f"{where}: the {what} has half of a surrogate pair: no Unicode text")
-        given = row.get("prompt_id") if numbered else None
-        yield {"number": given if isinstance(given, int) else number - 1, "row": number - 1, "prompt": json.dumps(prompt), "completion": json.dumps(completion[-1:]), "tools": None, "generated": None}
-    if not number:
-        raise UserError(f"{source} has no rows: give a data set with at least one prompt and response")
+    if columns:
+        own = {"prompt": "prompt", "completion": "completion", **columns}
+        found = replace(_pair(own["prompt"], own["completion"], "the chosen"), media=())
+        if missing := [name for name in found.needs if name not in names]:
+            raise UserError(f"no column {missing[0]!r}, which data.columns names; there are: {', '.join(names)}")
+        return found
+    for known in FORMATS:
+        if {*known.needs} <= {*names}:
+            return known
+    listed = "; ".join(" + ".join(known.needs) for known in FORMATS)
+    remedy = "say which hold what: data.columns={prompt: …, completion: …} (in Python: columns=)"
+    raise UserError(f"the columns {', '.join(names)} are none of the known formats ({listed}): {remedy}")
 
 
 def as_messages(value: Any, role: str) -> list[Message]:
-    """A prompt or completion as messages {"role", "content"}; a text is one message of this role. [] for all else."""
+    """A prompt or a response as messages, {"role", "content"} and what else they carry; a text is one of this role.
+
+    None gives none. A key whose value is None is left out, but for the content: `datasets` fills in keys that a row
+    lacks. Parts of text are joined; a content with parts of another kind stays the list that it is.
+    Raises UserError for what is neither text nor messages.
+    """
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    if not isinstance(value, Sequence):
-        return []
-    if not all(isinstance(message, Mapping) and isinstance(message.get("content"), str) for message in value):
-        return []
-    roles = (message.get("role") for message in value)
-    roles = (role if isinstance(role, str) else None for role in roles)
-    return [{"role": role, "content": message["content"]} for role, message in zip(roles, value, strict=True)]
+    if not isinstance(value, Sequence | None):
+        raise UserError(f"a {type(value).__name__} where a text or a list of messages is expected")
+    return [_message(message) for message in value or ()]
 
 
-def _first_round(messages: Any, where: str) -> tuple[list[Any], list[Any]]:
+def _message(message: Any) -> Message:
+    if not isinstance(message, Mapping):
+        raise UserError("a message is no object with role and content")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise UserError("a message has no role (user, assistant, system or tool)")
+    if not isinstance(content, str | None):
+        content = _joined(content)
+    more = {key: without_none(of) for key, of in message.items() if of is not None and key not in ("role", "content")}
+    return {"role": role, "content": content, **more}
+
+
+def _joined(parts: Any) -> str | list[Any]:
+    if not isinstance(parts, Sequence):
+        raise UserError(f"a message's content is a {type(parts).__name__}: give a text")
+    texts = [text for part in parts if (text := text_of(part)) is not None]
+    return "".join(texts) if len(texts) == len(parts) else list(parts)
+
+
+def text_of(part: Any) -> str | None:
+    """The text of a part of a content; None for an image or the like."""
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
+    return text if isinstance(text, str) else None
+
+
+def without_none(value: Any) -> Any:
+    """A JSON value without the keys that have none."""
+    if isinstance(value, Mapping):
+        return {key: without_none(of) for key, of in value.items() if of is not None}
+    return [without_none(of) for of in value] if isinstance(value, list | tuple) else value
+
+
+def from_json(value: Any, what: str) -> Any:
+    """What a text says as JSON; anything else as it is. Raises UserError."""
     try:
-        first = [message["role"] for message in messages].index("assistant")
-    except (TypeError, KeyError, ValueError):
-        raise UserError(f"{where}: `messages` has no assistant turn with role and content") from None
-    return list(messages[:first]), [messages[first]]
-
-
-def read_rows(path: Path) -> Iterator[Any]:
-    """The rows of a .jsonl, .parquet or .json file (a list, or a list under the key "examples"). Raises UserError.
-
-    JSONL and Parquet are read a part at a time, other JSON whole.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    elif path.suffix == ".json" and (listed := _read_list(path)) is not None:
-        yield from listed
-    else:
-        yield from _read_lines(path)
-
-
-def _read_list(path: Path) -> list[Any] | None:
-    """The list that a JSON file is or has; None where it is no such file: many a .json has one object per line."""
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    listed = whole.get("examples") if isinstance(whole, dict) else whole
-    return listed if isinstance(listed, list) else None
-
-
-def _read_lines(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:  # as bytes: lines end at a line feed and at no other of Unicode's line ends
-        for number, line in enumerate(file, start=1):
-            try:
-                if (text := line.decode()).strip():
-                    yield json.loads(text)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: not UTF-8 text ({error})") from error
-            except (ValueError, RecursionError) as error:  # besides bad syntax: numbers too long, nesting too deep
-                raise UserError(f"{path}, line {number}: not JSON ({error}); JSONL has one object per line") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Any]:
-    try:
-        with pq.ParquetFile(path) as file:
-            for part in file.iter_batches(BATCH):
-                yield from part.to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a Parquet file that can be read ({error})") from error
-
-
-def nested_subset(count: int, size: int, seed: int) -> list[int]:
-    """Of `count` row numbers the first `size` in a seeded random order, sorted.
-
-    A smaller size gives a subset of a larger one (the paper's data-efficiency study needs that).
-    Raises UserError when there are fewer rows than asked for.
-    """
-    if size > count:
-        raise UserError(f"data.labels: {size} labelled responses asked for, the data set has {count}")
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return sorted(order[:size])
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is no JSON ({error})") from error

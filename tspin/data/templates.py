@@ -107,9 +107,7 @@ class Template:
             prompt = _filled(str(messages[0]["content"]), self.form)
             answer = None if response is None else str(response["content"] or "")
         seam = len(prompt) - self.moved(prompt)
-        return Written(
-            prompt[:seam], None if answer is None else prompt[seam:] + answer, hidden, frozenset(notes)
-        )
+        return Written(prompt[:seam], None if answer is None else prompt[seam:] + answer, hidden, frozenset(notes))
 
     def moved(self, prompt: str) -> int:
         """See `moved`; remembered by the prompt's last characters, of which most prompts of a data set share theirs."""
@@ -157,15 +155,13 @@ class Template:
         else:
             notes.add("opened_otherwise")
             answer = content
-        if not answer.strip():
-            raise UserError("the tokenizer's chat template writes nothing of the response")
+        if response.get("tool_calls") and not answer.strip():
+            raise UserError("the tokenizer's chat template does not write tool calls: give one that does")
         if content.strip() not in answer:
             notes.add("left_out")
         return prompt, answer
 
-    def _check_complete(
-        self, prompt: str, messages: list[Message], tools: list[Any] | None, notes: set[str]
-    ) -> None:
+    def _check_complete(self, prompt: str, messages: list[Message], tools: list[Any] | None, notes: set[str]) -> None:
         """Raise UserError where the template ignores tools or tool calls; note messages that it writes in part."""
         if tools and prompt == rendered(messages, self.tokenizer, self.rendering, open_turn=True):
             raise UserError("the tokenizer's chat template does not write tools: give one that does, or rows without")

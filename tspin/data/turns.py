@@ -19,6 +19,7 @@ from tspin.config import Rendering
 from tspin.data.formats import Message
 from tspin.errors import UserError
 
+AS_IT_IS = Rendering()
 REPLY = "tspin reply"  # stands for an assistant's message when a template is asked what it writes around one
 
 
@@ -38,7 +39,7 @@ class TurnEnd:
 
 @dataclass(frozen=True)
 class Stops:
-    """Where drawing stops. end: the turn's. others: tokens after which nothing follows either, but which end no turn."""
+    """Where drawing stops: at the turn's end, and at other tokens after which nothing follows either."""
 
     end: TurnEnd
     others: frozenset[int] = frozenset()
@@ -49,7 +50,7 @@ class Stops:
         return sorted(self.others if self.end.token is None else self.others | {self.end.token})
 
 
-def turn_end(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = Rendering()) -> TurnEnd:
+def turn_end(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = AS_IT_IS) -> TurnEnd:
     """The end of a response; rendering.turn_end replaces what is derived. Raises UserError as `closing` does."""
     text = rendering.turn_end
     if not text and tokenizer.chat_template and rendering.template in ("auto", "chat", "none"):
@@ -57,6 +58,11 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = Renderin
         text = _first_control(written, tokenizer) or written.rstrip()
     text = text or str(tokenizer.eos_token)
     return TurnEnd(text, _closing_token(text, tokenizer))
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template may write today's date."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def stops(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, end: TurnEnd) -> Stops:

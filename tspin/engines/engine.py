@@ -23,6 +23,8 @@ from tspin.runs.unfinished import Unfinished
 from tspin.sampling import generation_settings, response_of, sample
 from tspin.triplets import Triplets
 
+WATCHED = 64  # responses whose log-probabilities vLLM gives, to be compared with the trainer's
+
 
 class Engine:
     """Samples, scores and trains policies that are folders, each by the means that `args` name.
@@ -65,8 +67,8 @@ class Engine:
         require_vllm("sampling_backend", args.engine)
         stop = stops(self.tokenizer, generation_settings(policy.folder), self.turn_end)
         served = Served(policy.folder, dtype_name(loading), args.engine, bool(loading.get("trust_remote_code")))
-        answers = generate_tokens(served, prompts, stop, decoding=args.decoding, seed=seed)
-        return TypedRows(answers.select_columns(["ids"]), lambda ids: response_of(ids, stop, self.tokenizer))
+        answers = generate_tokens(served, prompts, stop, decoding=args.decoding, seed=seed, watched=WATCHED)
+        return TypedRows(answers, lambda ids, logps: response_of(ids, stop, self.tokenizer, logps))
 
     def score(self, policy: Policy, triplets: Triplets, of: str, *, keep: bool = False) -> dict[str, list[float]]:
         """log π of every response under a policy: role → nats, in the triplets' order, on as many GPUs as there are.

@@ -49,12 +49,12 @@ def _generate(job: dict[str, Any], folder: Path) -> None:
                 max_tokens=job["max_new_tokens"],
                 stop_token_ids=job["end_tokens"],
                 seed=seed,
-                logprobs=0 if job["logprobs"] else None,
+                logprobs=0 if watched else None,
                 stop=job["end_text"],
                 include_stop_str_in_output=True,
                 detokenize=job["end_text"] is not None,  # a text is looked for in the text so far
             )
-            for seed in batch["seed"]
+            for seed, watched in zip(batch["seed"], batch["watched"], strict=True)
         ]
         rows = []
         for request in llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in batch["ids"]], settings):

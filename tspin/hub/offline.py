@@ -208,7 +208,7 @@ def load_dataset(name: str, config: str | None, split: str, revision: str | None
         return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # as above
         raise UserError(
-            f"data set {name!r} is neither a .jsonl or .parquet file here nor on the hub ({reason(error)})"
+            f"data set {name!r} is neither a file or folder here nor on the hub ({reason(error)})"
         ) from error
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tspin.config import Config
-from tspin.data.formats import read_rows
+from tspin.data.files import is_local, read_rows
 from tspin.evaluation.harness import task_manager_for
 from tspin.evaluation.suites import Suite, load_suite
 from tspin.hub.fetch import fetch, local_sources
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
 
 EMBEDDED = "pocket"
-LOCAL_DATA = (".jsonl", ".json", ".parquet")
 
 
 def fetch_needed(
@@ -36,7 +35,7 @@ def needed(config: Config) -> list[Item]:
     """
     trained: dict[Item, None] = {}
     for data in [config.data, *(config.for_method(name).data for name in config.methods)]:
-        if data.path != EMBEDDED and Path(data.path).suffix not in LOCAL_DATA:
+        if data.path != EMBEDDED and not is_local(data.path):
             trained[Item("dataset", data.path, data.name, data.split, data.revision)] = None
     suite = load_suite(config.evaluation.suite) if config.evaluation else None
     benchmarks = benchmark_data(suite) if suite else []
