@@ -18,10 +18,10 @@ from .reading import read_evaluations, read_scores, read_suite, read_table
 class Run:
     """A run's tables; every one has a column `iteration`, empty tables stand for what was not recorded.
 
-    scores: label, value. unit: what these are in. steps: as logged. samples: prompt_id, and the gaps of y over y′ after training,
-    reward and log_likelihood. costs: seconds, tokens, peak_bytes. responses: prompt_id, text, of the policy that the
-    iteration ended with. prompts: prompt_id, prompt, labelled. warnings: name, of tspin.diagnostics; None where no
-    iteration recorded whether there were any.
+    scores: label, value. steps: as logged. samples: prompt_id, and the gaps of y over y′ after training, reward and
+    log_likelihood. costs: seconds, tokens, peak_bytes. responses: prompt_id, text, of the policy that the iteration
+    ended with. prompts: prompt_id, prompt, labelled. warnings: name, of tspin.diagnostics; None where no iteration
+    recorded whether there were any. unit: what the scores are in.
     """
 
     name: str

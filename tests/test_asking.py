@@ -92,10 +92,10 @@ def tasks(tmp_path):
     """Two rows, and tasks that generate, compare, and measure whole texts."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     until = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
-    described = {"description": "Count well."}
-    task_file(tmp_path, "counts", "generate_until", "{{q}}", "{{a}}", ["exact_match"], generation_kwargs=until)
-    task_file(tmp_path, "told", "generate_until", "{{q}}", "{{a}}", ["exact_match"], generation_kwargs=until, **described)
-    task_file(tmp_path, "translates", "generate_until", "{{q}}", "{{a}}", ["bleu", "chrf"], generation_kwargs=until)
+    counts = {"generation_kwargs": until}
+    task_file(tmp_path, "counts", "generate_until", "{{q}}", "{{a}}", ["exact_match"], **counts)
+    task_file(tmp_path, "told", "generate_until", "{{q}}", "{{a}}", ["exact_match"], **counts, description="Well.")
+    task_file(tmp_path, "translates", "generate_until", "{{q}}", "{{a}}", ["bleu", "chrf"], **counts)
     task_file(tmp_path, "texts", "loglikelihood_rolling", "", "{{q}} The answer is {{a}}.",
               ["word_perplexity", "byte_perplexity", "bits_per_byte"])  # fmt: skip
     task_file(tmp_path, "chooses", "multiple_choice", "{{q}}", "{{a}}", ["acc", "acc_norm"],
@@ -230,9 +230,10 @@ def test_an_experiment_asks_as_its_runs_write_their_prompts():
         Evaluator(load_config("pocket", ["chat_template_kwargs={enable_thinking: true}"]), plain)
 
 
-def test_what_an_evaluation_follows_from_is_in_its_record(tmp_path):
+def test_what_an_evaluation_follows_from_is_in_its_record():
     """The run's way of writing prompts is a part of the stage's fingerprint, and of the results' config."""
-    first, second = (Evaluator(load_config("pocket", given), load_suite("pocket")) for given in ([], ["date=2024-03-02"]))
+    suite = load_suite("pocket")
+    first, second = (Evaluator(load_config("pocket", given), suite) for given in ([], ["date=2024-03-02"]))
     assert first.results_config()["suite"] != second.results_config()["suite"]
     assert second.results_config()["suite"]["date"] == "2024-03-02"
 
@@ -285,7 +286,7 @@ ENDS = {
     "gemma": (byte_level(TURN, "<eos>", "<bos>", "<pad>", GEMMA), "five", "<end_of_turn>", {"eos_token_id": 1}),
     "chatml, no tokens": (byte_level(["<|endoftext|>"], "<|endoftext|>", template=QWEN_2_5), "five", "<|im_end|>", {}),
     "added, not special": (with_added(AS_ADDED), "five", "\n<|done|>", {}),
-    "the tokenizer's": (byte_level(IM, "<|im_end|>", template=QWEN_2_5), "five", "<|endoftext|>", {"eos_token_id": [0]}),
+    "the model's": (byte_level(IM, "<|im_end|>", template=QWEN_2_5), "five", "<|endoftext|>", {"eos_token_id": [0]}),
 }  # fmt: skip
 
 
@@ -318,6 +319,17 @@ def test_a_suite_may_name_another_end(tasks):
     model, tokenizer, response = ending("chatml, no tokens")
     suite = suite_of(tasks, "counts", apply_chat_template=True, turn_end="ive")
     assert set(evaluate(model, tokenizer, suite, batch_size=4).samples.response) == {"f"}
+    token = {"eos_token_id": ids(tokenizer, response)[0]}
+    suite = suite_of(tasks, "counts", apply_chat_template=True, gen_kwargs=token)
+    assert set(evaluate(model, tokenizer, suite, batch_size=4).samples.response) == {""}
+
+
+def test_prompts_that_leave_no_room_are_counted(tasks, capsys):
+    model, tokenizer, _ = ending("gemma")
+    suite = suite_of(tasks, "counts", apply_chat_template=True, gen_kwargs={"max_gen_toks": 500})
+    evaluate(model, tokenizer, suite, batch_size=3)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tspin: ")]
+    assert said.startswith("tspin: 4 of 4 prompts were asked without their beginnings: the model's context of 512 ")
 
 
 def test_a_prompts_last_space_belongs_to_the_response(tasks):
@@ -382,7 +394,8 @@ def test_likelihoods_begin_once(tasks, monkeypatch, name, chat, task):
 def test_a_text_that_spells_the_begin_token_begins_once(tasks):
     model, tokenizer = beginning(GEMMA)
     lm = SegmentedLM(model, tokenizer=tokenizer, batch_size=2)
-    found = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("one", "<bos>one")])
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("one", "<bos>one")]
+    found = lm.loglikelihood_rolling(requests)
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
@@ -422,11 +435,11 @@ def test_bleu_and_chrf_are_sacrebleus(tasks, monkeypatch):
 
 
 def test_shares_are_told_from_others():
-    shares = ["acc", "acc_norm", "exact_match", "prompt_level_strict_acc", "inst_level_loose_acc", "rouge1_acc", "bleu_acc",
-              "math_verify", "pct_stereotype", "pass_at_1", "acc_mutual_info", "em", "r@1", "precision"]  # fmt: skip
-    others = ["word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte", "bleu", "chrf", "chrf++", "ter", "rouge1",
-              "rougeLsum", "rouge2_max", "bleu_diff", "smoothed_bleu_4", "brier_score", "mcc", "f1", "qa_f1_score",
-              "bertscore_f1_max", "bert", "eqbench", "percent_parseable", "likelihood_diff", "wer"]  # fmt: skip
+    shares = """acc acc_norm acc_mutual_info exact_match em prompt_level_strict_acc inst_level_loose_acc rouge1_acc
+        rougeL_acc bleu_acc math_verify pct_stereotype pass_at_1 pass@1 r@1 precision accuracy_amb""".split()
+    others = """word_perplexity byte_perplexity perplexity bits_per_byte bleu chrf chrf++ ter rouge1 rougeLsum
+        rouge2_max rougeL_avg bleu_diff smoothed_bleu_4 brier_score mcc f1 qa_f1_score bertscore_f1_max bert eqbench wer
+        percent_parseable likelihood_diff amb_bias_score""".split()
     assert [name for name in shares if not is_share("some", f"{name},none")] == []
     assert [name for name in others if is_share("some", f"{name},none")] == []
     assert not is_share("squadv2", "exact,none") and not is_share("scrolls_quality", "em,none")
@@ -543,12 +556,15 @@ def test_vllm_has_a_suites_other_keys(tasks, vllm):
     tokenizer = byte_level([*IM, "</think>"], "<|im_end|>")
     tokenizer.chat_template = {"default": "no", "dated": "{{ word }} {{ strftime_now('%Y') }}" + QWEN_2_5}
     number = tokenizer.convert_tokens_to_ids("</think>")
-    suite = suite_of(tasks, "counts", apply_chat_template="dated", chat_template_args={"word": "now"}, date="2021-01-01",
-                     system_instruction="Be brief.", enable_thinking=True, think_end_token=number)  # fmt: skip
-    same = byte_level([*IM, "</think>"], "<|im_end|>", template="now 2021" + QWEN_2_5.replace("You are Qwen", "Be brief"))
+    suite = suite_of(tasks, "counts", apply_chat_template="dated", chat_template_args={"word": "now"},
+                     date="2021-01-01", system_instruction="Be brief.", enable_thinking=True,
+                     think_end_token=number)  # fmt: skip
+    template = "now 2021" + QWEN_2_5.replace("You are Qwen", "Be brief")
+    same = byte_level([*IM, "</think>"], "<|im_end|>", template=template)
     _, samples, seen = vllm(writing(same, "Yes,</think>five<|im_end|>"), tokenizer, suite)
     assert set(samples.response) == {"five"}
-    assert all(text.startswith("now 2021<|im_start|>system\nBe brief.<|im_end|>") for text in tokenizer.batch_decode(seen))
+    begins = "now 2021<|im_start|>system\nBe brief.<|im_end|>"
+    assert all(text.startswith(begins) for text in tokenizer.batch_decode(seen))
 
 
 # lm-eval's own command

@@ -1,6 +1,7 @@
 """Scores of a model on a suite: every number comes from lm-evaluation-harness, here they are put in order."""
 
 import logging
+import random
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_MODULES = ("huggingface_hub", "datasets", "httpx", "requests", "aiohttp", "fsspec")
+PYTHON_SEED = 0  # lm-eval's default
 SCORES = ["benchmark", "metric", "value", "stderr", "n"]
 SAMPLES = ["benchmark", "task", "doc_id", "metric", "value", "response"]
 
@@ -60,8 +62,8 @@ def evaluate(
 
     batch_size: prompts in a batch.
     limit: problems per task, the first ones; None for all.
-    seed: of the draw of few-shot examples (1234 is lm-eval's default), and of Python's, NumPy's and PyTorch's
-        generators, which are left in the state that the evaluation puts them in.
+    seed: of the draw of few-shot examples (1234 is lm-eval's default), and of NumPy's and PyTorch's generators, which
+        are left in the state that the evaluation puts them in, as is Python's, seeded as lm-eval's command does.
     Raises UserError when lm-eval does not know a benchmark.
     """
     from tspin.evaluation.backend import SegmentedLM
@@ -81,6 +83,8 @@ def evaluate_lm(lm: "LM", suite: Suite, *, limit: int | None = None, seed: int =
     from transformers import set_seed
 
     limit_waiting()
+    set_seed(seed)
+    random.seed(PYTHON_SEED)  # some tasks shuffle their choices as they are loaded
     benchmarks = {
         column.benchmark: column for column in reversed(suite.columns)
     }  # two columns may show two metrics of the same
@@ -92,7 +96,6 @@ def evaluate_lm(lm: "LM", suite: Suite, *, limit: int | None = None, seed: int =
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed)
     _check_thinking(loaded["tasks"], suite)
-    set_seed(seed)
     with _lm_eval_log(logging.WARNING):
         # Not simple_evaluate: it reloads the tasks and starts a dozen programs to describe the machine, every time.
         try:
