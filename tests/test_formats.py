@@ -417,7 +417,7 @@ def test_bad_rows_are_named(row, line):
 @pytest.mark.parametrize(
     "row, settings, line",
     [
-        ({"text": "a", "label": 1}, {}, r"the columns text, label are none of the known formats \(prompt \+ completion; "
+        ({"text": "a", "label": 1}, {}, r"the columns text, label are none of the known formats \(prompt \+ completion"
          r".*say which hold what: data.columns={prompt: …, completion: …} \(in Python: columns=\)$"),
         ({"prompt": "a", "completion": "b"}, {"generated": True}, "no column 'generated', which data.generated asks"),
         ({"real": LONG, "generated": "x"}, {"generated": True, "rounds": "all"}, "`generated` is one response, and"),

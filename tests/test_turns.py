@@ -284,6 +284,13 @@ def test_sampled_responses_end_as_labelled_ones(name):
     """A model that knows one sentence by heart writes it, its end included, and stops there."""
     tokenizer, _ = MODELS[name]
     (example,) = encoded(tokenizer, [{"prompt": "How many apples?", "completion": "The answer is twelve."}])
+    greedy = Decoding(0.0, 1.0, len(example.labelled.ids) + 3, 4)
+    (drawn,) = sample(taught(tokenizer, example), tokenizer, [example.prompt_ids], greedy, seed=0)
+    assert drawn == example.labelled
+
+
+def taught(tokenizer, example) -> LlamaForCausalLM:
+    """A tiny model that knows an example by heart, and would go on after its end."""
     model = llama(tokenizer)
     ids = torch.tensor([example.prompt_ids + example.labelled.ids + [5, 5, 5]])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -291,9 +298,7 @@ def test_sampled_responses_end_as_labelled_ones(name):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    greedy = Decoding(0.0, 1.0, len(example.labelled.ids) + 3, 4)
-    (drawn,) = sample(model, tokenizer, [example.prompt_ids], greedy, seed=0)
-    assert drawn == example.labelled
+    return model
 
 
 def llama(tokenizer, spare: int = 0) -> LlamaForCausalLM:

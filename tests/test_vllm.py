@@ -7,13 +7,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from test_turns import MODELS, encoded, taught
 
+from tspin import SelfPlayConfig
 from tspin.config import Decoding, EngineSettings, load_config
 from tspin.data.turns import Stops, stops, turn_end
+from tspin.engines.engine import Engine
 from tspin.engines.vllm import Served, evaluate_folder, generate_tokens, require_vllm
 from tspin.errors import UserError
 from tspin.hub.offline import offline_model
-from tspin.models import POCKET_MODEL, load_model, load_tokenizer
+from tspin.models import POCKET_MODEL, Policy, load_model, load_tokenizer
 from tspin.sampling import sample
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
@@ -77,6 +80,21 @@ def test_log_probabilities_agree_token_by_token(model, temperature):
     if temperature == 0.0:
         greedy = sample(policy, tokenizer, prompts, Decoding(0.0, 1.0, 48, batch_size=64), seed=0)
         assert [answer["ids"] for answer in answers] == [response.ids for response in greedy]
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ["gemma-2", "chatml, no tokens"])
+def test_responses_end_as_labelled_ones(name, tmp_path):
+    """By a token that is not the tokenizer's own end, and by a text that ordinary tokens spell."""
+    tokenizer, _ = MODELS[name]
+    (example,) = encoded(tokenizer, [{"prompt": "How many apples?", "completion": "The answer is twelve."}])
+    taught(tokenizer, example).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    args = SelfPlayConfig(str(tmp_path / "run"), sampling_backend="vllm", temperature=0.0, max_new_tokens=40)
+    args.engine = EngineSettings(enforce_eager=True)
+    engine = Engine(args, tokenizer, {})
+    (drawn,) = engine.sample(Policy(str(tmp_path), ""), [example.prompt_ids], seed=0)
+    assert drawn == example.labelled and drawn.logp > -1.0
 
 
 @needs_vllm
