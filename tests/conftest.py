@@ -9,6 +9,7 @@ import pytest
 from filelock import FileLock
 
 from tspin.cli.guard import quiet_libraries
+from tspin.errors import tell
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,6 +30,12 @@ def pytest_collection_finish() -> None:
     """Let the garbage collector pass over all that was imported: a training run looks for garbage several times."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_told() -> None:
+    """Each test is told everything, as the first run of a command is."""
+    tell.cache_clear()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tspin import SelfPlayConfig
-from tspin.data import templates as data
 from tspin.data.encoding import encode_examples
 from tspin.data.responses import Response, read_responses, write_responses
 from tspin.data.sources import Source, load_rows, nested_subset, source_of
@@ -44,9 +43,10 @@ def test_a_text_is_one_message(tokenizer):
 
 
 def test_labelled_responses_end_unless_they_are_cut(tokenizer):
-    whole = data.encode_response("The answer is 12.", tokenizer, 16)
+    rows = [{"prompt": "1 + 11 =", "completion": "The answer is 12."}]
+    whole = encoded(rows, tokenizer, max_completion_length=16)[0].labelled
     assert whole.finished and whole.ids[-1] == tokenizer.eos_token_id
-    cut = data.encode_response("The answer is 12.", tokenizer, 3)
+    cut = encoded(rows, tokenizer, max_completion_length=3)[0].labelled
     assert not cut.finished and len(cut.ids) == 3 and tokenizer.eos_token_id not in cut.ids
 
 
@@ -69,9 +69,10 @@ def test_lines_end_at_newlines_only(tmp_path):
 
 
 def test_a_template_shows_the_prompt(tokenizer):
-    assert data.encode_prompt("1", tokenizer, "Q: {prompt} A:")[0] == "Q: 1 A:"
+    rows = [{"prompt": "1", "completion": "2"}]
+    assert encoded(rows, tokenizer, template="Q: {prompt} A:")[0].prompt == "Q: 1 A:"
     with pytest.raises(UserError, match="template 'papre'"):
-        data.encode_prompt("1", tokenizer, "papre")
+        encoded(rows, tokenizer, template="papre")
 
 
 def test_responses_survive_the_file(tmp_path):
@@ -141,11 +142,11 @@ def test_special_tokens_that_data_spells_are_text_and_are_listed(template, token
     assert hostile.labelled.ids.count(tokenizer.eos_token_id) == 1 == plain.labelled.ids.count(tokenizer.eos_token_id)
     assert hostile.labelled.ids[-1] == tokenizer.eos_token_id and len(hostile.labelled.ids) > 5
     assert end in hostile.prompt and examples.noted == {"special_tokens": [1]}
-    assert "1 of 2 data rows spell special tokens" in examples.remarks[0]
+    assert "1 of 2 data rows spell special tokens" in examples.remarks[1]
 
 
 def test_what_is_not_learned_whole_is_listed(tokenizer):
     whole, long = ("It is 4.", "It is 4, since two and two are four and no other number. " * 5)
     rows = [{"prompt": "2 + 2 =", "completion": completion} for completion in (whole, long)]
     examples = encoded(rows, tokenizer, template="chat")
-    assert examples.noted == {"cut": [1]} and "1 of 2 data rows cut to 16 tokens" in examples.remarks[0]
+    assert examples.noted == {"cut": [1]} and "1 of 2 data rows cut to 16 tokens" in examples.remarks[1]

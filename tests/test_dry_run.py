@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tspin.config import load_config
 from tspin.data.encoding import encode_dataset
-from tspin.data.responses import read_responses, write_responses
-from tspin.data.templates import encode_response
+from tspin.data.responses import Response, read_responses, write_responses
 from tspin.engines.here import Scoring, Training, score, train
 from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.hub import offline as hub
@@ -102,7 +101,9 @@ def test_ultrachats_first_rounds_become_the_papers_prompts(preset, offline, stan
         assert len(examples) == 12
         for example in examples:
             first = conversations[example.prompt_id]["messages"]
-            assert example.prompt == f"### Instruction: {first[0]['content']}\n\n### Response: "
+            assert (
+                example.prompt == f"### Instruction: {first[0]['content']}\n\n### Response:"
+            )  # the space is the response's
             assert example.labelled.text == first[1]["content"] and example.labelled.finished
             assert example.labelled.ids[-1] == stand_in.eos_token_id not in example.prompt_ids
     # SFT takes every row, and the self-play subset is nested in it.
@@ -125,7 +126,8 @@ def test_one_step_at_7b_width(preset, method, layers, offline, stand_in):
     sampled = {}
     for role, text in {SYNTHETIC: "Then it is baked.", PROTO: "the crust matters"}.items():
         path = offline / f"{role}.parquet"
-        write_responses(path, examples.prompt_ids, [encode_response(text, stand_in, 16)] * len(examples))
+        response = Response([*stand_in(text)["input_ids"], stand_in.eos_token_id], text, True)
+        write_responses(path, examples.prompt_ids, [response] * len(examples))
         sampled[role] = read_responses(path)
     triplets = make_triplets(examples, sampled if method == "tspin" else {SYNTHETIC: sampled[SYNTHETIC]})
     if method == "spin":

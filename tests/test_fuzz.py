@@ -279,8 +279,8 @@ def test_special_tokens_in_data_are_text(tokenizer):
         plain, example = examples = encode_examples(
             source_of(rows).read(), tokenizer, SelfPlayConfig(template=template, **limits)
         )
-        assert examples.noted == {"special_tokens": [4]}
-        assert "1 of 2 data rows spell special tokens" in examples.remarks[0]
+        assert examples.noted == {"special_tokens": [1]}
+        assert "1 of 2 data rows spell special tokens" in examples.remarks[1]
         own = [token for token in example.prompt_ids if token in special]
         assert own == [token for token in plain.prompt_ids if token in special]  # the template's and no others
         assert tokenizer.decode(example.prompt_ids, clean_up_tokenization_spaces=False) == example.prompt
@@ -289,7 +289,7 @@ def test_special_tokens_in_data_are_text(tokenizer):
     examples = encode_examples(source_of(rows).read(), tokenizer, SelfPlayConfig(template="none", **limits))
     raw = examples[1]
     assert tokenizer.eos_token_id in raw.prompt_ids and special.isdisjoint(raw.labelled.ids[:-1])
-    assert "as control tokens in prompts" in examples.remarks[0]
+    assert "as control tokens in prompts" in examples.remarks[1]
 
 
 def test_long_prompts_are_listed(tokenizer):
@@ -297,7 +297,7 @@ def test_long_prompts_are_listed(tokenizer):
     limits = {"template": "paper", "max_prompt_length": 32, "max_completion_length": 8}
     for what, word in (("drop", "dropped"), ("truncate", "truncated")):
         examples = encode_examples(source_of(rows).read(), tokenizer, SelfPlayConfig(long_prompts=what, **limits))
-        (line,) = examples.remarks
+        _, line = examples.remarks
         assert examples.noted == {word: [1, 3]} and "2 of 4 data rows" in line and line.endswith("rows 2, 4")
 
 

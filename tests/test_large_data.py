@@ -14,7 +14,7 @@ from tspin.data.mapped import TypedRows, mapped, read_in, rows_at, table_of
 from tspin.data.responses import RESPONSE_SCHEMA, Response, Responses
 from tspin.data.rows import ROWS
 from tspin.data.sources import load_rows
-from tspin.errors import UserError
+from tspin.errors import UserError, tell
 from tspin.experiment.preset import load_dataset
 from tspin.runs.files import fingerprint, fingerprint_of
 
@@ -28,7 +28,7 @@ def responses_of(count: int) -> Responses:
     """Responses to the prompts 0, 7, 14, …, written three at a time."""
 
     def draw(batch):
-        rows = [(7 * n, f"text {n}", list(range(n)), n % 2 == 0) for n in batch["n"]]
+        rows = [(7 * n, f"text {n}", list(range(n)), n % 2 == 0, None) for n in batch["n"]]
         return table_of(rows, RESPONSE_SCHEMA)
 
     return Responses(mapped(Dataset.from_dict({"n": list(range(count))}), draw, RESPONSE_SCHEMA, batch_size=3))
@@ -103,6 +103,7 @@ def test_a_large_data_set_trains_the_same_and_is_encoded_once(
     config = (tmp_path / "large" / "config.json").read_text()
     assert config == (tmp_path / "small" / "config.json").read_text()
     capsys.readouterr()
+    tell.cache_clear()
 
     def never(*_, **__):
         raise AssertionError("encoded again")

@@ -7,13 +7,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from test_turns import MODELS, encoded, taught
 
+from tspin import SelfPlayConfig
 from tspin.config import Decoding, EngineSettings, load_config
+from tspin.data.turns import Stops, stops, turn_end
+from tspin.engines.engine import Engine
 from tspin.engines.vllm import Served, evaluate_folder, generate_tokens, require_vllm
 from tspin.errors import UserError
 from tspin.hub.offline import offline_model
-from tspin.models import POCKET_MODEL, load_model, load_tokenizer
-from tspin.sampling import end_tokens, sample
+from tspin.models import POCKET_MODEL, Policy, load_model, load_tokenizer
+from tspin.sampling import sample
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -58,10 +62,10 @@ def test_log_probabilities_agree_token_by_token(model, temperature):
     folder = folder_of(model)
     tokenizer, policy = load_tokenizer(folder), load_model(folder).eval()
     prompts = prompts_for(model, tokenizer)
-    ends = end_tokens(policy.generation_config, tokenizer)
+    stop = stops(tokenizer, policy.generation_config, turn_end(tokenizer))
     answers = generate_tokens(
-        Served(folder, "float32", EngineSettings(enforce_eager=True)), prompts, ends,
-        decoding=Decoding(temperature, 1.0, 48, 64), seed=3, logprobs=True,
+        Served(folder, "float32", EngineSettings(enforce_eager=True)), prompts, stop,
+        decoding=Decoding(temperature, 1.0, 48, 64), seed=3, watched=len(prompts),
     )  # fmt: skip
     largest = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -70,12 +74,27 @@ def test_log_probabilities_agree_token_by_token(model, temperature):
             logps = policy(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         own = logps.gather(1, ids[0, len(prompt) :, None])[:, 0]
         largest = max(largest, float((own - torch.tensor(answer["logprobs"])).abs().max()))
-        assert len(answer["ids"]) == 48 or answer["ids"][-1] in ends
+        assert len(answer["ids"]) == 48 or answer["ids"][-1] in stop.tokens
     print(f"{model}, temperature {temperature}: largest difference {largest:.2e} nats a token")
     assert largest < LOGP_TOLERANCE
     if temperature == 0.0:
         greedy = sample(policy, tokenizer, prompts, Decoding(0.0, 1.0, 48, batch_size=64), seed=0)
         assert [answer["ids"] for answer in answers] == [response.ids for response in greedy]
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ["gemma-2", "chatml, no tokens"])
+def test_responses_end_as_labelled_ones(name, tmp_path):
+    """By a token that is not the tokenizer's own end, and by a text that ordinary tokens spell."""
+    tokenizer, _ = MODELS[name]
+    (example,) = encoded(tokenizer, [{"prompt": "How many apples?", "completion": "The answer is twelve."}])
+    taught(tokenizer, example).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    args = SelfPlayConfig(str(tmp_path / "run"), sampling_backend="vllm", temperature=0.0, max_new_tokens=40)
+    args.engine = EngineSettings(enforce_eager=True)
+    engine = Engine(args, tokenizer, {})
+    (drawn,) = engine.sample(Policy(str(tmp_path), ""), [example.prompt_ids], seed=0)
+    assert drawn == example.labelled and drawn.logp > -1.0
 
 
 @needs_vllm
@@ -85,7 +104,7 @@ def test_copies_of_the_engine_draw_what_one_draws():
     one, two = (
         generate_tokens(
             Served(str(POCKET_MODEL), "float32", EngineSettings(data_parallel=copies, enforce_eager=True)),
-            prompts, [tokenizer.eos_token_id], decoding=Decoding(1.0, 1.0, 16, 64), seed=5,
+            prompts, Stops(turn_end(tokenizer)), decoding=Decoding(1.0, 1.0, 16, 64), seed=5,
         )
         for copies in (1, 2)
     )  # fmt: skip

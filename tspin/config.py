@@ -9,11 +9,12 @@ there, the nearest right name.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import torch
-from pydantic import Field, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
@@ -28,6 +29,8 @@ from tspin.yaml_files import find_yaml, overridden, read_yaml
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+IsoDate = Annotated[str, BeforeValidator(str), AfterValidator(lambda text: date.fromisoformat(text).isoformat())]
 Dtype = Literal["float32", "bfloat16"]
 Backend = Literal["transformers", "vllm"]
 
@@ -70,6 +73,7 @@ class DataSettings(Section):
     generated: bool = False  # take the column `generated`, as SPIN's sets have it, for iteration 0's y′
     labels: PositiveInt | None = None  # rows used, a nested seeded subset; all when empty
     subset_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    history: Annotated[int, Field(ge=0, lt=128)] = 0  # see SelfPlayConfig
 
 
 class EvaluationSettings(Section):
@@ -109,6 +113,17 @@ class Decoding:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How conversations become text: the fields of SelfPlayConfig of these names."""
+
+    template: str = "auto"
+    system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    turn_end: str | None = None
+    date: str | None = None
+
+
 def setting(default: Any, meaning: str, operational: bool = False) -> Any:
     """A field of SelfPlayConfig. operational: it says how a run is executed, not what an iteration computes."""
     return field(default=default, metadata={"help": meaning, "operational": operational})
@@ -144,6 +159,12 @@ class SelfPlayConfig(_WithCoefficients):
     shared_dir: str | None = setting(None, "keeps what methods can share, y0 and the first y′; None: output_dir", True)
 
     template: str = setting("auto", "auto, chat, paper, none, or a text with {prompt} in it: see tspin.data.templates")
+    system_prompt: str | None = setting(None, "put before conversations that have none of their own")
+    chat_template_kwargs: dict[str, Any] | None = setting(
+        None, "given to the chat template, such as {enable_thinking: false}"
+    )
+    turn_end: NonEmpty | None = setting(None, "text that ends a response; None: what the chat template writes there")
+    date: IsoDate | None = setting(None, "today, to chat templates that write it; None: the day the run began")
     max_prompt_length: PositiveInt = setting(512, "tokens of a prompt")
     max_completion_length: PositiveInt = setting(256, "tokens of a labelled response, which is cut there")
     long_prompts: Literal["error", "truncate", "drop"] = setting("error", "on prompts over max_prompt_length")
@@ -156,6 +177,9 @@ class SelfPlayConfig(_WithCoefficients):
     sampling_dtype: Dtype | None = setting(None, "of the weights while sampling; None: as the model is loaded")
     engine: EngineSettings = setting(EngineSettings(), "vLLM's GPUs", operational=True)
 
+    history: Annotated[int, Field(ge=0, lt=128)] = setting(
+        0, "earlier iterations whose y′ an iteration trains on too; SPIN's released code takes 1"
+    )
     learning_rate: Positive | Annotated[list[Positive], Field(min_length=1)] = setting(  # type: ignore[assignment]
         5e-7, "one, or a list with one per iteration, the last going on"
     )
@@ -212,6 +236,11 @@ class SelfPlayConfig(_WithCoefficients):
         return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
 
     @property
+    def rendering(self) -> Rendering:
+        """How conversations become text."""
+        return Rendering(self.template, self.system_prompt, self.chat_template_kwargs, self.turn_end, self.date)
+
+    @property
     def decoding(self) -> Decoding:
         """How y′ and y0 are drawn."""
         return Decoding(self.temperature, self.top_p, self.max_new_tokens, self.sampling_batch_size)
@@ -241,7 +270,7 @@ OURS = {name for name, declared in _DECLARED.items() if "operational" in declare
 OPERATIONAL |= {name for name in OURS if _DECLARED[name].metadata["operational"]}
 SECTIONS = ("model", "data", "evaluation", "methods")
 PRESET_FIELDS = sorted(
-    (name for name in _DECLARED if name not in {*BY_COMMAND, *COEFFICIENTS} and not name.endswith("_token")),
+    (name for name in _DECLARED if name not in {*BY_COMMAND, *COEFFICIENTS, "history"} and not name.endswith("_token")),
     key=lambda name: name not in OURS,
 )
 
@@ -306,7 +335,7 @@ class Config:
 
 def _deciding(training: Any) -> dict[str, Any]:
     """The fields that decide what an iteration computes: ours, and Transformers' where they are not its defaults."""
-    left_out = {*OPERATIONAL, *COEFFICIENTS, "method", "seed", "per_device_train_batch_size"}
+    left_out = {*OPERATIONAL, *COEFFICIENTS, "method", "seed", "history", "per_device_train_batch_size"}
     theirs: dict[str, Any] = training.model_dump(exclude=OURS | left_out, exclude_defaults=True)
     return theirs | training.model_dump(include=OURS - left_out)
 
@@ -354,6 +383,8 @@ def build_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), source:
 
 def _refusal(name: str, value: Any, known: Iterable[str]) -> str:
     """Why a preset has no such key in this place, and which one may be meant."""
+    if name == "history":
+        return "stands in data, as data.history"
     if name in BY_COMMAND:
         return f"no part of a config: the command gives it, by {BY_COMMAND[name]}"
     if name.endswith("_token"):

@@ -1,7 +1,9 @@
 """Mistakes that a user can put right, and the lines that name them."""
 
 import difflib
+import sys
 from collections.abc import Iterable
+from functools import cache
 
 
 class UserError(Exception):
@@ -20,3 +22,9 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     hint = f"did you mean {near[0]!r}? " if near else ""
     listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
     return f"unknown {what} {name!r}: {hint}(known: {listed or 'none'})"
+
+
+@cache
+def tell(line: str) -> None:
+    """Say something on stderr; what several runs of one command have to say is said once."""
+    sys.stderr.write(f"tspin: {line}\n")

@@ -19,19 +19,20 @@ from typing import Any
 import pandas as pd
 from transformers import TrainerCallback
 
+from tspin import canaries
 from tspin.config import SelfPlayConfig
 from tspin.data.encoding import Example, Examples
 from tspin.data.responses import Responses, read_responses, response_statistics, write_responses
 from tspin.diagnostics import degeneration, sample_table, summary, warnings
 from tspin.engines.engine import Engine
-from tspin.engines.here import Training
+from tspin.engines.here import FIRST_STEP, Training
 from tspin.engines.launch import trains_in_bfloat16
 from tspin.models import Policy
 from tspin.objectives import METHODS, Coefficients, Method
-from tspin.runs.files import sha256, write_json
+from tspin.runs.files import read_json, sha256, write_json
 from tspin.runs.unfinished import Unfinished
 from tspin.schema import PROTO, SYNTHETIC
-from tspin.triplets import Triplets, make_triplets, reference_table, with_reference
+from tspin.triplets import Triplets, joined, make_triplets, reference_table, with_reference
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Iteration:
 
     number: t, from 0. policy: π_θt. initial: π_θ0. folder: where a run keeps its outputs.
     responses: y′ (SYNTHETIC) and y0 (PROTO), role → Parquet file as read_responses reads it; none without self-play.
+    history: the y′ of earlier iterations that it trains on too, each a file.
     """
 
     run: Run
@@ -82,6 +84,7 @@ class Iteration:
     initial: Policy
     folder: Path
     responses: Mapping[str, Path]
+    history: Sequence[Path] = ()
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -92,6 +95,7 @@ class Iteration:
             "policy": self.policy.fingerprint,
             "initial": self.initial.fingerprint,
             "responses": {role: sha256(path) for role, path in self.responses.items()},
+            "history": [sha256(path) for path in self.history],
             "weights": "bfloat16" if trains_in_bfloat16(self.run.args) else "as loaded",  # while computing
         }
 
@@ -121,10 +125,17 @@ class Iteration:
         """role → the responses in its file."""
         return {role: read_responses(path) for role, path in self.responses.items()}
 
-    def triplets(self, roles: Sequence[str], reference: Path | None = None) -> Triplets:
-        """The labelled responses with those of the sampled `roles`, and their reference log-probabilities."""
-        triplets = make_triplets(self.run.examples, {role: self.sampled[role] for role in roles})
-        return with_reference(triplets, pd.read_parquet(reference)) if reference else triplets
+    def triplets(self, roles: Sequence[str]) -> Triplets:
+        """The labelled responses with those of the sampled `roles`."""
+        return make_triplets(self.run.examples, {role: self.sampled[role] for role in roles})
+
+    def with_history(self, roles: Sequence[str]) -> Triplets:
+        """`triplets`, and after them the same with the y′ of each earlier iteration in `history`."""
+        earlier = [{**self.sampled, SYNTHETIC: read_responses(path)} for path in self.history]
+        return joined(
+            [self.triplets(roles)]
+            + [make_triplets(self.run.examples, {role: drawn[role] for role in roles}) for drawn in earlier]
+        )
 
 
 def sample(
@@ -138,9 +149,17 @@ def sample(
     return response_statistics(responses, labelled)
 
 
+def take_generated(run: Run, target: Path) -> dict[str, float]:
+    """Step 1 where the data brought iteration 0's y′ along: write them as `sample` does."""
+    generated = run.examples.generated
+    assert generated is not None
+    write_responses(target, run.examples.prompt_ids, generated)
+    return response_statistics(generated, run.examples.labelled)
+
+
 def score_reference(iteration: Iteration, target: Path) -> None:
     """Step 2: write the reference's log-probabilities of all responses: Parquet, prompt_id and a column per role."""
-    triplets = iteration.triplets(iteration.scored_roles)
+    triplets = iteration.with_history(iteration.scored_roles)
     keep = iteration.reference == iteration.policy  # training starts from it
     logps = iteration.run.engine.score(iteration.reference, triplets, "the reference", keep=keep)
     reference_table(triplets, logps).to_parquet(target, index=False)
@@ -160,7 +179,9 @@ def train(
     reference: step 2's file. log_folder: where the step log goes. unfinished: where a stopped training keeps its state.
     """
     run = iteration.run
-    triplets = iteration.triplets(iteration.trained_roles, reference)
+    triplets = iteration.with_history(iteration.trained_roles)
+    if reference:
+        triplets = with_reference(triplets, pd.read_parquet(reference))
     training = Training(triplets, run.engine.tokenizer, run.args, iteration.number, target, log_folder)
     return run.engine.train(iteration.policy, training, callbacks, unfinished)
 
@@ -175,7 +196,7 @@ def diagnose(iteration: Iteration, reference: Path | None, trained: Policy, targ
     referred = None
     if reference is not None:
         table = pd.read_parquet(reference)
-        referred = {role: table[role].tolist() for role in triplets.roles}
+        referred = {role: table[role].tolist()[: len(triplets)] for role in triplets.roles}  # what follows is history
     elif method.uses_reference:
         referred = run.engine.score(iteration.reference, triplets, "the reference")
     before = referred if referred and iteration.reference == iteration.policy else None
@@ -186,11 +207,40 @@ def diagnose(iteration: Iteration, reference: Path | None, trained: Policy, targ
     return summary(table)
 
 
-def measure(iteration: Iteration, diagnostics: Path | None, target: Path) -> dict[str, float]:
-    """Write measures of degeneration, and the warnings that follow from them, as JSON; returns the measures."""
+def measure(iteration: Iteration, diagnostics: Path | None, changed: float | None, target: Path) -> dict[str, float]:
+    """Write measures of degeneration, canaries, and the warnings that follow from both, as JSON; returns the measures.
+
+    changed: the share of weights that training changed.
+    """
     examples = iteration.run.examples
     responses = {role: sampled.of(examples.prompt_ids) for role, sampled in iteration.sampled.items()}
     table = None if diagnostics is None else pd.read_parquet(diagnostics)
     measures = degeneration(responses.get(SYNTHETIC, []), examples.labelled, responses.get(PROTO, []), table)
-    write_json(target, {"measures": measures, "warnings": warnings(measures)})
+    watched = canaries_of(iteration, table, measures, changed)
+    told = {**warnings(measures), **canaries.told(watched)}
+    write_json(target, {"measures": measures, "canaries": canaries.plain(watched), "warnings": told})
     return measures
+
+
+def canaries_of(
+    iteration: Iteration, table: pd.DataFrame | None, measures: Mapping[str, float], changed: float | None
+) -> dict[str, canaries.Canary]:
+    """The canaries of an iteration that is trained (tspin.canaries). table: its diagnostics, if there are any."""
+    run, method = iteration.run, iteration.run.method
+    same = method.uses_reference and iteration.reference == iteration.policy
+    coarse = run.args.bf16 or trains_in_bfloat16(run.args) or "bfloat16" in run.loading.get("dtype", "")
+    first = read_json(iteration.folder / FIRST_STEP)
+    # An earlier iteration's y′, which has a prompt's number too, changes nothing where policy and reference are one.
+    logps = None if iteration.history and not same else table
+    arithmetic = "bfloat16" if coarse else "float32"
+    found = canaries.first_step(method, iteration.coefficients, first, logps, arithmetic, same)
+    if table is not None and SYNTHETIC in iteration.sampled:
+        drawn = iteration.sampled[SYNTHETIC]
+        by_engine = run.args.sampling_backend == "vllm" or run.args.sampling_dtype == "bfloat16"
+        responses = zip(drawn.prompt_ids.tolist(), drawn.of(drawn.prompt_ids), strict=True)
+        found |= canaries.sampler(responses, table, "bfloat16" if coarse or by_engine else "float32")
+    if "unfinished_share" in measures:
+        found["ended"] = canaries.Canary(1 - measures["unfinished_share"], least=canaries.ENDED)
+    if changed is not None:
+        found["changed"] = canaries.Canary(changed, least=canaries.CHANGED)
+    return found

@@ -1,19 +1,28 @@
 """Responses from a policy."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from tspin.attention import grouped
 from tspin.config import Decoding
 from tspin.data.mapped import mapped, table_of
 from tspin.data.responses import RESPONSE_SCHEMA, Response, Responses
+from tspin.data.turns import Stops, TurnEnd, stops, turn_end
 from tspin.errors import UserError
 
 FIRST_SEGMENT = 8  # tokens after which ended rows leave for the first time; twice as many each time after
@@ -26,15 +35,17 @@ def sample(
     decoding: Decoding,
     *,
     seed: int,
+    end: TurnEnd | None = None,
     description: str = "sampling",
 ) -> Sequence[Response]:
     """One response per prompt, in the prompts' order. prompts: token ids, special tokens included.
 
-    Responses stop at the model's or the tokenizer's end token, which is kept as their last token.
+    end: what closes a response, which keeps it as its last tokens; None: what the chat template says. Other end tokens
+    of the model and the tokenizer stop a response too, without closing it (see `response_of`).
     The same seed on the same machine gives the same responses; PyTorch's global generator is left
     as it was.
     """
-    ends = end_tokens(model.generation_config, tokenizer)
+    stop = stops(tokenizer, model.generation_config, end or turn_end(tokenizer))
     sampled = decoding.temperature > 0
     settings = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
@@ -42,13 +53,14 @@ def sample(
         temperature=decoding.temperature if sampled else None,
         top_p=decoding.top_p if sampled else None,
         top_k=0 if sampled else None,  # Transformers' default of 50 would truncate the distribution unasked
-        eos_token_id=ends,
+        eos_token_id=stop.tokens,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     # Prompts of similar length share a batch, the longest first: least padding, and memory runs
     # out at once or not at all.
     lengths = list(map(len, prompts))
-    order = Dataset.from_dict({"prompt": sorted(range(len(prompts)), key=lambda i: -lengths[i])})
+    longest_first = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    order = Dataset.from_dict({"prompt": longest_first})
     was_training, configured = model.training, model.generation_config
     model.eval()
     # generate() fills what `settings` leaves open from the model's own settings (a repetition
@@ -64,9 +76,11 @@ def sample(
             def draw(batch: dict[str, list[int]]) -> pa.Table:
                 chosen = batch["prompt"]
                 rows = []
-                for i, ids in zip(chosen, _generate(model, [prompts[i] for i in chosen], settings), strict=True):
-                    response = response_of(ids, ends, tokenizer)
-                    rows.append((i, response.text, response.ids, response.finished))
+                watch = Watch(len(chosen)) if chosen[0] == longest_first[0] else None  # of one batch: it is a sample
+                drawn = _generate(model, [prompts[i] for i in chosen], settings, stop.end, tokenizer, watch)
+                for row, (i, ids) in enumerate(zip(chosen, drawn, strict=True)):
+                    response = response_of(ids, stop, tokenizer, watch.logps[row] if watch else ())
+                    rows.append((i, response.text, response.ids, response.finished, response.logp))
                 bar.update(len(rows))
                 return table_of(rows, RESPONSE_SCHEMA)
 
@@ -78,7 +92,14 @@ def sample(
     return drawn.of(range(len(prompts)))
 
 
-def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:
+def _generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    end: TurnEnd,
+    tokenizer: PreTrainedTokenizerBase,
+    watch: "Watch | None" = None,
+) -> list[list[int]]:
     length = max(map(len, prompts))
     input_ids = torch.full((len(prompts), length), settings.pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -86,7 +107,13 @@ def _generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings
         input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, length - len(prompt) :] = 1
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-    return generate_in_segments(model, input_ids, attention_mask, settings)
+    if end.token is not None:
+        return generate_in_segments(model, input_ids, attention_mask, settings, watch=watch)
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [end.text])])
+    return generate_in_segments(
+        model, input_ids, attention_mask, settings,
+        lambda rows: criteria, lambda ids: end.text in tokenizer.decode(ids), watch,
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -97,12 +124,14 @@ def generate_in_segments(
     settings: GenerationConfig,
     stops: Callable[[int], StoppingCriteriaList] | None = None,
     has_stopped: Callable[[list[int]], bool] | None = None,
+    watch: "Watch | None" = None,
 ) -> list[list[int]]:
     """New tokens of each row by `generate`, in segments: rows that have ended leave between two of them.
 
     One long response would otherwise keep its whole batch computing to the end. input_ids,
     attention_mask: int64 (batch, length), left-padded. A row ends at settings.eos_token_id; stops:
     further stopping criteria for a number of rows, has_stopped: whether a continuation ended by them.
+    watch: gets the log-probabilities of the new tokens.
     """
     ends = set(settings.eos_token_id)
     continuations: list[list[int]] = [[] for _ in input_ids]
@@ -111,7 +140,7 @@ def generate_in_segments(
     while rows and left > 0:
         part = copy.deepcopy(settings)
         part.max_new_tokens = min(segment, left)
-        with grouped(model):
+        with grouped(model), watch.over(model, rows) if watch else nullcontext():
             output: Any = model.generate(  # type: ignore[operator]
                 input_ids,
                 attention_mask=attention_mask,
@@ -121,6 +150,8 @@ def generate_in_segments(
                 return_dict_in_generate=True,
             )
         new = output.sequences[:, input_ids.shape[1] :]
+        if watch:
+            watch.last(new[:, -1])
         still_open = []
         for position, tokens in enumerate(new.tolist()):
             row = continuations[rows[position]]
@@ -138,20 +169,72 @@ def generate_in_segments(
     return continuations
 
 
-def response_of(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Response:
-    """The response that new tokens are: cut after the first end token, which it keeps."""
-    stop = next((position for position, token in enumerate(ids) if token in ends), None)
-    finished = stop is not None
-    kept = ids if stop is None else ids[: stop + 1]
+class Watch:
+    """The log-probabilities of the tokens that `generate` draws, under the policy itself whatever the temperature.
+
+    logps: for each row one per token, in nats; past a row's end they mean nothing.
+    """
+
+    def __init__(self, rows: int):
+        self.logps: list[list[float]] = [[] for _ in range(rows)]
+        self._rows: list[int] = []
+        self._next: torch.Tensor | None = None  # log-probabilities of the token to come, (rows, vocabulary)
+
+    @contextmanager
+    def over(self, model: PreTrainedModel, rows: list[int]) -> Iterator[None]:
+        """While this holds, `model` is called for the continuations of these rows."""
+        self._rows, self._next = rows, None
+        hook = model.register_forward_hook(self._called, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def last(self, tokens: torch.Tensor) -> None:
+        """The newest tokens, (rows,): the model is not called on them any more."""
+        assert self._next is not None
+        drawn = self._next.gather(1, tokens[:, None].to(self._next.device))[:, 0].tolist()
+        for row, logp in zip(self._rows, drawn, strict=True):
+            self.logps[row].append(logp)
+
+    def _called(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._next is not None:
+            self.last(kwargs["input_ids"][:, -1])
+        self._next = output.logits[:, -1].float().log_softmax(-1)
+
+
+def response_of(
+    ids: list[int], stop: Stops, tokenizer: PreTrainedTokenizerBase, logps: Sequence[float] = ()
+) -> Response:
+    """The response that new tokens are. logps: of each, where they are known.
+
+    It is finished where it has the turn's end, which it keeps, and cut after it. Another end token is no part of it,
+    unless it is the first of all: a response has a token.
+    """
+    response = _cut(ids, stop, tokenizer)
+    return replace(response, logp=sum(logps[: len(response.ids)])) if logps else response
+
+
+def _cut(ids: list[int], stop: Stops, tokenizer: PreTrainedTokenizerBase) -> Response:
+    last = next((position for position, token in enumerate(ids) if token in stop.tokens), None)
+    kept = ids if last is None else ids[: last + 1]
+    if stop.end.token is None:
+        return _ended_by_text(kept, stop, tokenizer)
+    finished = last is not None and ids[last] == stop.end.token
+    if last and not finished:
+        kept = ids[:last]
     text = tokenizer.decode(kept[:-1] if finished else kept, skip_special_tokens=True)
     return Response(kept, str(text), finished)
 
 
-def end_tokens(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: the model's by its generation settings, and the tokenizer's."""
-    configured = settings.eos_token_id if settings else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None})
+def _ended_by_text(ids: list[int], stop: Stops, tokenizer: PreTrainedTokenizerBase) -> Response:
+    """As `_cut`, where ordinary tokens spell the turn's end: the last of them may spell more."""
+    text, finished, _ = str(tokenizer.decode(ids)).partition(stop.end.text)
+    if not finished:
+        kept = ids[:-1] if len(ids) > 1 and ids[-1] in stop.others else ids
+        return Response(kept, str(tokenizer.decode(kept, skip_special_tokens=True)), False)
+    count = next(n for n in range(1, len(ids) + 1) if stop.end.text in str(tokenizer.decode(ids[:n])))
+    return Response(ids[:count], text, True)
 
 
 def generation_settings(folder: str) -> GenerationConfig | None:

@@ -8,6 +8,7 @@ The steps are those of tspin.iteration. The loop keeps each one's output as a st
 (tspin.runs.stages), so that the same call continues after any crash.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,13 +22,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from tspin.config import SelfPlayConfig
 from tspin.data.encoding import Example, encode_dataset
 from tspin.data.responses import write_parquet
-from tspin.diagnostics import warnings
+from tspin.data.turns import writes_date
 from tspin.engines.engine import Engine
+from tspin.engines.here import FIRST_STEP
 from tspin.errors import UserError
-from tspin.iteration import Iteration, Run, diagnose, measure, sample, score_reference, train
+from tspin.iteration import Iteration, Run, diagnose, measure, sample, score_reference, take_generated, train
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.runs.claims import claim_folder
-from tspin.runs.files import atomic_path, folder_fingerprint, sha256, write_json
+from tspin.runs.dates import date_of_run, record_date
+from tspin.runs.files import atomic_path, fingerprint_of, folder_fingerprint, read_json, sha256, write_json
 from tspin.runs.locks import owned
 from tspin.runs.seeds import stage_seed
 from tspin.runs.stages import DamagedStage, Stage, check_stage, note_damage, run_stage
@@ -47,7 +50,7 @@ class IterationResult:
     synthetic: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     diagnostics: dict[str, Any] = field(default_factory=dict)
-    warnings: dict[str, str] = field(default_factory=dict)  # what has gone too far, see tspin.diagnostics.warnings
+    warnings: dict[str, str] = field(default_factory=dict)  # what has gone too far, see tspin.iteration.measure
 
     @property
     def policy(self) -> Policy:
@@ -84,11 +87,13 @@ class SelfPlayTrainer:
         if isinstance(model, PreTrainedModel) and processing_class is None:
             raise UserError("processing_class: give the tokenizer along with a loaded model")
         self.source = model if isinstance(model, PreTrainedModel) else resolve(str(model))
-        self.args = args
         self.folder = Path(str(args.output_dir))
         self.shared = Path(args.shared_dir) if args.shared_dir else self.folder
         self.callbacks = list(callbacks)
         tokenizer = processing_class or load_tokenizer(str(self.source), model_arguments)
+        self.args = args = copy.copy(args)
+        if args.date is None and writes_date(tokenizer):
+            args.date = date_of_run(self.shared)
         self.examples = encode_dataset(train_dataset, tokenizer, args)
         self.run = Run(args, self.examples, Engine(args, tokenizer, model_arguments or {}))
         self.model: PreTrainedModel | None = None  # the final policy, after train()
@@ -159,6 +164,8 @@ class SelfPlayTrainer:
     def _initial_policy(self) -> Policy:
         """π_θ0, once the run's folder is known to be this run's; leaves the prompts there for those who read it."""
         policy = self._claimed()
+        if self.args.date:
+            record_date(self.shared, self.args.date)
         if self.examples.noted and not (self.folder / "rows.json").exists():
             write_json(self.folder / "rows.json", self.examples.noted)
         path = self.folder / "prompts.parquet"
@@ -195,6 +202,10 @@ class SelfPlayTrainer:
         if not self.run.method.self_play:
             return None
         path = self.response_path(role, number)
+        if role == SYNTHETIC and number == 0 and (generated := self.examples.generated):
+            brought = {"data": self.examples.prompts_fingerprint, "generated": fingerprint_of(r.ids for r in generated)}
+            with owned(path.parent, wait=True):
+                return run_stage(path, brought, partial(take_generated, self.run))
         seed = stage_seed(self.args.seed, role, None if role == PROTO else number)
         prompts = self.examples.prompts_fingerprint
         inputs = {**self.run.decoding, "policy": policy.fingerprint, "data": prompts, "seed": seed}
@@ -207,7 +218,9 @@ class SelfPlayTrainer:
         self, number: int, policy: Policy, initial: Policy, synthetic: Stage | None, proto: Stage | None
     ) -> Iteration:
         responses = {role: stage.output for role, stage in ((SYNTHETIC, synthetic), (PROTO, proto)) if stage}
-        return Iteration(self.run, number, policy, initial, self.folder / f"iteration-{number}", responses)
+        first = max(number - self.args.history, 0) if responses else number
+        history = [self.response_path(SYNTHETIC, earlier) for earlier in reversed(range(first, number))]
+        return Iteration(self.run, number, policy, initial, self.folder / f"iteration-{number}", responses, history)
 
     def _score_reference(self, iteration: Iteration) -> Stage | None:
         if not self.run.method.uses_reference:
@@ -223,7 +236,9 @@ class SelfPlayTrainer:
             train, iteration, scores, log_folder=iteration.folder, callbacks=self.callbacks, unfinished=unfinished
         )
         # Of checkpoints most are not read again: whoever loads one checks it.
-        trained = run_stage(iteration.folder / "model", inputs, produce, beside=["steps.parquet"], check=False)
+        trained = run_stage(
+            iteration.folder / "model", inputs, produce, beside=["steps.parquet", FIRST_STEP], check=False
+        )
         self.run.engine.release()
         unfinished.forget()
         return trained
@@ -236,7 +251,7 @@ class SelfPlayTrainer:
         if self.args.diagnostics:
             produce = partial(diagnose, iteration, reference.output if reference else None, policy)
             stages.append(run_stage(iteration.folder / "diagnostics.parquet", inputs, produce))
-        produce = partial(measure, iteration, stages[0].output if stages else None)
+        produce = partial(measure, iteration, stages[0].output if stages else None, trained.facts.get("changed_share"))
         inputs = {**inputs, "diagnostics": self.args.diagnostics}
         return [*stages, run_stage(iteration.folder / "guards.json", inputs, produce)]
 
@@ -254,5 +269,5 @@ def _result(
         synthetic.facts if synthetic else {},
         {**trained.facts, **costs, "commit": trained.provenance["commit"]},
         {name: value for stage in diagnosed for name, value in stage.facts.items()},
-        warnings(diagnosed[-1].facts),
+        read_json(diagnosed[-1].output)["warnings"],
     )

@@ -1,5 +1,6 @@
 """One iteration's training: a transformers.Trainer over triplets of responses."""
 
+import copy
 import errno
 import json
 import math
@@ -83,6 +84,7 @@ class TripletTrainer(Trainer):
         self.keep_state: Callable[[int, Callable[[Path], None]], None] | None = None
         self.means = Means()
         self._triplets: Sequence[Triplet] = []  # of the step in hand
+        self.first_step: dict[str, Any] = {}  # its means, "loss" among them, and its "prompt_ids"
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The gradients of a step, micro-batch by micro-batch; smaller ones from here on where memory runs out."""
@@ -94,7 +96,10 @@ class TripletTrainer(Trainer):
             micro_batches = self._as_many_everywhere(micro_batches)
         while True:
             try:
-                return self._accumulate(model, micro_batches)
+                loss = self._accumulate(model, micro_batches)
+                if self.state.global_step == 0:
+                    self._record_first_step()
+                return loss
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or self.args.world_size > 1:
                     raise
@@ -104,6 +109,12 @@ class TripletTrainer(Trainer):
             self.means.restore(means)
             model.zero_grad()
             micro_batches = self.collator(triplets)["micro_batches"]
+
+    def _record_first_step(self) -> None:
+        means = copy.deepcopy(self.means)
+        if self.args.world_size > 1:
+            means.sum_over_processes(self.args.device)
+        self.first_step = {**means.pop(), "prompt_ids": [triplet.prompt_id for triplet in self._triplets]}
 
     def _accumulate(self, model: torch.nn.Module, micro_batches: Sequence[dict[str, Any]]) -> Tensor:
         *first, last = micro_batches
@@ -235,13 +246,15 @@ class TripletTrainer(Trainer):
         if not math.isfinite(values[0]):
             kind = self.coefficients.get("loss_type", self.method.name)
             raise self._diverged(f"the {kind} loss is {values[0]}", prompt_ids)
-        self.means.add(dict(zip(step, values[1:], strict=True)), tokens, share)
+        self.means.add(dict(zip(["loss", *step], values, strict=True)), tokens, share)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to what Trainer logs."""
         if self.args.world_size > 1:
             self.means.sum_over_processes(self.args.device)
-        super().log({**logs, **self.means.pop()}, start_time)
+        means = self.means.pop()
+        means.pop("loss", None)  # Trainer's own is logged
+        super().log({**logs, **means}, start_time)
 
 
 class Means:

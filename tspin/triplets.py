@@ -96,6 +96,11 @@ def make_triplets(examples: Examples, responses: Mapping[str, Responses]) -> Tri
     return Triplets(concatenate_datasets(parts, axis=1))
 
 
+def joined(parts: Sequence[Triplets]) -> Triplets:
+    """Triplets of the same roles, one after the other."""
+    return parts[0] if len(parts) == 1 else Triplets(concatenate_datasets([part.dataset for part in parts]))
+
+
 def reference_table(triplets: Triplets, logps: Mapping[str, Sequence[float]]) -> pd.DataFrame:
     """prompt_id and a column per role, in nats: what a reference policy's log-probabilities are kept as."""
     return pd.DataFrame({"prompt_id": column(triplets.dataset, "prompt_id"), **logps})

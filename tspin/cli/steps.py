@@ -35,6 +35,9 @@ def train(
     iteration: Annotated[int, typer.Option(help="0-based; β is 0 at iteration 0")] = 0,
     synthetic: Annotated[Path | None, typer.Option(help="y′, from `tspin sample` with --model")] = None,
     proto: Annotated[Path | None, typer.Option(help="y0, from `tspin sample` with the initial model")] = None,
+    history: Annotated[
+        list[Path] | None, typer.Option(help="y′ of an earlier iteration, to train on too; repeatable")
+    ] = None,
     reference: Reference = None,
     seed: Seed = 0,
     settings: Set = None,
@@ -49,7 +52,7 @@ def train(
 
     step = steps.Step(
         model, dataset, out, method, iteration, seed, settings or [],
-        synthetic=synthetic, proto=proto, reference=reference,
+        synthetic=synthetic, proto=proto, history=history or [], reference=reference,
     )  # fmt: skip
     facts = steps.train_from_files(step)
     typer.echo(f"{out}: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['training_seconds']:.0f} s")

@@ -1,9 +1,8 @@
 """Rows in, examples out: prompts and labelled responses as tokens, encoded once where that takes long."""
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,27 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tspin.config import SelfPlayConfig
-from tspin.data.formats import Message
 from tspin.data.mapped import FILE, TypedRows, column, mapped, table_of
 from tspin.data.responses import RESPONSE_SCHEMA, Response, response_rows
 from tspin.data.sources import Source, source_of
-from tspin.data.templates import encode_prompt, encode_response, special_tokens, spelt_tokens
-from tspin.errors import UserError
+from tspin.data.templates import Template, Written
+from tspin.errors import UserError, tell
 from tspin.models import tokenizer_fingerprint
 from tspin.runs.files import fingerprint, fingerprint_of
 from tspin.runs.locks import owned
 from tspin.runs.stages import run_stage
 
-SETTINGS = ("template", "max_prompt_length", "max_completion_length", "long_prompts")  # that examples depend on
+SETTINGS = ("rendering", "max_prompt_length", "max_completion_length", "long_prompts")  # that examples depend on
 BAR_AFTER = 10  # seconds of encoding that need no progress bar
-EXAMPLE_SCHEMA = pa.schema([*RESPONSE_SCHEMA, ("prompt", pa.string()), ("prompt_ids", pa.list_(pa.int32()))])
+GENERATED = {"ids": "generated_ids", "text": "generated_text", "finished": "generated_finished"}
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        *(field for field in RESPONSE_SCHEMA if field.name != "logp"),
+        ("prompt", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        *((name, RESPONSE_SCHEMA.field(cell).type) for cell, name in GENERATED.items()),  # null where there is none
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,8 @@ class Example:
 class Examples(TypedRows[Example]):
     """Examples of a data set of EXAMPLE_SCHEMA.
 
-    noted: "dropped", "truncated", "cut", "special_tokens" → numbers of such rows, only what there is.
-    remarks: that in words, a line per kind.
+    noted: a kind ("dropped", "truncated", "cut", "border", …) → numbers of such rows, only what there is.
+    remarks: how prompts and responses are written, and the noted rows, in words, a line each.
     fingerprint: of the prompts' numbers and tokens and the labels' tokens. prompts_fingerprint: without the labels.
     """
 
@@ -60,6 +66,7 @@ class Examples(TypedRows[Example]):
             dataset.select_columns(["prompt_id", "prompt", "prompt_ids", "ids", "text", "finished"]),
             lambda number, prompt, prompt_ids, *label: Example(number, prompt, prompt_ids, Response(*label)),
         )
+        self._generated = dataset.select_columns(list(GENERATED.values()))
         self.noted = noted
         self.remarks = remarks
         numbers = self.prompt_ids.tolist()
@@ -82,11 +89,17 @@ class Examples(TypedRows[Example]):
         """The labelled responses."""
         return response_rows(self.dataset)
 
+    @property
+    def generated(self) -> TypedRows[Response] | None:
+        """The responses that came with the data, to be iteration 0's y′; None where there are none."""
+        cells = self._generated.rename_columns({name: cell for cell, name in GENERATED.items()})
+        return None if cells[0]["ids"] is None else response_rows(cells)
+
 
 def encode_dataset(
     dataset: Source | Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
 ) -> Examples:
-    """Rows of a known format (tspin.data.formats) as examples, numbered as `source_of` does. Raises UserError.
+    """Rows {"prompt", "completion"} as examples; an integer "prompt_id" replaces the row's number. Raises UserError.
 
     What is made of large data sets (`Source.key`) is kept in args.shared_dir, or the run's folder, and read from there
     the next time. Rows of note are told on stderr.
@@ -97,12 +110,13 @@ def encode_dataset(
     else:
         examples = _encoded_once(source, tokenizer, args)
     for remark in examples.remarks:
-        sys.stderr.write(f"tspin: {remark}\n")
+        tell(remark)
     return examples
 
 
 def _encoded_once(source: Source, tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig) -> Examples:
     settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["rendering"] = asdict(args.rendering)
     inputs = {"rows": source.key, "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
     folder = Path(args.shared_dir or str(args.output_dir))
     path = folder / f"examples-{fingerprint(inputs)}"
@@ -123,71 +137,115 @@ def encode_examples(
     """Encode checked rows (tspin.data.rows.ROWS). path: keeps what is made of them there, an Arrow file.
 
     A prompt over args.max_prompt_length is dealt with as args.long_prompts says: "error" raises UserError, "drop"
-    leaves the row out, "truncate" keeps the prompt's last tokens. Rows that were dropped, or cut in prompt or response,
-    and those whose text spells special tokens, are in `noted` of what is returned, and counted and listed in its
-    `remarks`.
-    Raises UserError for a tokenizer without an end token, and where no rows are left or two have the same number.
+    leaves the row out, "truncate" keeps the prompt's last tokens. Rows that are not learned as they stand are in
+    `noted` of what is returned, and counted and listed in its `remarks`.
+    Raises UserError for a tokenizer without an end token, for rows that the chat template cannot write, and where no
+    rows are left or two have the same number.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token): set one, or responses could never end")
     with tqdm(total=len(rows), desc="encoding", unit="row", delay=BAR_AFTER) as bar:
         encoder = _Encoder(tokenizer, args, bar)
         dataset = mapped(rows, encoder, EXAMPLE_SCHEMA, path=path)
+    encoder.refuse(len(rows))
     if not len(dataset):
         raise UserError("no data left: every prompt is longer than max_prompt_length")
     if len(np.unique(column(dataset, "prompt_id"))) < len(dataset):
         raise UserError("train_dataset: two rows have the same prompt_id; responses are matched by it")
-    return Examples(dataset, encoder.noted, encoder.remarks(len(rows)))
+    return Examples(dataset, encoder.noted, [encoder.manner(), *encoder.remarks(len(rows))])
 
 
 class _Encoder:
     """Encodes rows, a batch at a time, and notes those that are not learned as they stand."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig, bar: tqdm):
-        self.tokenizer = tokenizer
+        self.template = Template(tokenizer, args.rendering)
         self.args = args
         self.bar = bar
         self.noted: dict[str, list[int]] = {}
-        self._special = special_tokens(tokenizer)
-        self._spelt: set[str] = set()
+        self.refused: dict[int, str] = {}  # row → why it cannot be rendered
 
     def __call__(self, batch: dict[str, list[Any]]) -> pa.Table:
-        rows = map(
-            self._encoded, batch["number"], map(json.loads, batch["prompt"]), map(json.loads, batch["completion"])
-        )
-        table = table_of([row for row in rows if row], EXAMPLE_SCHEMA)
-        self.bar.update(len(batch["number"]))
-        return table
+        rows = [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
+        encoded = self._with_responses(rows, "completion")
+        generated = {}
+        if rows[0]["generated"] is not None:
+            generated = {row["number"]: response for row, _, _, response in self._with_responses(rows, "generated")}
+        examples = [self._example(*item, generated.get(item[0]["number"])) for item in encoded]
+        self.bar.update(len(rows))
+        return table_of([cells for cells in examples if cells], EXAMPLE_SCHEMA)
 
-    def _encoded(self, number: int, prompt: list[Message], completion: list[Message]) -> tuple[Any, ...]:
+    def _with_responses(
+        self, rows: Sequence[dict[str, Any]], column: str
+    ) -> list[tuple[dict[str, Any], Written, list[int], Response]]:
+        """(row, text, prompt's tokens, response in `column`) of the rows that can be rendered."""
+        written = [(row, parts) for row in rows if (parts := self._written(row, column))]
+        hidden = [parts.hidden for _, parts in written]
+        prompts = self.template.encode([parts.prompt for _, parts in written], hidden)
+        wholes = self.template.encode([self._whole(parts) for _, parts in written], hidden)
+        return [
+            (row, parts, prompt, self._response(row, parts, prompt, whole))
+            for (row, parts), prompt, whole in zip(written, prompts, wholes, strict=True)
+        ]
+
+    def _written(self, row: dict[str, Any], column: str) -> Written | None:
+        """A row as text; None where it cannot be rendered."""
+        prompt, (response,) = json.loads(row["prompt"]), json.loads(row[column])
+        try:
+            return self.template.write(prompt, response, json.loads(row["tools"] or "null"))
+        except UserError as error:
+            self.refused[row["row"]] = str(error)
+            return None
+
+    def _whole(self, written: Written) -> str:
+        return f"{written.prompt}{written.response}{self.template.end.text}"
+
+    def _example(
+        self, row: dict[str, Any], written: Written, prompt: list[int], label: Response, generated: Response | None
+    ) -> tuple[Any, ...]:
         """A row of EXAMPLE_SCHEMA; an empty one where the prompt is dropped."""
-        limit, long_prompts = self.args.max_prompt_length, self.args.long_prompts
-        text, ids = encode_prompt(prompt, self.tokenizer, self.args.template, self._special)
-        if not ids:
-            raise UserError(f"data row {number + 1}: the tokenizer makes no token of this prompt")
-        if len(ids) > limit:
-            if long_prompts == "error":
+        args = self.args
+        if not prompt:
+            raise UserError(f"data row {row['row'] + 1}: the tokenizer makes no token of this prompt")
+        if len(prompt) > args.max_prompt_length:
+            if args.long_prompts == "error":
                 raise UserError(
-                    f"data row {number + 1}: prompt of {len(ids)} tokens, max_prompt_length is "
-                    f"{limit}; raise it, or set long_prompts to truncate or drop"
+                    f"data row {row['row'] + 1}: prompt of {len(prompt)} tokens, max_prompt_length is "
+                    f"{args.max_prompt_length}; raise it, or set long_prompts to truncate or drop"
                 )
-            self._note("dropped" if long_prompts == "drop" else "truncated", number)
-            if long_prompts == "drop":
+            self._note("dropped" if args.long_prompts == "drop" else "truncated", row)
+            if args.long_prompts == "drop":
                 return ()
-            ids = ids[-limit:]
-        if spelt := spelt_tokens([*prompt, *completion], self._special):
-            self._spelt.update(spelt)
-            self._note("special_tokens", number)
-        label = encode_response(completion[-1]["content"], self.tokenizer, self.args.max_completion_length)
+            prompt = prompt[-args.max_prompt_length :]
+        for note in written.notes:
+            self._note(note, row)
         if not label.finished:
-            self._note("cut", number)
-        return number, label.text, label.ids, label.finished, text, ids
+            self._note("cut", row)
+        text = written.shown(written.prompt)
+        cells = (None, None, None) if generated is None else (generated.ids, generated.text, generated.finished)
+        return row["number"], label.text, label.ids, label.finished, text, prompt, *cells
 
-    def _note(self, kind: str, number: int) -> None:
-        self.noted.setdefault(kind, []).append(number)
+    def _response(self, row: dict[str, Any], written: Written, prompt: list[int], whole: list[int]) -> Response:
+        """The labelled response: what follows the prompt in both together, or cut and without an end."""
+        assert written.response is not None
+        ids = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt or not ids:
+            self._note("border", row)
+            ids = self.template.encode_after(written.response + self.template.end.text, written.hidden)
+        longest = self.args.max_completion_length
+        return Response(ids[:longest], written.shown(written.response).lstrip(" "), finished=len(ids) <= longest)
+
+    def _note(self, kind: str, row: dict[str, Any]) -> None:
+        self.noted.setdefault(kind, []).append(row["row"])
+
+    def refuse(self, count: int) -> None:
+        """Raise UserError where rows could not be rendered, of `count` in all."""
+        if self.refused:
+            number, why = next(iter(self.refused.items()))
+            raise UserError(f"{len(self.refused)} of {count} data rows: {why}; the first is row {number + 1}")
 
     def remarks(self, count: int) -> list[str]:
-        """The noted rows in words, of `count` rows in all, a line per kind."""
+        """How prompts and responses are written, and the noted rows in words, of `count` in all, a line per kind."""
         limit, longest = self.args.max_prompt_length, self.args.max_completion_length
         as_text = "as text"
         if self.args.template == "none":
@@ -196,10 +254,22 @@ class _Encoder:
             "dropped": f"dropped: prompts of more than max_prompt_length, {limit}",
             "truncated": f"cut to the last {limit} tokens of their prompts (max_prompt_length)",
             "cut": f"cut to {longest} tokens of their response and no end token (max_completion_length)",
-            "special_tokens": f"spell special tokens ({' '.join(sorted(self._spelt))}), taken {as_text}",
+            "special_tokens": f"spell special tokens, taken {as_text}",
+            "left_out": "have messages that the chat template writes in part alone",
+            "opened_otherwise": "have responses that stand right after the generation prompt, which the chat template "
+            "does not write before an assistant's message",
+            "border": "have prompts whose end the tokenizer would merge with the response: encoded apart",
         }
         remarks = []
         for kind, numbers in self.noted.items():
             listed = ", ".join(str(n + 1) for n in numbers[:10]) + (", …" if len(numbers) > 10 else "")
             remarks.append(f"{len(numbers)} of {count} data rows {says[kind]}: rows {listed}")
         return remarks
+
+    def manner(self) -> str:
+        """How prompts begin and responses end, in one line."""
+        template, begin = self.template, self.template.begin_text
+        line = f"responses end with {template.end}"
+        line += f", prompts begin with {begin!r}" if begin else ""
+        date = self.args.date
+        return line + (f", the chat template is told the date {date}" if date else "")

@@ -11,7 +11,6 @@ import io
 import json
 import lzma
 import os
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -23,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tspin.data.mapped import BATCH
-from tspin.errors import UserError, reason
+from tspin.errors import UserError, reason, tell
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 LONGEST_CELL = 2**31 - 1  # characters; csv's own limit, 131,072, is less than a response may have
@@ -83,7 +82,7 @@ def open_folder(folder: Path, name: str | None, split: str) -> list[Path] | data
     placed = {Path(file) for part in found.values() for file in part}
     if left := sorted(path.name for path in Path(place).rglob("*") if reader_of(path) and path not in placed):
         names = ", ".join(left[:10]) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
-        sys.stderr.write(f"tspin: {folder}: its files in none of the splits {', '.join(map(str, found))}: {names}\n")
+        tell(f"{folder}: its files in none of the splits {', '.join(map(str, found))}: {names}")
     return files
 
 

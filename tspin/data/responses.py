@@ -1,7 +1,7 @@
 """Responses to prompts, labelled or drawn: in memory-mapped rows, and in the Parquet files of a run."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ from tspin.errors import UserError
 
 ROW_GROUP = 16 * BATCH  # rows of a Parquet file that are read at a time
 RESPONSE_SCHEMA = pa.schema(
-    [("prompt_id", pa.int64()), ("text", pa.string()), ("ids", pa.list_(pa.int32())), ("finished", pa.bool_())]
+    [
+        ("prompt_id", pa.int64()),
+        ("text", pa.string()),
+        ("ids", pa.list_(pa.int32())),
+        ("finished", pa.bool_()),
+        ("logp", pa.float64()),  # null where nobody watched
+    ]
 )
 
 
@@ -28,16 +34,19 @@ class Response:
 
     ids: its tokens; the end token is the last of them if and only if `finished`.
     finished: False for a response cut at the length limit, which is trained without an end token.
+    logp: log π of its tokens in nats, as the sampler that drew it computed it; None where nobody watched.
     """
 
     ids: list[int]
     text: str
     finished: bool
+    logp: float | None = field(default=None, compare=False)
 
 
 def response_rows(dataset: Dataset) -> TypedRows[Response]:
     """The responses in the rows of a data set with RESPONSE_SCHEMA's columns."""
-    return TypedRows(dataset.select_columns(["ids", "text", "finished"]), Response)
+    cells = [name for name in ("ids", "text", "finished", "logp") if name in dataset.column_names]
+    return TypedRows(dataset.select_columns(cells), Response)
 
 
 class Responses(Mapping[int, Response]):
@@ -76,7 +85,7 @@ def write_parquet(path: Path, schema: pa.Schema, rows: Iterable[Sequence[Any]]) 
 def write_responses(path: Path, prompt_ids: Iterable[int], responses: Iterable[Response]) -> None:
     """Write responses as Parquet (schema: RESPONSE_SCHEMA), one row per prompt."""
     pairs = zip(prompt_ids, responses, strict=True)
-    write_parquet(path, RESPONSE_SCHEMA, ((int(number), r.text, r.ids, r.finished) for number, r in pairs))
+    write_parquet(path, RESPONSE_SCHEMA, ((int(number), r.text, r.ids, r.finished, r.logp) for number, r in pairs))
 
 
 def read_responses(path: Path) -> Responses:
@@ -103,10 +112,11 @@ def _check(responses: Responses, path: Path) -> None:
     """Raise UserError for the first row that is no response."""
     for number, part in enumerate(responses.dataset.with_format("arrow").iter(BATCH)):
         tokens, lengths = pc.list_flatten(part["ids"]), pc.list_value_length(part["ids"])
-        sound = not any(values.null_count for values in (*part.itercolumns(), tokens))
+        needed = part.drop_columns("logp")
+        sound = not any(values.null_count for values in (*needed.itercolumns(), tokens))
         if sound and pc.min(lengths).as_py() > 0 and pc.min(tokens).as_py() >= 0:
             continue
-        for row, cells in enumerate(part.to_pylist(), start=number * BATCH):
+        for row, cells in enumerate(needed.to_pylist(), start=number * BATCH):
             if None in cells.values():
                 raise _bad_row(path, row, "an empty cell")
             if not cells["ids"] or any(token is None or token < 0 for token in cells["ids"]):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from tspin.data.formats import (
     text_of,
     without_none,
 )
-from tspin.errors import UserError
+from tspin.errors import UserError, tell
 
 # number: the example's; row: that of the data set's row which it is from. Both count from 0. The others are JSON:
 # prompt, a list of messages; completion, a list of one, the response; tools, a list; generated, as completion. The last
@@ -75,7 +74,7 @@ def checked_rows(
     if made.later:
         which = f"{made.later} of {count} conversations have later rounds, which are not used"
         remedy = "data.rounds=all makes each assistant turn an example of its own"
-        sys.stderr.write(f"tspin: {source}: {which}: {remedy}\n")
+        tell(f"{source}: {which}: {remedy}")
 
 
 def _recognised(row: Row, source: str, columns: Mapping[str, str] | None, generated: bool, numbered: bool) -> Format:
@@ -87,7 +86,7 @@ def _recognised(row: Row, source: str, columns: Mapping[str, str] | None, genera
     if generated and "generated" not in names:
         there = ", ".join(names)
         raise UserError(f"{source}: no column 'generated', which data.generated asks for; there are: {there}")
-    sys.stderr.write(f"tspin: {source}: {found.in_words(names, generated, numbered)}\n")
+    tell(f"{source}: {found.in_words(names, generated, numbered)}")
     return found
 
 

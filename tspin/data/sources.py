@@ -1,7 +1,6 @@
 """Data sets: a file, a folder, a name on the hub, or rows in memory; read when they are asked for."""
 
 import random
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -13,7 +12,7 @@ from datasets import Dataset, Json
 from tspin.data.files import is_local, open_folder, read_by_library, read_rows, reader_of, split_of
 from tspin.data.mapped import read_in
 from tspin.data.rows import ROWS, Rounds, checked_rows
-from tspin.errors import UserError
+from tspin.errors import UserError, tell
 from tspin.hub.offline import load_dataset
 from tspin.runs.files import sha256
 
@@ -77,7 +76,7 @@ def source_of(
     name = "train_dataset"
     if isinstance(dataset, Mapping):
         given = split_of(dataset, split, name)
-        sys.stderr.write(f"tspin: {name}: split {split} of {', '.join(map(str, dataset))}\n")
+        tell(f"{name}: split {split} of {', '.join(map(str, dataset))}")
     else:
         given = dataset
     choice: dict[str, Any] = {"columns": dict(columns or {}), "rounds": rounds, "generated": generated}

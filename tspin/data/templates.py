@@ -1,22 +1,193 @@
 """Prompts and labelled responses as the policy sees them: templates and tokens.
 
+A response's tokens are taken from the text of prompt and response together, as a policy that writes it meets them; the
+prompt's are a prefix of these. Where a prompt ends in white space that the tokenizer would merge with a first word
+("### Response: " before "The", a byte-level tokenizer's ĠThe), that space belongs to the response. The begin token
+stands once before all, whether the chat template writes it or the tokenizer puts it there.
+
 Data is text, templates are control: where a prompt or a response spells one of the tokenizer's special tokens
 (<|im_start|>, </s>), it is encoded as the characters that it is. A prompt cannot open a turn of its own, and a response
-ends where its row ends, once, and nowhere inside. Such rows are counted and listed on stderr. One exception:
-with template "none", prompts are taken as written for the tokenizer, special tokens included; they are listed too.
+ends where its row ends, once, and nowhere inside. One exception: with template "none", prompts are taken as written for
+the tokenizer, special tokens included.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from tspin.data.formats import Message, as_messages
-from tspin.data.responses import Response
+from tspin.config import Rendering
+from tspin.data.formats import Message
+from tspin.data.turns import closing, rendered, turn_end
 from tspin.errors import UserError
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
+FIRST_WORDS = ("The", "a", "1")  # how responses may begin, to see whether a tokenizer merges the border
+TAIL = 40  # characters of a prompt that decide how its end is encoded
+
+Hidden = list[tuple[str, str]]  # (placeholder, the special token's text that it stands for)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt and a response as text. What data spells of special tokens stands as placeholders, `hidden`.
+
+    response: None where only a prompt was asked for; without the turn's end.
+    notes: "special_tokens" where data spells some; "left_out" where the template writes only a part of a message;
+        "opened_otherwise" where the template opens an assistant's turn otherwise than its generation prompt does.
+    """
+
+    prompt: str
+    response: str | None = None
+    hidden: Hidden = field(default_factory=list)
+    notes: frozenset[str] = frozenset()
+
+    def shown(self, text: str) -> str:
+        """A text with its placeholders replaced."""
+        for mark, token in self.hidden:
+            text = text.replace(mark, token)
+        return text
+
+
+class Template:
+    """How one tokenizer writes conversations, by `rendering`.
+
+    rendering.template: "chat" for the tokenizer's own chat template, "auto" for that where there is one and the paper's
+    template where there is none, "paper", "none" for the text as it is, or any text with {prompt} in it. A prompt of
+    one user's message is that message's text; longer conversations, which only a chat template can tell apart, always
+    take it.
+    end: what closes a response (tspin.data.turns). begin: the tokens before every text, of which `encode` puts none
+    twice.
+    Raises UserError for an unknown template, and for a chat template that leaves out an assistant's message.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering):
+        self.tokenizer = tokenizer
+        self.rendering = rendering
+        self.end = turn_end(tokenizer, rendering)
+        self.special = special_tokens(tokenizer)
+        self.begin = _begin(tokenizer)
+        self.begin_text = "".join(map(str, tokenizer.convert_ids_to_tokens(self.begin)))
+        self._special = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
+        self._moved: dict[str, int] = {}
+        self.form = rendering.template
+        if self.form == "auto":
+            self.form = "chat" if tokenizer.chat_template else "paper"
+        if self.form != "chat":
+            _filled("", self.form)
+
+    @cached_property
+    def closing(self) -> str:
+        """See tspin.data.turns.closing."""
+        return closing(self.tokenizer, self.rendering)
+
+    def write(
+        self, messages: list[Message], response: Message | None = None, tools: list[Any] | None = None
+    ) -> Written:
+        """A prompt's messages, and the assistant's message that answers them, as text.
+
+        Raises UserError for messages that the chat template refuses, or of which it would leave out tools or tool calls
+        without a word.
+        """
+        chat = self._uses_chat(messages)
+        given = [*messages, *([response] if response else [])]
+        verbatim = not chat and self.form == "none"
+        spelt = self._spelt([*given[len(messages) if verbatim else 0 :], *(tools or [])])
+        notes = {"special_tokens"} if spelt or (verbatim and self._spelt(messages)) else set()
+        hidden = _placeholders(spelt, given, tools)
+        if hidden:
+            messages = messages if verbatim else _hide(messages, hidden)
+            response, tools = _hide(response, hidden), _hide(tools, hidden)
+        if chat:
+            prompt, answer = self._chat(messages, response, tools, notes)
+        else:
+            prompt = _filled(str(messages[0]["content"]), self.form)
+            answer = None if response is None else str(response["content"] or "")
+        seam = len(prompt) - self.moved(prompt)
+        return Written(prompt[:seam], None if answer is None else prompt[seam:] + answer, hidden, frozenset(notes))
+
+    def moved(self, prompt: str) -> int:
+        """See `moved`; remembered by the prompt's last characters, of which most prompts of a data set share theirs."""
+        if not prompt or not prompt[-1].isspace():
+            return 0
+        tail = prompt[-TAIL:]
+        if tail not in self._moved:
+            self._moved[tail] = moved(tail, self.tokenizer)
+        return self._moved[tail]
+
+    def encode(self, texts: Sequence[str], hidden: Sequence[Hidden]) -> list[list[int]]:
+        """Token ids of texts that begin a sequence, the begin token once before each."""
+        plain = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        encoded = []
+        for text, ids, places in zip(texts, plain, hidden, strict=True):
+            ids = self._with_hidden(text, places) if places else ids
+            encoded.append(ids if self.begin_text and text.startswith(self.begin_text) else self.begin + ids)
+        return encoded
+
+    def encode_after(self, response: str, hidden: Hidden) -> list[int]:
+        """Token ids of a text amid a sequence, with no space before it that nobody wrote."""
+        line, ids = (self._with_hidden(text, hidden) for text in ("\n", "\n" + response))
+        return ids[len(line) :] if ids[: len(line)] == line else self._with_hidden(response, hidden)
+
+    def _uses_chat(self, messages: Sequence[Message]) -> bool:
+        chat = self.form == "chat" or [message["role"] for message in messages] != ["user"]
+        if self.rendering.system_prompt and not chat:
+            raise UserError(f"system_prompt: template {self.form!r} has no place for it; only a chat template has")
+        return chat
+
+    def _chat(
+        self, messages: list[Message], response: Message | None, tools: list[Any] | None, notes: set[str]
+    ) -> tuple[str, str | None]:
+        system = self.rendering.system_prompt
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        prompt = rendered(messages, self.tokenizer, self.rendering, tools, open_turn=True)
+        self._check_complete(prompt, messages, tools, notes)
+        if response is None:
+            return prompt, None
+        whole = rendered([*messages, response], self.tokenizer, self.rendering, tools)
+        content = str(response.get("content") or "")
+        if whole.startswith(prompt) and whole.endswith(self.closing):
+            answer = whole[len(prompt) : len(whole) - len(self.closing)]
+        else:
+            notes.add("opened_otherwise")
+            answer = content
+        if response.get("tool_calls") and not answer.strip():
+            raise UserError("the tokenizer's chat template does not write tool calls: give one that does")
+        if content.strip() not in answer:
+            notes.add("left_out")
+        return prompt, answer
+
+    def _check_complete(self, prompt: str, messages: list[Message], tools: list[Any] | None, notes: set[str]) -> None:
+        """Raise UserError where the template ignores tools or tool calls; note messages that it writes in part."""
+        if tools and prompt == rendered(messages, self.tokenizer, self.rendering, open_turn=True):
+            raise UserError("the tokenizer's chat template does not write tools: give one that does, or rows without")
+        for message in messages:
+            calls = [call.get("function", call) for call in message.get("tool_calls") or []]
+            if any(str(call.get("name")) not in prompt for call in calls):
+                raise UserError("the tokenizer's chat template does not write tool calls: give one that does")
+            if str(message.get("content") or "").strip() not in prompt:
+                notes.add("left_out")
+
+    def _spelt(self, data: Any) -> list[str]:
+        """The special tokens that the strings in `data` spell, the longest first."""
+        found = {token for text in _strings(data) for token in self._special.findall(text)}
+        return [token for token in self.special if token in found]
+
+    def _with_hidden(self, text: str, hidden: Hidden) -> list[int]:
+        """Token ids of a filled-in template: its own special tokens are control tokens, what is hidden is text."""
+        ids: list[int] = []
+        for number, part in enumerate(re.split(f"({self._special.pattern})", text)):
+            if number % 2:
+                ids.append(int(self.tokenizer.convert_tokens_to_ids(part)))  # type: ignore[arg-type]
+            elif part:
+                for mark, token in hidden:
+                    part = part.replace(mark, token)
+                ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -25,112 +196,58 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted(added, key=lambda text: (-len(text), text))
 
 
-def spelt_tokens(messages: Iterable[Message], special: Sequence[str]) -> list[str]:
-    """The special tokens that messages spell."""
-    return [token for token in special if any(token in message["content"] for message in messages)]
+def moved(prompt: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many characters of white space at a prompt's end belong to its response.
 
-
-def encode_prompt(
-    prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, template: str, special: Sequence[str] | None = None
-) -> tuple[str, list[int]]:
-    """(text, token ids) of a prompt as the policy sees it, up to where its response begins.
-
-    template: "chat" for the tokenizer's own chat template, "auto" for that where there is one and
-    the paper's template where there is none, "paper", "none" for the text as it is, or any text with
-    {prompt} in it. A prompt of one user's message is that message's text; longer conversations, which only a
-    chat template can tell apart, always take it.
-    Special tokens come from the template alone; those that the prompt spells are text (but with "none").
-    special: `special_tokens(tokenizer)`, for callers with many prompts.
-    Raises UserError for an unknown template, and for messages that the chat template refuses.
+    The fewest without which the prompt's tokens are a prefix of those of the prompt and a word; none where no number
+    makes them one.
     """
-    messages = as_messages(prompt, "user")
-    hidden: Hidden = []
-    if template == "auto":
-        template = "chat" if tokenizer.chat_template else "paper"
-    chat = template == "chat" or [message["role"] for message in messages] != ["user"]
-    special = special_tokens(tokenizer) if special is None else special
-    if chat or template != "none":
-        messages, hidden = _hide(messages, spelt_tokens(messages, special))
-    text = _chat_text(messages, tokenizer) if chat else _form_text(messages[0]["content"], template)
-    # A chat template has written the begin token itself, if the model wants one.
-    if hidden:
-        begin = [] if chat else _without_end(tokenizer("")["input_ids"], tokenizer)
-        return _show(text, hidden), begin + _encode_with_plain(text, hidden, tokenizer, special)
-    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
-    return text, ids if chat else _without_end(ids, tokenizer)
+    for count in range(len(prompt) - len(prompt.rstrip()) + 1):
+        head = tokenizer(prompt[: len(prompt) - count], add_special_tokens=False)["input_ids"]
+        whole = [tokenizer(prompt + word, add_special_tokens=False)["input_ids"] for word in FIRST_WORDS]
+        if all(ids[: len(head)] == head for ids in whole):
+            return count
+    return 0
 
 
-def _chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        raise UserError("template: the tokenizer has no chat template; give one user's message and 'paper'")
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"the tokenizer's chat template refuses a prompt's messages ({error})") from error
-    assert isinstance(text, str)
-    return text
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text. Some close every text with an end token; a prompt is not the end."""
+    ids = tokenizer("")["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _form_text(prompt: str, template: str) -> str:
+def _filled(prompt: str, template: str) -> str:
     form = {"paper": PAPER_TEMPLATE, "none": "{prompt}"}.get(template, template)
     if "{prompt}" not in form:
         raise UserError(f"template {template!r}: auto, chat, paper, none, or a text with {{prompt}} in it")
     return form.replace("{prompt}", prompt)
 
 
-Hidden = list[tuple[str, str]]  # (placeholder, the special token's text that it stands for)
-
-
-def _hide(messages: list[Message], spelt: Sequence[str]) -> tuple[list[Message], Hidden]:
-    """Messages with a placeholder, a character of Unicode's private use area, for each special token they spell."""
+def _placeholders(spelt: Sequence[str], *data: Any) -> Hidden:
+    """For each special token that data spells, a character of Unicode's private use area that the data does not use."""
     if not spelt:
-        return messages, []
-    used = set("".join(message["content"] for message in messages))
+        return []
+    used = {character for text in _strings(data) for character in text}
     free = [mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in used]
     if len(free) < len(spelt):
         raise UserError("a prompt spells special tokens and uses all of Unicode's private characters")
-    hidden = list(zip(free, spelt, strict=False))
+    return list(zip(free, spelt, strict=False))
 
-    def replaced(text: str) -> str:
+
+def _hide(data: Any, hidden: Hidden) -> Any:
+    """Messages or tools whose strings have placeholders for what they spell of special tokens; roles stay."""
+    if isinstance(data, str):
         for mark, token in hidden:
-            text = text.replace(token, mark)
-        return text
-
-    return [{**message, "content": replaced(message["content"])} for message in messages], hidden
-
-
-def _show(text: str, hidden: Hidden) -> str:
-    for mark, token in hidden:
-        text = text.replace(mark, token)
-    return text
+            data = data.replace(token, mark)
+        return data
+    if isinstance(data, dict):
+        return {name: value if name == "role" else _hide(value, hidden) for name, value in data.items()}
+    return [_hide(value, hidden) for value in data] if isinstance(data, list) else data
 
 
-def _encode_with_plain(
-    text: str, hidden: Hidden, tokenizer: PreTrainedTokenizerBase, special: Sequence[str]
-) -> list[int]:
-    """Token ids of a filled-in template: its own special tokens are control tokens, what is hidden is text."""
-    ids: list[int] = []
-    for number, part in enumerate(re.split("(" + "|".join(map(re.escape, special)) + ")", text)):
-        if number % 2:
-            ids.append(int(tokenizer.convert_tokens_to_ids(part)))  # type: ignore[arg-type]
-        elif part:
-            ids += _encode_plain(_show(part, hidden), tokenizer)
-    return ids
-
-
-def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
-def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # Some tokenizers close every text with an end token; a prompt is not the end.
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def encode_response(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Response:
-    """A labelled response with its end token, or cut to max_tokens and without one.
-
-    Special tokens that the text spells are text: the one end token is the last token.
-    """
-    ids = [*_encode_plain(text, tokenizer), tokenizer.eos_token_id]
-    return Response(ids[:max_tokens], text, finished=len(ids) <= max_tokens)
+def _strings(data: Any) -> list[str]:
+    """Every string in messages or tools."""
+    if isinstance(data, str):
+        return [data]
+    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ()
+    return [text for part in parts for text in _strings(part)]

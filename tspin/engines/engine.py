@@ -1,6 +1,7 @@
 """Where a run's steps take place: in this process, in several under Accelerate, in vLLM. The settings say which."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from tspin.config import SelfPlayConfig
 from tspin.data.mapped import TypedRows
 from tspin.data.responses import Response
+from tspin.data.turns import TurnEnd, stops, turn_end
 from tspin.devices import give_back
 from tspin.engines import here
 from tspin.engines.launch import launch_training, trains_in_bfloat16
@@ -18,8 +20,10 @@ from tspin.engines.vllm import Served, generate_tokens, require_vllm
 from tspin.models import Policy, dtype_name, load_model
 from tspin.runs.stages import check_stage
 from tspin.runs.unfinished import Unfinished
-from tspin.sampling import end_tokens, generation_settings, response_of, sample
+from tspin.sampling import generation_settings, response_of, sample
 from tspin.triplets import Triplets
+
+WATCHED = 64  # responses whose log-probabilities vLLM gives, to be compared with the trainer's
 
 
 class Engine:
@@ -38,6 +42,11 @@ class Engine:
         self.loading = dict(loading)
         self._kept: tuple[Policy, PreTrainedModel] | None = None
 
+    @cached_property
+    def turn_end(self) -> TurnEnd:
+        """What closes a response."""
+        return turn_end(self.tokenizer, self.args.rendering)
+
     def sample(
         self, policy: Policy, prompts: Sequence[Sequence[int]], *, seed: int, description: str = "sampling"
     ) -> Sequence[Response]:
@@ -52,12 +61,14 @@ class Engine:
             loading["dtype"] = getattr(torch, args.sampling_dtype)
         if args.sampling_backend == "transformers":
             model = load_model(policy.folder, loading).to(args.device)  # type: ignore[arg-type]
-            return sample(model, self.tokenizer, prompts, args.decoding, seed=seed, description=description)
+            return sample(
+                model, self.tokenizer, prompts, args.decoding, seed=seed, end=self.turn_end, description=description
+            )
         require_vllm("sampling_backend", args.engine)
-        ends = end_tokens(generation_settings(policy.folder), self.tokenizer)
+        stop = stops(self.tokenizer, generation_settings(policy.folder), self.turn_end)
         served = Served(policy.folder, dtype_name(loading), args.engine, bool(loading.get("trust_remote_code")))
-        answers = generate_tokens(served, prompts, ends, decoding=args.decoding, seed=seed)
-        return TypedRows(answers.select_columns(["ids"]), lambda ids: response_of(ids, ends, self.tokenizer))
+        answers = generate_tokens(served, prompts, stop, decoding=args.decoding, seed=seed, watched=WATCHED)
+        return TypedRows(answers, lambda ids, logps: response_of(ids, stop, self.tokenizer, logps))
 
     def score(self, policy: Policy, triplets: Triplets, of: str, *, keep: bool = False) -> dict[str, list[float]]:
         """log π of every response under a policy: role → nats, in the triplets' order, on as many GPUs as there are.

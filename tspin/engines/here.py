@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     PreTrainedModel,
@@ -26,15 +27,18 @@ from transformers.integrations import TensorBoardCallback
 
 from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.devices import peak_bytes, reset_peak
-from tspin.engines.callbacks import AtTrainBegin, KeepState, StepBar
+from tspin.engines.callbacks import AfterFirstStep, AtTrainBegin, KeepState, StepBar
 from tspin.errors import UserError
 from tspin.objectives import METHODS
-from tspin.runs.files import atomic_path
+from tspin.runs.files import atomic_path, write_json
 from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import Stopped, stopping_when_asked
 from tspin.runs.unfinished import Unfinished
 from tspin.trainer import TripletTrainer
 from tspin.triplets import Triplet, TripletCollator, collator_for, compute_logps
+
+FIRST_STEP = "first_step.json"  # beside the step log: what the first step saw
+SAMPLED = 256  # elements of a weight
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,19 @@ def train(
     it goes on from if there is one. A training that went on ends with the same weights and step log, bit by bit.
     Raises Stopped at a signal, after the step in hand; without `unfinished` nothing of it is kept.
 
-    Returns steps, training_seconds, tokens, peak_memory_bytes (see tspin.devices: on a CPU, that of the whole process;
-    of several processes, the first one's), and of several processes their number. Raises UserError when the loss is no
+    Returns steps, training_seconds, tokens, changed_share (of the weights; none where they are sharded),
+    peak_memory_bytes (see tspin.devices: on a CPU, that of the whole process; of several processes, the first one's),
+    and of several processes their number. Raises UserError when the loss is no
     longer finite.
     """
     step, state, seconds_before = unfinished.newest() if unfinished else (0, None, 0.0)
+    weights = sampled_weights(model)
     set_seed(training.arguments.seed)  # adapters start from random numbers, the same after a restart
     adapters = add_adapters(model, training.args.lora) if training.args.lora else None
     trainer = _trainer(model, training, [*callbacks, *_reports(training, step)])
+    first_step = training.log_folder / FIRST_STEP
+    if training.args.process_index == 0:
+        trainer.add_callback(AfterFirstStep(lambda: write_json(first_step, trainer.first_step)))
     if state is not None:
         trainer.add_callback(AtTrainBegin(lambda: trainer.restore_unlogged(state)))
     reset_peak()
@@ -96,7 +105,25 @@ def train(
     seconds = round(time.perf_counter() - start, 2)
     if adapters is not None:
         trainer.model = adapters.merge_and_unload()
-    return {**_written(trainer, training), "training_seconds": seconds, "peak_memory_bytes": peak_bytes()}
+    changed = changed_share(weights, sampled_weights(model))
+    measured = {"training_seconds": seconds, "changed_share": changed, "peak_memory_bytes": peak_bytes()}
+    return {**_written(trainer, training), **measured}
+
+
+def sampled_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A few elements of each of a model's weights, evenly spread; none of those that are sharded."""
+    return {
+        name: weight.detach().flatten()[:: max(weight.numel() // SAMPLED, 1)].clone()
+        for name, weight in model.named_parameters()
+        if not isinstance(weight, DTensor)
+    }
+
+
+def changed_share(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> float | None:
+    """The share of sampled weights that differ; None where there is nothing to compare."""
+    pairs = [(before[name], after[name]) for name in before.keys() & after.keys()]
+    count = sum(old.numel() for old, _ in pairs)
+    return sum(int((old != new.to(old.device)).sum()) for old, new in pairs) / count if count else None
 
 
 def _trainer(model: PreTrainedModel, training: Training, callbacks: list[TrainerCallback]) -> TripletTrainer:

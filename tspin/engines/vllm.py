@@ -18,10 +18,11 @@ from datasets import Dataset, Features, List, Value, interleave_datasets
 
 from tspin.config import Decoding, EngineSettings
 from tspin.data.mapped import FILE, read_in, without_bars
+from tspin.data.turns import Stops
 from tspin.engines.workers import Worker, gpu_environment, run_workers
 from tspin.errors import UserError
 
-PROMPTS = Features({"ids": List(Value("int32")), "seed": Value("int64")})
+PROMPTS = Features({"ids": List(Value("int32")), "seed": Value("int64"), "watched": Value("bool")})
 PROMPT_FOLDER = "prompts"
 DRAWN_SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("logprobs", pa.list_(pa.float64()))])
 
@@ -53,31 +54,31 @@ class Served:
 def generate_tokens(
     served: Served,
     prompts: Sequence[Sequence[int]],
-    end_tokens: Sequence[int],
+    stop: Stops,
     *,
     decoding: Decoding,
     seed: int,
-    logprobs: bool = False,
+    watched: int = 0,
 ) -> Dataset:
-    """One response per prompt: {"ids": token ids, the end token included where it ended, "logprobs": nats per token}.
+    """One response per prompt: {"ids": token ids, those of its end included, "logprobs": nats per token}.
 
-    prompts: token ids, special tokens included. logprobs: whether to compute them; under the policy itself, whatever
-    the temperature. Each prompt has a generator of its own, seeded by `seed` and its position: neither data_parallel
-    nor the batches decide what is drawn.
+    prompts: token ids, special tokens included. watched: of how many responses, the first, there are log-probabilities;
+    under the policy itself, whatever the temperature. Each prompt has a generator of its own, seeded by `seed` and its
+    position: neither data_parallel nor the batches decide what is drawn.
     Raises UserError, with the engine's last line, when an engine fails.
     """
     job = {
         **served.job("generate"),
-        "end_tokens": list(end_tokens),
+        "end_tokens": stop.tokens,
+        "end_text": stop.end.text if stop.end.token is None else None,  # which ordinary tokens spell
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
         "max_new_tokens": decoding.max_new_tokens,
         # Of the longest prompt of all, so that every copy is the same engine.
         "max_model_len": max(map(len, prompts)) + decoding.max_new_tokens,
-        "logprobs": logprobs,
     }
     copies = min(served.engine.data_parallel, len(prompts))
-    seeded = ({"ids": list(ids), "seed": (seed + i) % 2**31} for i, ids in enumerate(prompts))
+    seeded = ({"ids": list(ids), "seed": (seed + i) % 2**31, "watched": i < watched} for i, ids in enumerate(prompts))
     rows = read_in(lambda: seeded, PROMPTS)
     with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as temporary, without_bars():
         folders = [Path(temporary) / str(copy) for copy in range(copies)]

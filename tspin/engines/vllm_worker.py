@@ -34,7 +34,7 @@ def _generate(job: dict[str, Any], folder: Path) -> None:
 
     llm = LLM(
         model=job["model"],
-        skip_tokenizer_init=True,  # token ids go in and come out
+        skip_tokenizer_init=job["end_text"] is None,  # token ids go in and come out
         max_model_len=job["max_model_len"],
         logprobs_mode="raw_logprobs",
         **_engine_arguments(job),
@@ -48,10 +48,12 @@ def _generate(job: dict[str, Any], folder: Path) -> None:
                 max_tokens=job["max_new_tokens"],
                 stop_token_ids=job["end_tokens"],
                 seed=seed,
-                logprobs=0 if job["logprobs"] else None,
-                detokenize=False,
+                logprobs=0 if watched else None,
+                stop=job["end_text"],
+                include_stop_str_in_output=True,
+                detokenize=job["end_text"] is not None,  # a text is looked for in the text so far
             )
-            for seed in batch["seed"]
+            for seed, watched in zip(batch["seed"], batch["watched"], strict=True)
         ]
         rows = []
         for request in llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in batch["ids"]], settings):

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from tspin.sampling import end_tokens, generate_in_segments
+from tspin.data.turns import stops, turn_end
+from tspin.sampling import generate_in_segments
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts; tokens of a context, of a continuation
 Answer = tuple[float, bool]  # log-probability of the continuation in nats; whether it is what greedy decoding gives
@@ -90,7 +91,7 @@ class SegmentedLM(HFLM):
         settings = GenerationConfig(
             max_new_tokens=max_length - length,
             do_sample=False,
-            eos_token_id=end_tokens(self.model.generation_config, self.tokenizer),
+            eos_token_id=stops(self.tokenizer, self.model.generation_config, turn_end(self.tokenizer)).tokens,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         texts = [text for text in stop if text != self.tokenizer.decode([end])]

@@ -9,7 +9,7 @@ results/<preset>/                                   see tspin.experiment.results
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rich.console import Console
 from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig
 from tspin.data.encoding import Example
 from tspin.data.sources import Source, load_rows
+from tspin.data.turns import writes_date
 from tspin.engines.launch import check_launcher
 from tspin.engines.vllm import Served, evaluate_folder, require_vllm
 from tspin.errors import UserError
@@ -30,6 +31,7 @@ from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, re
 from tspin.models import Policy, dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, find_method
 from tspin.runs.claims import claim_folder
+from tspin.runs.dates import date_of_run, record_date
 from tspin.runs.files import fingerprint
 from tspin.runs.locks import owned
 from tspin.runs.stages import DamagedStage, check_stage, note_damage, run_stage
@@ -76,7 +78,8 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
         require_vllm("evaluation.backend", config.training.engine, evaluates=True)
     runs, target = where.runs / preset, where.results / preset
     # Everything that can be wrong with settings, model and data is found before anything is written.
-    evaluator = Evaluator(config, load_suite(config.evaluation.suite))
+    suite, config = load_suite(config.evaluation.suite), dated(config, runs)
+    evaluator = Evaluator(config, suite)
     trainers = {
         (method, seed): build_trainer(
             config.for_method(method), runs / f"seed-{seed}", seed, where.launcher, where.shared
@@ -86,6 +89,8 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
         if method != BASE
     }
     claim_folder(target, evaluator.results_config(), what="result")
+    if config.training.date:
+        record_date(runs, config.training.date)
     read_results(target)
     with ExitStack() as locks:
         for trainer in trainers.values():
@@ -106,6 +111,14 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
         with owned(target, wait=True):
             write_results(target, preset, evaluator.suite, collected)
     return target
+
+
+def dated(config: Config, folder: Path) -> Config:
+    """A config with the day its runs in `folder` began, where the model's chat template writes today's date."""
+    path, loading = model_source(config.model)
+    if config.training.date or not writes_date(load_tokenizer(path, loading)):
+        return config
+    return replace(config, training=config.training.model_copy(update={"date": date_of_run(folder)}))
 
 
 def collect_base(collected: Collected, evaluator: "Evaluator", folder: Path, seeds: Sequence[int]) -> None:
@@ -232,7 +245,13 @@ def training_arguments(
         require_vllm("sampling_backend", settings.training.engine)
     if launcher and not launcher.is_file():
         launcher = find_yaml(str(launcher), "experiments/accelerate", "launch file")
-    given = {"output_dir": folder, "shared_dir": shared, "launcher": launcher, "seed": seed}
+    given = {
+        "history": settings.data.history,
+        "output_dir": folder,
+        "shared_dir": shared,
+        "launcher": launcher,
+        "seed": seed,
+    }
     args = SelfPlayConfig(**{**dict(settings.training), **given})
     if launcher:
         check_launcher(launcher, args)

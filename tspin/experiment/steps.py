@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tspin import iteration as steps
 from tspin.config import RunSettings, build_config
 from tspin.data.encoding import encode_dataset
+from tspin.data.responses import read_responses
+from tspin.data.turns import writes_date
 from tspin.engines.engine import Engine
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
@@ -22,6 +25,7 @@ from tspin.evaluation.suites import load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
 from tspin.iteration import Iteration, Run
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
+from tspin.runs.dates import date_of_run
 from tspin.runs.files import atomic_path, write_text
 from tspin.runs.locks import owned
 from tspin.runs.unfinished import Unfinished
@@ -33,7 +37,8 @@ class Step:
     """What a command is given: a policy, data, settings, and files of responses.
 
     number: the iteration, from 0. synthetic, proto: y′ and y0, as `tspin sample` writes them.
-    before: π_θt, where `model` is what was trained from it. reference: π_θ0.
+    history: y′ of earlier iterations, to train on too. before: π_θt, where `model` is what was trained from it.
+    reference: π_θ0.
     """
 
     model: str
@@ -45,6 +50,7 @@ class Step:
     overrides: Sequence[str] = ()
     synthetic: Path | None = None
     proto: Path | None = None
+    history: Sequence[Path] = ()
     before: str | None = None
     reference: str | None = None
 
@@ -65,6 +71,8 @@ class Step:
         args = training_arguments(self.settings, Path("runs"), self.seed)
         folder, loading = model_source(self.settings.model)
         tokenizer = load_tokenizer(folder, loading)
+        if args.date is None and writes_date(tokenizer):
+            args.date = date_of_run(self.out.parent)
         examples = encode_dataset(load_dataset(self.settings.data), tokenizer, args)
         return Run(args, examples, Engine(args, tokenizer, loading))
 
@@ -73,10 +81,10 @@ class Step:
         policy = _policy(resolve(self.before)) if self.before else self.policy
         initial = _policy(resolve(self.reference)) if self.reference else policy
         responses = {role: path for role, path in ((SYNTHETIC, self.synthetic), (PROTO, self.proto)) if path}
-        iteration = Iteration(self.run, self.number, policy, initial, self.out.parent, responses)
-        for role in responses:
-            _check_responses(iteration, role)
-        return iteration
+        tokenizer, prompt_ids = self.run.engine.tokenizer, self.run.examples.prompt_ids
+        for path in (*responses.values(), *self.history):
+            _check_responses(path, tokenizer, prompt_ids)
+        return Iteration(self.run, self.number, policy, initial, self.out.parent, responses, self.history)
 
 
 def sample_to_file(step: Step) -> dict[str, float]:
@@ -156,15 +164,15 @@ def _new_file(out: Path) -> Iterator[Path]:
         yield target
 
 
-def _check_responses(iteration: Iteration, role: str) -> None:
+def _check_responses(path: Path, tokenizer: PreTrainedTokenizerBase, prompt_ids: np.ndarray) -> None:
     """Raise UserError where a file lacks a response to one of the prompts, or has tokens of another vocabulary."""
-    path, responses, tokenizer = iteration.responses[role], iteration.sampled[role], iteration.run.engine.tokenizer
+    responses = read_responses(path)
     for prompt_id, response in zip(responses, responses.of(responses.prompt_ids), strict=True):
         if max(response.ids) >= len(tokenizer):
             raise UserError(
                 f"{path}: token {max(response.ids)} in the response to data row {prompt_id + 1} is not in this model's "
                 f"vocabulary of {len(tokenizer)}: sample the responses with a model of the same tokenizer"
             )
-    missing = np.setdiff1d(iteration.run.examples.prompt_ids, responses.prompt_ids)
+    missing = np.setdiff1d(prompt_ids, responses.prompt_ids)
     if len(missing):
         raise UserError(f"{path}: no response to data row {missing[0] + 1}; sample it with the same --data")

@@ -152,7 +152,9 @@ def _stages(settings: RunSettings, shape: Shape, lengths: Lengths, hardware: Har
     method, device, gpus = METHODS[settings.method], GPUS[hardware.gpu], hardware.gpus
     speed = gpus * device.flops * hardware.utilisation
     prompt, _, response = lengths
-    seen = settings.training.iterations * labels * _row_tokens(settings, lengths)
+    # Each iteration sees its own pairs, and with a history those of iterations before it.
+    rounds = sum(1 + min(t, settings.data.history) for t in range(settings.training.iterations))
+    seen = rounds * labels * _row_tokens(settings, lengths)
 
     def stage(name: str, tokens: float, per_token: int, seconds: float = 0.0, used: int = gpus) -> Stage:
         flops = tokens * per_token * shape.parameters
