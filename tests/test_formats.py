@@ -13,11 +13,14 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from datasets.arrow_writer import ArrowWriter
 
-from tspin.config import DataSettings
+from tspin.config import DataSettings, build_config
+from tspin.data.files import is_local
 from tspin.data.rows import ROWS
 from tspin.data.sources import load_rows, source_of
 from tspin.errors import UserError
 from tspin.experiment.preset import load_dataset
+from tspin.hub import offline
+from tspin.planning.needs import needed
 
 ASKED = ["What is 1 + 1?", 'Say "007", in\n\nRoman: é\u2028?']
 SAID = ["NA", "007"]
@@ -229,7 +232,7 @@ def no_network_and_own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize("medium", [*FILES, *TABLES])
+@pytest.mark.parametrize("medium", ["jsonl", "parquet", "folder", "saved", *TABLES])
 @pytest.mark.parametrize("said", FLAT)
 def test_flat_formats_in_files(tmp_path, said, medium, capsys):
     path = (FILES | TABLES)[medium](tmp_path, FLAT[said])
@@ -417,8 +420,8 @@ def test_bad_rows_are_named(row, line):
 @pytest.mark.parametrize(
     "row, settings, line",
     [
-        ({"text": "a", "label": 1}, {}, r"the columns text, label are none of the known formats \(prompt \+ completion"
-         r".*say which hold what: data.columns={prompt: …, completion: …} \(in Python: columns=\)$"),
+        ({"text": "a", "label": 1}, {}, r"the columns text, label are none of the known formats \(prompt \+ completion;"
+         r".*: say which hold what: data.columns={prompt: …, completion: …} \(in Python: columns=\)$"),
         ({"prompt": "a", "completion": "b"}, {"generated": True}, "no column 'generated', which data.generated asks"),
         ({"real": LONG, "generated": "x"}, {"generated": True, "rounds": "all"}, "`generated` is one response, and"),
         ({"real": LONG, "generated": [user("a")]}, {"generated": True}, "'generated' has no assistant's turn with"),
@@ -479,3 +482,12 @@ def test_cells_may_be_long(tmp_path):
     rows = [{"prompt": "a", "completion": "b" * 200_000}]
     (row,) = read(load_rows(str(table_file(tmp_path / "a.csv", rows, ","))))
     assert row["completion"] == [assistant("b" * 200_000)]
+
+
+def test_what_is_here_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    folder = in_folder(tmp_path / "set", "data.jsonl", lines(PAIRS))
+    assert all(map(is_local, [str(folder), "a.csv", "a.jsonl.gz", "a.parquet"]))
+    assert not any(map(is_local, ["openai/gsm8k", "a.parquet.gz", ""]))
+    assert needed(build_config({"data": {"path": str(folder)}})) == []
+    monkeypatch.setenv(offline.VARIABLE, str(tmp_path / "offline"))
+    assert read(load_rows(str(folder))) == wanted(PAIRS)

@@ -63,8 +63,8 @@ class SelfPlayTrainer:
 
     model: a folder, a hub name, "pocket", or a loaded model (which is then saved to the run's
         folder first: each iteration starts from files, so that a resumed run equals an uninterrupted one).
-    train_dataset: rows {"prompt", "completion"}, a datasets.Dataset or any iterable of mappings; rows may carry
-        "prompt_id".
+    train_dataset: rows of a known format (tspin.data.formats), a datasets.Dataset or any iterable of mappings; they may
+        carry an integer "prompt_id". tspin.data.sources.source_of says more: other columns, all rounds, a split.
     processing_class: the tokenizer, loaded from `model` when left out.
     callbacks: transformers callbacks for every iteration's training.
     model_arguments: arguments of `from_pretrained`.

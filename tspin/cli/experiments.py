@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tspin.cli.options import Launcher, LauncherConfig, Offline, Set, check_launcher_options, integers, names
+from tspin.cli.options import DATA, Launcher, LauncherConfig, Offline, Set, check_launcher_options, integers, names
 from tspin.errors import UserError
 
 
@@ -15,7 +15,7 @@ def run(
     methods: Annotated[str, typer.Option(help="comma-separated; base is the initial policy")] = "base,sft,spin,tspin",
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0",
     model: Annotated[str | None, typer.Option(help="your model folder or hub name (without --preset)")] = None,
-    dataset: Annotated[str | None, typer.Option("--data", help="your prompt–completion data")] = None,
+    dataset: Annotated[str | None, typer.Option("--data", help=f"with --model: {DATA}")] = None,
     method: Annotated[str, typer.Option(help="the method, with --model")] = "tspin",
     iterations: Annotated[int, typer.Option(help="T, with --model")] = 5,
     out: Annotated[Path, typer.Option(help="the run's folder, with --model")] = Path("runs/mine"),

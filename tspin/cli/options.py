@@ -18,7 +18,8 @@ def use_offline(folder: Path | None) -> Path | None:
 
 
 Model = Annotated[str, typer.Option(help="a model folder, a hub name, or pocket")]
-Data = Annotated[str, typer.Option("--data", help="prompt–completion rows: .jsonl, .parquet, a hub name, or pocket")]
+DATA = "a JSONL, CSV, Parquet … file, a folder, a hub name, or pocket; in any common format"
+Data = Annotated[str, typer.Option("--data", help=DATA)]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key.path=value on top of the config; repeatable")]
 MethodName = Annotated[
     str, typer.Option(help="sft, spin, tspin, tspin_no_history, tspin_reference, dpo, simpo or space")
