@@ -289,9 +289,9 @@ def test_sampled_responses_end_as_labelled_ones(name):
     assert drawn == example.labelled
 
 
-def taught(tokenizer, example) -> LlamaForCausalLM:
+def taught(tokenizer, example, heads: int = 4) -> LlamaForCausalLM:
     """A tiny model that knows an example by heart, and would go on after its end."""
-    model = llama(tokenizer)
+    model = llama(tokenizer, heads=heads)
     ids = torch.tensor([example.prompt_ids + example.labelled.ids + [5, 5, 5]])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(150):
@@ -301,9 +301,9 @@ def taught(tokenizer, example) -> LlamaForCausalLM:
     return model
 
 
-def llama(tokenizer, spare: int = 0) -> LlamaForCausalLM:
+def llama(tokenizer, spare: int = 0, heads: int = 4) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": heads}
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + spare, max_position_embeddings=512, **shape)).eval()
 
 

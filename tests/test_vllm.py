@@ -88,7 +88,7 @@ def test_responses_end_as_labelled_ones(name, tmp_path):
     """By a token that is not the tokenizer's own end, and by a text that ordinary tokens spell."""
     tokenizer, _ = MODELS[name]
     (example,) = encoded(tokenizer, [{"prompt": "How many apples?", "completion": "The answer is twelve."}])
-    taught(tokenizer, example).save_pretrained(tmp_path)
+    taught(tokenizer, example, heads=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     args = SelfPlayConfig(str(tmp_path / "run"), sampling_backend="vllm", temperature=0.0, max_new_tokens=40)
     args.engine = EngineSettings(enforce_eager=True)
