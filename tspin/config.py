@@ -21,6 +21,7 @@ from transformers.training_args import OptimizerNames
 from tspin.devices import multiplies_bfloat16
 from tspin.errors import UserError, unknown
 from tspin.objectives import METHODS, find_method
+from tspin.options import refuse, try_out
 from tspin.sections import Section, mapping, read
 from tspin.yaml_files import REPOSITORY as REPOSITORY
 from tspin.yaml_files import find_yaml, overridden, read_yaml
@@ -193,6 +194,7 @@ class SelfPlayConfig(_WithCoefficients):
             super().__post_init__()
         except (TypeError, ValueError) as error:
             raise UserError(f"SelfPlayConfig: {error}") from error
+        try_out(self, self.learning_rates[0])
 
     @property
     def n_gpu(self) -> int:
@@ -213,6 +215,10 @@ class SelfPlayConfig(_WithCoefficients):
     def decoding(self) -> Decoding:
         """How y′ and y0 are drawn."""
         return Decoding(self.temperature, self.top_p, self.max_new_tokens, self.sampling_batch_size)
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps of the warm-up. It ends before the training does: a single step is one at the full rate, not at 0."""
+        return min(super().get_warmup_steps(num_training_steps), num_training_steps - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, from which an equal SelfPlayConfig can be made; tokens are masked."""
@@ -310,8 +316,9 @@ def _deciding(training: Any) -> dict[str, Any]:
 
 
 def complete(training: Any) -> Any:
-    """Settings with what follows from others of them. Raises UserError where they do not fit together."""
+    """Settings with what follows from others of them. Raises UserError where they do not fit together, or with us."""
     coefficients_of(training)
+    refuse(training)
     size = training.batch_size
     for name, right in {"per_device_train_batch_size": (None, size), "gradient_accumulation_steps": (1,)}.items():
         if getattr(training, name) not in right:

@@ -26,7 +26,7 @@ from transformers.integrations import TensorBoardCallback
 
 from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.devices import peak_bytes, reset_peak
-from tspin.engines.callbacks import AtTrainBegin, KeepState, StepBar
+from tspin.engines.callbacks import AtTrainBegin, KeepState, LogLastStep, StepBar
 from tspin.errors import UserError
 from tspin.objectives import METHODS
 from tspin.runs.files import atomic_path
@@ -83,7 +83,8 @@ def train(
     step, state, seconds_before = unfinished.newest() if unfinished else (0, None, 0.0)
     set_seed(training.arguments.seed)  # adapters start from random numbers, the same after a restart
     adapters = add_adapters(model, training.args.lora) if training.args.lora else None
-    trainer = _trainer(model, training, [*callbacks, *_reports(training, step)])
+    # The last: what the others decide is known by then. Not KeepState's stop, though, after which a training goes on.
+    trainer = _trainer(model, training, [*callbacks, *_reports(training, step), LogLastStep()])
     if state is not None:
         trainer.add_callback(AtTrainBegin(lambda: trainer.restore_unlogged(state)))
     reset_peak()
