@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from tspin.sampling import end_tokens, generate_in_segments
+from tspin.sampling import end_tokens, generate_in_segments, rows_can_leave
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts; tokens of a context, of a continuation
 Answer = tuple[float, bool]  # log-probability of the continuation in nats; whether it is what greedy decoding gives
@@ -50,7 +50,7 @@ class SegmentedLM(HFLM):
 
     def _sharing(self, requests: Sequence[Request], size: int) -> list[list[int]]:
         """Numbers of requests that share a context, at most `size` together; none where the model cannot do it."""
-        if self.backend != "causal":
+        if self.backend != "causal" or not rows_can_leave(self.model):
             return []
         if not {"position_ids", "logits_to_keep"} <= inspect.signature(self.model.forward).parameters.keys():
             return []
