@@ -1,8 +1,11 @@
 """SIGTERM and Ctrl-C: a training finishes its step and keeps its state; everything else stops at once.
 
-In Python both raise `Stopped`, a KeyboardInterrupt; the command line exits with 130 or 143, as shells expect.
+In Python both raise `Stopped`, a KeyboardInterrupt; the command line exits with 130 or 143, as shells expect. A forked
+process, such as one of a pool's, ends by them as any process does, without a word: its parent has the say. One that a
+training forks, to load its data, stays as long as the step in hand needs it.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -30,11 +33,7 @@ class Asked:
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
     """While this holds, SIGTERM raises Stopped as Ctrl-C does."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
-
-    with _handling(stop):
+    with _handling(_stop):
         yield
 
 
@@ -50,6 +49,19 @@ def stopping_when_asked() -> Iterator[Asked]:
 
     with _handling(note):
         yield asked
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def _end_forked_at_once() -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_end_forked_at_once)
 
 
 @contextmanager
