@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import torch
-from pydantic import Field, create_model
+from pydantic import BeforeValidator, Field, create_model
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
@@ -235,6 +235,8 @@ _DECLARED = {declared.name: declared for declared in dataclasses.fields(SelfPlay
 if taken := COEFFICIENTS.keys() & {*TrainingArguments.__dataclass_fields__, *SelfPlayConfig.__annotations__}:
     raise ValueError(f"{min(taken)}: a coefficient of a method has the name of a setting; give it another")
 _HINTS = get_type_hints(SelfPlayConfig, include_extras=True) | {"accelerator_config": Any, "fsdp": Any}  # take more
+_OFF = BeforeValidator(lambda value: "no" if value is False else value)  # as YAML reads a bare no
+_HINTS |= {name: Annotated[_HINTS[name], _OFF] for name in ("logging_strategy", "save_strategy", "eval_strategy")}
 _FIELDS: dict[str, Any] = {
     name: (_HINTS[name], [] if declared.default is dataclasses.MISSING else declared.default)
     for name, declared in _DECLARED.items()
