@@ -91,6 +91,15 @@ def test_attn_implementation():
     assert model.config._attn_implementation == "eager"
 
 
+@private("_is_stateful")
+def test_is_stateful():
+    """Whether a model keeps a state of past tokens beside keys and values, in its cache or in itself."""
+    from transformers import LlamaForCausalLM, MambaForCausalLM, RecurrentGemmaForCausalLM
+
+    assert not LlamaForCausalLM._is_stateful
+    assert MambaForCausalLM._is_stateful and RecurrentGemmaForCausalLM._is_stateful
+
+
 @private("_set_sync_gradients")
 def test_set_sync_gradients():
     """Says whether the next backward pass is a step's last."""

@@ -1,5 +1,6 @@
 """Training in two processes, FSDP2 on gloo, beside one process: the same losses, gradients, checkpoint."""
 
+import json
 import os
 import signal
 import subprocess
@@ -101,6 +102,8 @@ def test_two_processes_train_what_one_trains(undisturbed, tmp_path, rows):
     ids=["sft-fsdp2", "spin-lora-ddp"],
 )
 def test_and_so_with_checkpointing_and_adapters(kind, settings, tmp_path, model_folder, rows):
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))  # off while training
     # With 11 rows the last step has one triplet: one of the processes has no part in it.
     data = rows[:11] if settings["method"] == "sft" else rows
     one = play(tmp_path / "one", model_folder, data, **settings)
@@ -109,6 +112,8 @@ def test_and_so_with_checkpointing_and_adapters(kind, settings, tmp_path, model_
     assert two["steps"] == one["steps"] == 3
     assert two["tokens"] == one["tokens"]
     assert_same_training(tmp_path / "one", tmp_path / "two", model_folder)
+    trained = json.loads((tmp_path / "two" / "iteration-0" / "model" / "config.json").read_text())
+    assert trained["attention_dropout"] == 0.3
     # Whoever finished it, the iteration is finished: nothing is trained again in one process.
     again = play(tmp_path / "two", model_folder, data, **settings)
     assert again == two

@@ -2,11 +2,26 @@
 
 from contextlib import nullcontext
 
+import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    FalconMambaConfig,
+    Gemma3TextConfig,
+    GenerationConfig,
+    JambaConfig,
+    Lfm2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    OpenAIGPTConfig,
+    Qwen3NextConfig,
+)
 
 from tspin.config import Decoding
-from tspin.sampling import sample
+from tspin.evaluation.backend import SegmentedLM
+from tspin.sampling import rows_can_leave, sample
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=8, batch_size=3)
@@ -112,3 +127,78 @@ def test_shared_key_value_heads_are_read_as_they_are(monkeypatch, tokenizer):
     monkeypatch.setattr(tspin.sampling, "grouped", lambda model: nullcontext())
     assert draw(model, tokenizer) == by_groups
     assert not calls
+
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+LINEAR = {name: 8 for name in ("linear_key_head_dim", "linear_value_head_dim")}
+FEW = {"num_experts": 2, "num_experts_per_tok": 1}
+MIXED = ["linear_attention", "full_attention"]
+CACHES = {  # what models keep of past tokens, and whether rows can leave it
+    "convolutions": (False, Lfm2Config, {**HEADS, "layer_types": ["conv", "full_attention"]}),
+    "linear attention": (
+        False,
+        Qwen3NextConfig,
+        {**HEADS, **LINEAR, **FEW, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+         "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "layer_types": MIXED},
+    ),
+    "states, apart from attention": (
+        False,
+        JambaConfig,
+        {**HEADS, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
+         "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    ),
+    "states, beside attention": (
+        False,
+        FalconH1Config,
+        {**HEADS, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    ),
+    "states alone": (False, MambaConfig, {"state_size": 8}),
+    "states alone, scaled": (False, FalconMambaConfig, {"state_size": 8}),
+    "nothing": (False, OpenAIGPTConfig, {"num_attention_heads": 4}),
+    "keys and values": (True, LlamaConfig, HEADS),
+    "keys and values of a window": (
+        True,
+        Gemma3TextConfig,
+        {**HEADS, "head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", CACHES)
+def test_a_batch_draws_what_single_prompts_draw_whatever_the_cache_is(tokenizer, kept):
+    """Greedily, against plain `generate` without padding. Rows leave in between only where the cache lets them."""
+    leave, kind, own = CACHES[kept]
+    torch.manual_seed(0)
+    common = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = kind(hidden_size=32, num_hidden_layers=2, eos_token_id=tokenizer.eos_token_id, **common, **own)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter *= 3  # far from uniform
+    assert rows_can_leave(model) == leave
+    ends, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    plain = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    responses = draw(model, tokenizer, Decoding(temperature=0.0, top_p=1.0, max_new_tokens=20, batch_size=3))
+    model.generation_config = GenerationConfig()
+    for prompt, response in zip(PROMPTS, responses, strict=True):
+        ids, mask = torch.tensor([prompt]), torch.ones((1, len(prompt)), dtype=torch.long)
+        whole = model.generate(ids, attention_mask=mask, generation_config=plain)
+        assert response.ids == whole[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kept", ["convolutions", "keys and values"])
+def test_choices_share_a_context_where_rows_can_leave(tokenizer, kept):
+    leave, kind, own = CACHES[kept]
+    model = AutoModelForCausalLM.from_config(
+        kind(hidden_size=32, num_hidden_layers=2, vocab_size=len(tokenizer), **own)
+    )
+    lm = SegmentedLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    requests = [(("a", "b"), [5, 6, 7], [8, 9]), (("a", "c"), [5, 6, 7], [10])]
+    assert bool(lm._sharing(requests, 4)) == leave
+    torch.manual_seed(0)
+    for (_, context, continuation), (logp, _) in zip(requests, lm._loglikelihood_tokens(requests, True), strict=True):
+        with torch.no_grad():
+            logps = model(torch.tensor([[*context, *continuation]])).logits[0].log_softmax(dim=-1)
+        wanted = sum(float(logps[len(context) - 1 + i, token]) for i, token in enumerate(continuation))
+        assert logp == pytest.approx(wanted, abs=1e-4)

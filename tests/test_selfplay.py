@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,17 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PhimoeConfig,
+    PreTrainedModel,
+    TrainerCallback,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tspin import SelfPlayConfig, SelfPlayTrainer, triplets
 from tspin import trainer as trainer_module
@@ -207,6 +218,62 @@ def test_a_run_stopped_in_training_continues(tmp_path, model_folder, rows):
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", iterations=2)
 
 
+FAMILIES = {  # dropout that is a number of a layer, of a decoder, of attention alone, a module; noise in a router
+    "opt": (OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.2, "layerdrop": 0.2}),
+    "llama": (LlamaConfig, {"intermediate_size": 48, "attention_dropout": 0.3}),
+    "gpt2": (GPT2Config, {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}),
+    "phimoe": (
+        PhimoeConfig,
+        {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4, "router_jitter_noise": 0.1,
+         "input_jitter_noise": 0.1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_left_to_chance_in_training(tmp_path, tokenizer, rows, monkeypatch, family, checkpointing):
+    """SPIN's rewards are 0 and its loss is log 2 until a step has moved the policy; the config keeps its dropout."""
+    kind, own = FAMILIES[family]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        kind(
+            vocab_size=len(tokenizer),
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=0,
+            **sizes,
+            **own,
+        )
+    )
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    layer = next(type(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    modes, forward = [], layer.forward
+
+    def counted(self, *arguments, **options):
+        if torch.is_grad_enabled():
+            modes.append(self.training)
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(layer, "forward", counted)
+    settings = {"method": "spin", "iterations": 1, "batch_size": 4, "gradient_checkpointing": checkpointing}
+    _, (result,) = play(tmp_path / "run", tmp_path / "model", rows, diagnostics=False, **settings)
+    steps = steps_of(tmp_path / "run", 0)
+    for step in (0, 1):  # the first is at rate 0, in the warm-up
+        assert steps["loss"][step] == pytest.approx(np.log(2), abs=1e-6)
+        assert abs(steps["reward/labelled"][step]) < 1e-6 and abs(steps["reward/synthetic"][step]) < 1e-6
+    assert steps["loss"][2] < 0.68
+    # Two layers in three steps of one micro-batch, each once more where it is checkpointed.
+    assert modes == [False] * (12 if checkpointing else 6)
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "model", result.model_path)
+    )
+    assert {name: before[name] for name in own} == {name: after[name] for name in own}
+    assert {name for name in before if before[name] != after.get(name)} <= {"use_cache"}
+
+
 class SignalAt(TrainerCallback):
     def __init__(self, step, number):
         self.step = step
@@ -221,7 +288,17 @@ LORA = {"rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "down_proj"]}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("settings", [{}, {"lora": LORA}, {"logging_steps": 3}, {"optim": "adamw_torch"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora": LORA},
+        {"logging_steps": 3},
+        {"optim": "adamw_torch"},
+        {"logging_steps": 10},
+        {"logging_strategy": "no"},
+    ],
+)
 def test_a_signal_in_training_keeps_its_steps(tmp_path, model_folder, rows, number, settings):
     """Weights, optimizer, schedule, order of the data and half a logging interval go on where they were."""
     settings = {"num_train_epochs": 3, "method": "spin", "iterations": 1, **settings}  # 6 steps
@@ -237,6 +314,44 @@ def test_a_signal_in_training_keeps_its_steps(tmp_path, model_folder, rows, numb
     play(tmp_path / "stopped", model_folder, rows, **settings)
     assert not (tmp_path / "stopped" / "iteration-0" / "unfinished").exists()
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", iterations=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "logged"),
+    [({"logging_steps": 2}, [2, 3]), ({"logging_steps": 10}, [3]), ({"logging_strategy": "no"}, [3]),
+     ({"logging_strategy": "epoch"}, [3])],
+)  # fmt: skip
+def test_the_last_step_is_logged_whatever_the_interval(tmp_path, model_folder, rows, settings, logged):
+    """So that the log is of all steps: three here, of four rows each."""
+    common = {"method": "spin", "iterations": 1, "batch_size": 4}
+    _, (every,) = play(tmp_path / "every", model_folder, rows, **common)
+    _, (result,) = play(tmp_path / "run", model_folder, rows, **common, **settings)
+    all_steps, steps = steps_of(tmp_path / "every", 0), steps_of(tmp_path / "run", 0)
+    assert steps["step"].tolist() == logged and all_steps["step"].tolist() == [1, 2, 3]
+    assert result.training["tokens"] == every.training["tokens"] == steps["tokens"].sum() == all_steps["tokens"].sum()
+    for name in ("loss", "reward/labelled", "log_likelihood/synthetic"):  # means over the steps since the last row
+        first = 0
+        for row, last in enumerate(logged):
+            np.testing.assert_allclose(steps[name][row], all_steps[name][first:last].mean(), rtol=1e-5, err_msg=name)
+            first = last
+    assert all(np.array_equal(*pair) for pair in zip(*map(weights_of, (result, every)), strict=True))
+
+
+def weights_of(result):
+    return load_file(result.model_path / "model.safetensors").values()
+
+
+class StopEarly(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_a_training_that_a_callback_ends_is_logged_to_its_end(tmp_path, model_folder, rows):
+    args = SelfPlayConfig(
+        output_dir=str(tmp_path / "run"), **{**SETTINGS, "iterations": 1, "batch_size": 4}, logging_steps=10
+    )
+    (result,) = SelfPlayTrainer(str(model_folder), args=args, train_dataset=rows, callbacks=[StopEarly()]).train()
+    assert steps_of(tmp_path / "run", 0)["step"].tolist() == [2] and result.training["steps"] == 2
 
 
 def test_how_often_states_are_kept_is_no_part_of_a_run(tmp_path, model_folder, rows):

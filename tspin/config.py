@@ -22,6 +22,7 @@ from transformers.training_args import OptimizerNames
 from tspin.devices import multiplies_bfloat16
 from tspin.errors import UserError, unknown
 from tspin.objectives import METHODS, find_method
+from tspin.options import refuse, try_out
 from tspin.sections import Section, mapping, read
 from tspin.yaml_files import REPOSITORY as REPOSITORY
 from tspin.yaml_files import find_yaml, overridden, read_yaml
@@ -224,6 +225,7 @@ class SelfPlayConfig(_WithCoefficients):
             super().__post_init__()
         except (TypeError, ValueError) as error:
             raise UserError(f"SelfPlayConfig: {error}") from error
+        try_out(self, self.learning_rates[0])
 
     @property
     def n_gpu(self) -> int:
@@ -250,6 +252,10 @@ class SelfPlayConfig(_WithCoefficients):
         """How y′ and y0 are drawn."""
         return Decoding(self.temperature, self.top_p, self.max_new_tokens, self.sampling_batch_size)
 
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps of the warm-up. It ends before the training does: a single step is one at the full rate, not at 0."""
+        return min(super().get_warmup_steps(num_training_steps), num_training_steps - 1)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, from which an equal SelfPlayConfig can be made; tokens are masked."""
         plain: dict[str, Any] = super().to_dict()
@@ -265,6 +271,8 @@ _DECLARED = {declared.name: declared for declared in dataclasses.fields(SelfPlay
 if taken := COEFFICIENTS.keys() & {*TrainingArguments.__dataclass_fields__, *SelfPlayConfig.__annotations__}:
     raise ValueError(f"{min(taken)}: a coefficient of a method has the name of a setting; give it another")
 _HINTS = get_type_hints(SelfPlayConfig, include_extras=True) | {"accelerator_config": Any, "fsdp": Any}  # take more
+_OFF = BeforeValidator(lambda value: "no" if value is False else value)  # as YAML reads a bare no
+_HINTS |= {name: Annotated[_HINTS[name], _OFF] for name in ("logging_strategy", "save_strategy", "eval_strategy")}
 _FIELDS: dict[str, Any] = {
     name: (_HINTS[name], [] if declared.default is dataclasses.MISSING else declared.default)
     for name, declared in _DECLARED.items()
@@ -346,8 +354,9 @@ def _deciding(training: Any) -> dict[str, Any]:
 
 
 def complete(training: Any) -> Any:
-    """Settings with what follows from others of them. Raises UserError where they do not fit together."""
+    """Settings with what follows from others of them. Raises UserError where they do not fit together, or with us."""
     coefficients_of(training)
+    refuse(training)
     size = training.batch_size
     for name, right in {"per_device_train_batch_size": (None, size), "gradient_accumulation_steps": (1,)}.items():
         if getattr(training, name) not in right:

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tspin.devices import out_of_memory
 from tspin.errors import UserError, reason
@@ -75,6 +82,25 @@ def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> Pr
     if info["missing_keys"]:
         raise UserError(f"{folder}: the weights of {sorted(info['missing_keys'])[0]} are missing from this model")
     return model
+
+
+def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device: every parameter's shape, no memory. No random number is drawn."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def load_shape(folder: str, model_arguments: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The model in a folder on the meta device, from its config alone. Raises UserError where that describes none."""
+    trusted = bool((model_arguments or {}).get("trust_remote_code"))
+
+    def load(folder: str, trust_remote_code: bool) -> PreTrainedModel:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return meta_model(config, trust_remote_code)
+
+    shape: PreTrainedModel = _load(load, folder, {"trust_remote_code": trusted})
+    return shape
 
 
 def dtype_name(model_arguments: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Responses from a policy."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -11,12 +12,14 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from tspin.attention import grouped
 from tspin.config import Decoding
@@ -25,6 +28,8 @@ from tspin.data.responses import RESPONSE_SCHEMA, Response, Responses
 from tspin.data.turns import Stops, TurnEnd, stops, turn_end
 from tspin.errors import UserError
 
+# Layers of a cache that can give up rows. Those with a state beside keys and values would keep all of the state's.
+ROWS_CAN_LEAVE = {DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer}
 FIRST_SEGMENT = 8  # tokens after which ended rows leave for the first time; twice as many each time after
 
 
@@ -128,15 +133,17 @@ def generate_in_segments(
 ) -> list[list[int]]:
     """New tokens of each row by `generate`, in segments: rows that have ended leave between two of them.
 
-    One long response would otherwise keep its whole batch computing to the end. input_ids,
-    attention_mask: int64 (batch, length), left-padded. A row ends at settings.eos_token_id; stops:
-    further stopping criteria for a number of rows, has_stopped: whether a continuation ended by them.
+    One long response would otherwise keep its whole batch computing to the end, as it does for models whose cache rows
+    cannot leave. input_ids, attention_mask: int64 (batch, length), left-padded. A row ends at settings.eos_token_id;
+    stops: further stopping criteria for a number of rows, has_stopped: whether a continuation ended by them.
     watch: gets the log-probabilities of the new tokens.
     """
     ends = set(settings.eos_token_id)
     continuations: list[list[int]] = [[] for _ in input_ids]
     rows = list(range(len(input_ids)))
-    cache, segment, left = None, FIRST_SEGMENT, settings.max_new_tokens
+    cache, left = None, settings.max_new_tokens
+    in_segments = rows_can_leave(model)
+    segment = FIRST_SEGMENT if in_segments else left
     while rows and left > 0:
         part = copy.deepcopy(settings)
         part.max_new_tokens = min(segment, left)
@@ -160,6 +167,8 @@ def generate_in_segments(
                 still_open.append(position)
         left -= new.shape[1]
         segment *= 2
+        if not in_segments:
+            break
         rows = [rows[position] for position in still_open]
         kept = torch.tensor(still_open, dtype=torch.long, device=input_ids.device)
         input_ids = output.sequences[kept]
@@ -167,6 +176,14 @@ def generate_in_segments(
         cache = output.past_key_values
         cache.batch_select_indices(kept)
     return continuations
+
+
+def rows_can_leave(model: PreTrainedModel) -> bool:
+    """Whether rows of a batch can leave a model's cache: not where it holds a state of past tokens in another form."""
+    if model._is_stateful or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # as `generate` makes it
+    return {type(layer) for layer in cache.layers} <= ROWS_CAN_LEAVE
 
 
 class Watch:

@@ -26,6 +26,7 @@ from tspin.data.turns import writes_date
 from tspin.engines.engine import Engine
 from tspin.engines.here import FIRST_STEP
 from tspin.errors import UserError
+from tspin.fits import check_rows, check_training
 from tspin.iteration import Iteration, Run, diagnose, measure, sample, score_reference, take_generated, train
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.runs.claims import claim_folder
@@ -69,8 +70,8 @@ class SelfPlayTrainer:
     callbacks: transformers callbacks for every iteration's training.
     model_arguments: arguments of `from_pretrained`.
 
-    Raises UserError for bad data, a folder that is no model, a tokenizer without an end token, and
-    an output_dir that holds a run of another config.
+    Raises UserError for bad data, a folder that is no model, a tokenizer without an end token, what does not fit
+    together (tspin.fits), and an output_dir that holds a run of another config.
     """
 
     def __init__(
@@ -95,7 +96,10 @@ class SelfPlayTrainer:
         if args.date is None and writes_date(tokenizer):
             args.date = date_of_run(self.shared)
         self.examples = encode_dataset(train_dataset, tokenizer, args)
-        self.run = Run(args, self.examples, Engine(args, tokenizer, model_arguments or {}))
+        loading = model_arguments or {}
+        check_rows(self.source, loading, tokenizer, self.examples, new_tokens=args.max_new_tokens)
+        check_training(self.source, loading, args, len(self.examples))
+        self.run = Run(args, self.examples, Engine(args, tokenizer, loading))
         self.model: PreTrainedModel | None = None  # the final policy, after train()
 
     def algorithm_1(self) -> Iterator[IterationResult]:

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tspin.devices import out_of_memory
 from tspin.errors import UserError
@@ -36,7 +37,7 @@ class TripletTrainer(Trainer):
 
     args.per_device_train_batch_size counts the triplets of a step, whatever the number of devices
     (SelfPlayConfig.batch_size); they pass through the model in micro-batches planned by tokens (see
-    TripletCollator). Dropout is off: log π is the policy's, as it was when y′ was drawn.
+    TripletCollator). The model is in evaluation mode: log π is the policy's, as it was when y′ was drawn.
 
     Logs, at every logging step: loss, gradient norm, tokens per second, both advantages, and for
     each role the reward by the method's own definition and the log-likelihood (nats, summed over
@@ -58,9 +59,7 @@ class TripletTrainer(Trainer):
         self.method = method
         self.coefficients = coefficients
         self.roles = collator.roles
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        self._checkpointed = checkpointed_layers(model) if args.gradient_checkpointing else []
         # Columns are ours, not the model's arguments.
         args.remove_unused_columns = False
         super().__init__(
@@ -227,6 +226,11 @@ class TripletTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A micro-batch's part of the mean loss over the step's triplets."""
+        # Trainer has set training mode. Dropout, dropped layers and jitter ask for that, whatever they are called.
+        assert self.model is not None
+        self.model.eval()
+        for layer in self._checkpointed:
+            layer.training = True
         logps = logps_of(model, inputs, self.roles)
         loss = self.method.loss(SequenceLogps(logps, inputs["reference"], inputs["lengths"]), self.coefficients).mean()
         detached = {role: values.detach() for role, values in logps.items()}
@@ -255,6 +259,27 @@ class TripletTrainer(Trainer):
         means = self.means.pop()
         means.pop("loss", None)  # Trainer's own is logged
         super().log({**logs, **means}, start_time)
+
+
+def checkpointed_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that gradient checkpointing computes twice, each made to run in evaluation mode.
+
+    It is done for layers that are in training mode, and dropout within a layer asks for the same: a layer is taken out
+    of that mode as its own computation begins, and put back into what it was before.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.register_forward_pre_hook(_end_training)
+        layer.register_forward_hook(_begin_training)
+    return layers
+
+
+def _end_training(layer: torch.nn.Module, arguments: Any) -> None:
+    layer.training = False
+
+
+def _begin_training(layer: torch.nn.Module, arguments: Any, output: Any) -> None:
+    layer.training = True  # some models call a layer several times
 
 
 class Means:

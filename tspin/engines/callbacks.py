@@ -43,6 +43,16 @@ class KeepState(TrainerCallback):
             control.should_save = True
 
 
+class LogLastStep(TrainerCallback):
+    """Has the last step logged whatever the logging interval, so that the log is of the whole training."""
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        if control.should_training_stop:
+            control.should_log = True
+
+    on_epoch_end = on_step_end
+
+
 class StepBar(TrainerCallback):
     """A progress bar over optimizer steps that shows the loss."""
 

@@ -27,7 +27,7 @@ from transformers.integrations import TensorBoardCallback
 
 from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.devices import peak_bytes, reset_peak
-from tspin.engines.callbacks import AfterFirstStep, AtTrainBegin, KeepState, StepBar
+from tspin.engines.callbacks import AfterFirstStep, AtTrainBegin, KeepState, LogLastStep, StepBar
 from tspin.errors import UserError
 from tspin.objectives import METHODS
 from tspin.runs.files import atomic_path, write_json
@@ -89,7 +89,8 @@ def train(
     weights = sampled_weights(model)
     set_seed(training.arguments.seed)  # adapters start from random numbers, the same after a restart
     adapters = add_adapters(model, training.args.lora) if training.args.lora else None
-    trainer = _trainer(model, training, [*callbacks, *_reports(training, step)])
+    # The last: what the others decide is known by then. Not KeepState's stop, though, after which a training goes on.
+    trainer = _trainer(model, training, [*callbacks, *_reports(training, step), LogLastStep()])
     first_step = training.log_folder / FIRST_STEP
     if training.args.process_index == 0:
         trainer.add_callback(AfterFirstStep(lambda: write_json(first_step, trainer.first_step)))

@@ -39,11 +39,12 @@ def check_launcher(path: Path, args: SelfPlayConfig) -> None:
         raise UserError(f"{path}: num_machines must be 1; a sweep (`tspin sweep`) gives each machine a run of its own")
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
         raise UserError(f"{path}: DeepSpeed is not installed; pip install deepspeed, or use fsdp2.yaml beside it")
-    if args.checkpoint_steps:
-        raise UserError(
-            "checkpoint_steps: states are kept by trainings of one process; with --launcher a training that "
-            "is stopped starts again at its first step"
-        )
+    for name, off in {"checkpoint_steps": None, "save_strategy": "no"}.items():
+        if getattr(args, name) != off:
+            raise UserError(
+                f"{name}: states are kept by trainings of one process; with --launcher a training that "
+                "is stopped starts again at its first step"
+            )
     if args.lora and kind in {"DEEPSPEED", "FSDP"}:
         raise UserError(
             f"lora: adapters are merged from whole weights, {path} cuts them into shards; use "

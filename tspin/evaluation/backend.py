@@ -24,7 +24,7 @@ from tspin.data.templates import Template, special_tokens
 from tspin.data.turns import Stops, stops
 from tspin.errors import UserError, reason
 from tspin.evaluation.suites import Suite
-from tspin.sampling import generate_in_segments
+from tspin.sampling import generate_in_segments, rows_can_leave
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts; tokens of a context, of a continuation
 Answer = tuple[float, bool]  # log-probability of the continuation in nats; whether it is what greedy decoding gives
@@ -192,7 +192,7 @@ class SegmentedLM(AsTrained, HFLM):
 
     def _sharing(self, requests: Sequence[Request], size: int) -> list[list[int]]:
         """Numbers of requests that share a context, at most `size` together; none where the model cannot do it."""
-        if self.backend != "causal":
+        if self.backend != "causal" or not rows_can_leave(self.model):
             return []
         if not {"position_ids", "logits_to_keep"} <= inspect.signature(self.model.forward).parameters.keys():
             return []

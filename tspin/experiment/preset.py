@@ -28,6 +28,7 @@ from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import Suite, load_suite
 from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
+from tspin.fits import check_chat_template
 from tspin.models import Policy, dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, find_method
 from tspin.runs.claims import claim_folder
@@ -80,6 +81,7 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
     # Everything that can be wrong with settings, model and data is found before anything is written.
     suite, config = load_suite(config.evaluation.suite), dated(config, runs)
     evaluator = Evaluator(config, suite)
+    check_chat_template(evaluator.suite, load_tokenizer(evaluator.policy.folder, evaluator.loading))
     trainers = {
         (method, seed): build_trainer(
             config.for_method(method), runs / f"seed-{seed}", seed, where.launcher, where.shared

@@ -1,7 +1,7 @@
 """The steps of an iteration one by one, on files: what `tspin sample`, `train`, `diagnose` and `evaluate` do."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,13 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from tspin import iteration as steps
 from tspin.config import RunSettings, build_config
 from tspin.data.encoding import encode_dataset
-from tspin.data.responses import read_responses
+from tspin.data.responses import Responses, read_responses
 from tspin.data.turns import writes_date
 from tspin.engines.engine import Engine
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
+from tspin.fits import check_chat_template, check_rows, check_tokens, check_training
 from tspin.iteration import Iteration, Run
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.runs.dates import date_of_run
@@ -84,11 +85,19 @@ class Step:
         tokenizer, prompt_ids = self.run.engine.tokenizer, self.run.examples.prompt_ids
         for path in (*responses.values(), *self.history):
             _check_responses(path, tokenizer, prompt_ids)
-        return Iteration(self.run, self.number, policy, initial, self.out.parent, responses, self.history)
+        iteration = Iteration(self.run, self.number, policy, initial, self.out.parent, responses, self.history)
+        self.check_rows(iteration.sampled)
+        return iteration
+
+    def check_rows(self, responses: Mapping[str, Responses], new_tokens: int = 0) -> None:
+        """See tspin.fits.check_rows."""
+        engine = self.run.engine
+        check_rows(self.policy.folder, engine.loading, engine.tokenizer, self.run.examples, responses, new_tokens)
 
 
 def sample_to_file(step: Step) -> dict[str, float]:
     """Sample one response per prompt into a Parquet file; returns response_statistics."""
+    step.check_rows({}, new_tokens=step.run.args.max_new_tokens)
     with _new_file(step.out) as target:
         return steps.sample(step.run, step.policy, step.run.examples, step.seed, target)
 
@@ -103,6 +112,7 @@ def train_from_files(step: Step) -> dict[str, Any]:
     if step.out.exists():
         raise UserError(f"{step.out} exists: choose a new folder for the checkpoint, nothing is written over")
     method, iteration = step.run.method, step.iteration()
+    check_training(step.policy.folder, step.run.engine.loading, step.run.args, len(step.run.examples))
     if method.reference == "initial" and step.number > 0 and step.reference is None:
         raise UserError(f"--reference: {step.method} at iteration {step.number} needs the initial policy")
     for role in method.gradient_roles(iteration.coefficients):
@@ -127,8 +137,9 @@ def train_from_files(step: Step) -> dict[str, Any]:
 
 def diagnose_to_file(step: Step) -> dict[str, float]:
     """Rewards and log-likelihoods of the labelled and the given responses, as a Parquet file; returns the summary."""
+    iteration = step.iteration()
     with _new_file(step.out) as target:
-        return steps.diagnose(step.iteration(), None, step.policy, target)
+        return steps.diagnose(iteration, None, step.policy, target)
 
 
 def evaluate_to_file(
@@ -142,7 +153,10 @@ def evaluate_to_file(
     if out is not None and out.is_dir():
         raise UserError(f"{out} is a folder: --out is the CSV file to write")
     folder = resolve(model)
-    tokenizer, policy = load_tokenizer(folder), load_model(folder, {"dtype": getattr(torch, dtype)})
+    tokenizer = load_tokenizer(folder)
+    check_chat_template(suite, tokenizer)
+    policy = load_model(folder, {"dtype": getattr(torch, dtype)})
+    check_tokens(policy, tokenizer, {})
     if torch.cuda.is_available():
         policy.to("cuda")  # type: ignore[arg-type]
     evaluation = evaluate(policy, tokenizer, suite, batch_size=batch_size, limit=limit)

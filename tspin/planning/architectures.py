@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from tspin.errors import UserError
-from tspin.models import POCKET_MODEL
+from tspin.models import POCKET_MODEL, meta_model
 
 FACTS = Path(__file__).with_name("architectures.yaml")
 
@@ -65,13 +65,6 @@ def find_config(path: str, revision: str | None = None, trust_remote_code: bool 
             f"{path}: no config.json in this folder, in the hub's cache or on the hub; {FACTS} takes the facts of a "
             "model that cannot be reached"
         ) from error
-
-
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: every parameter's shape, no memory."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:

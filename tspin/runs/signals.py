@@ -1,15 +1,21 @@
 """SIGTERM and Ctrl-C: a training finishes its step and keeps its state; everything else stops at once.
 
-In Python both raise `Stopped`, a KeyboardInterrupt; the command line exits with 130 or 143, as shells expect.
+In Python both raise `Stopped`, a KeyboardInterrupt; the command line exits with 130 or 143, as shells expect. Processes
+that are forked, such as a pool's, end by SIGTERM, which their parent sends them, and without a word. Those that a
+training forks, to load its data, stay as long as the step in hand needs them.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SECONDS_TO_FORK = 0.1
+_fork = threading.local()  # now: whether this thread is in the middle of a fork; mask: the signals it held back before
 
 
 class Stopped(KeyboardInterrupt):
@@ -30,11 +36,7 @@ class Asked:
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
     """While this holds, SIGTERM raises Stopped as Ctrl-C does."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
-
-    with _handling(stop):
+    with _handling(_stop):
         yield
 
 
@@ -50,6 +52,44 @@ def stopping_when_asked() -> Iterator[Asked]:
 
     with _handling(note):
         yield asked
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if getattr(_fork, "now", False):  # what is raised in the middle of a fork is lost: let the signal come again
+        again = threading.Timer(SECONDS_TO_FORK, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        return
+    raise Stopped(number)
+
+
+def _leave_to_parent(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+# Ctrl-C in a terminal comes to all its processes. A worker that it ended might hold a lock that its parent waits for.
+IN_FORKED: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: _leave_to_parent}
+
+
+def _before_fork() -> None:
+    """Hold signals back: one that came to a process before it has handlers of its own would be lost there."""
+    _fork.now = True
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+    _fork.now = False
+
+
+def _in_forked() -> None:
+    for number, handler in IN_FORKED.items():
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, handler)
+    _after_fork()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_forked)
 
 
 @contextmanager

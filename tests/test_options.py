@@ -1,0 +1,89 @@
+"""TrainingArguments' options that cannot work here, each refused in one line before anything is loaded."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from tspin import SelfPlayConfig
+from tspin.config import build_config
+from tspin.errors import UserError
+from tspin.options import UNUSABLE, UNUSABLE_VALUES
+
+BY_NAME = [
+    ({"eval_strategy": "steps"}, "eval_strategy: no training here has an evaluation set"),
+    ({"do_eval": True}, "do_eval: no training here has an evaluation set"),
+    ({"load_best_model_at_end": True}, "load_best_model_at_end: no training here has an evaluation set"),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type=reduce_lr_on_plateau: no training here has"),
+    ({"save_strategy": "best"}, "save_strategy=best: no training here has an evaluation set"),
+    ({"push_to_hub": True}, "push_to_hub: a run's checkpoints stay in its folder"),
+    ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed: a launch file says"),
+    ({"fsdp": "full_shard"}, "fsdp: a launch file says"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: the objectives are of whole responses"),
+    ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: with noise on the embeddings"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size: batch_size is part of the method"),
+    ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy=group_by_length: micro-batches"),
+    ({"fp16": True}, "fp16: a gradient that overflows"),
+    ({"save_only_model": True}, "save_only_model: a training could not go on"),
+    ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint: the same command goes on"),
+]
+BY_TRIAL = [  # what this environment lacks, and options without those that they need
+    ({"report_to": "wandb"}, "report_to: Transformers finds no wandb here; install it, or choose of .*tensorboard"),
+    ({"report_to": ["tensorboard", "nothing"]}, "report_to: Transformers finds no nothing here"),
+    ({"optim": "adamw_8bit"}, "optim=adamw_8bit, .*bitsandbytes"),
+    ({"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}, "optim=galore_adamw, .*galore_torch"),
+    ({"optim_args": "momentum=a lot"}, "optim=rmsprop, with optim_args as given: could not convert"),
+    ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr, .*min_lr"),
+    ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type=warmup_stable_decay, .*num_decay_steps"),
+    ({"dataloader_persistent_workers": True}, "dataloader_num_workers=0, .*persistent_workers"),
+    ({"use_liger_kernel": True}, "use_liger_kernel: its package is not installed"),
+    ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches: every process"),
+]
+GOOD = [
+    {"report_to": "all"},
+    {"report_to": "none"},
+    {"optim": "adamw_torch_fused", "learning_rate": [1e-3, 1e-4]},
+    {"optim": "adafactor"},
+    {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+    {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 3}},
+    {"train_sampling_strategy": "sequential"},
+    {"eval_strategy": False, "include_num_input_tokens_seen": False, "label_smoothing_factor": 0.0},
+    {"logging_strategy": False},  # a bare no in YAML
+    {"save_strategy": "epoch"},
+    {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+]
+
+
+@pytest.mark.parametrize("given, line", BY_NAME)
+def test_what_no_training_can_follow_is_refused_as_a_preset_is_read(given, line):
+    for make in (lambda: build_config(given), lambda: SelfPlayConfig(**given)):
+        with pytest.raises(UserError, match=f"^{line}") as refused:
+            make()
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("given, line", BY_TRIAL)
+def test_what_is_missing_is_said_where_training_would_take_place(given, line):
+    build_config(given)  # another machine may have it
+    with pytest.raises(UserError, match=f"^{line}") as refused:
+        SelfPlayConfig(**given)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("given", GOOD)
+def test_the_rest_stands_and_draws_no_random_number(given):
+    state = torch.get_rng_state()
+    SelfPlayConfig(**given)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_names_are_the_installed_versions():
+    known = {field.name for field in fields(TrainingArguments)}
+    assert UNUSABLE.keys() | {name for name, _ in UNUSABLE_VALUES} <= known
+
+
+def test_a_warm_up_ends_before_its_training():
+    assert [SelfPlayConfig().get_warmup_steps(steps) for steps in (1, 2, 10, 11, 100)] == [0, 1, 1, 2, 10]
+    assert [SelfPlayConfig(warmup_steps=5).get_warmup_steps(steps) for steps in (1, 5, 6)] == [0, 4, 5]
+    assert SelfPlayConfig(warmup_steps=0).get_warmup_steps(3) == 0
