@@ -60,8 +60,7 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, use
 
     The pad token is one of them, as sampling and training take it, and the end token.
     """
-    (embedding,) = model.get_input_embeddings().parameters()
-    rows = len(embedding)
+    rows = len(next(model.get_input_embeddings().parameters()))
     ours = {"the pad token": pad_token(tokenizer), "the end token": tokenizer.eos_token_id}
     for what, token in {**ours, **used}.items():
         if token >= rows:
@@ -104,7 +103,7 @@ def check_training(source: str | PreTrainedModel, loading: Mapping[str, Any], ar
     check_schedule(args, rows)
     if args.gradient_checkpointing:
         check_checkpointing(source if isinstance(source, PreTrainedModel) else load_shape(source, dict(loading)))
-    if dtype_name(dict(loading)) == "bfloat16" and not args.lora:  # adapters are float32
+    if dtype_name(dict(loading)) == "bfloat16" and not args.lora:  # adapters start at 0, where such numbers are dense
         check_spacing(source, max(args.learning_rates))
 
 
