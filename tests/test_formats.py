@@ -237,7 +237,7 @@ def no_network_and_own_cache(tmp_path_factory, monkeypatch):
 def test_flat_formats_in_files(tmp_path, said, medium, capsys):
     path = (FILES | TABLES)[medium](tmp_path, FLAT[said])
     assert read(load_rows(str(path))) == wanted(PAIRS)
-    assert f"tspin: {path}: {said}\n" in capsys.readouterr().err
+    assert f"note: {path}: {said}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("medium", FILES)
@@ -246,7 +246,7 @@ def test_conversations_in_files(tmp_path, said, medium, capsys):
     rows, same = CHATS[said]
     path = FILES[medium](tmp_path, rows)
     assert read(load_rows(str(path))) == wanted(same) == read(source_of(same))
-    assert f"tspin: {path}: {said}\n" in capsys.readouterr().err
+    assert f"note: {path}: {said}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("medium", MEMORY)
@@ -255,8 +255,8 @@ def test_formats_in_memory(said, medium, capsys):
     rows, same = CHATS.get(said) or (FLAT[said], PAIRS)
     assert read(source_of(MEMORY[medium](rows))) == wanted(same)
     err = capsys.readouterr().err
-    assert f"tspin: train_dataset: {said}\n" in err
-    assert ("tspin: train_dataset: split train of test, train\n" in err) == (medium == "DatasetDict")
+    assert f"note: train_dataset: {said}\n" in err
+    assert ("note: train_dataset: split train of test, train\n" in err) == (medium == "DatasetDict")
 
 
 LONG = [SYSTEM, user("a"), assistant("b"), user("c"), assistant("d"), assistant("e"), user("f")]
@@ -288,7 +288,7 @@ def test_rounds(row, capsys):
     first = [(0, ["Be brief.", "a"], "b"), (1, ["Be brief.", "a"], "b")]
     assert rounds_of([one, row]) == first
     line = "1 of 2 conversations have later rounds, which are not used: data.rounds=all makes each assistant turn an"
-    assert f"tspin: train_dataset: {line} example of its own\n" in capsys.readouterr().err
+    assert f"note: train_dataset: {line} example of its own\n" in capsys.readouterr().err
     later = [(1, ["Be brief.", "a", "b", "c"], "d"), (1, ["Be brief.", "a", "b", "c", "d"], "e")]
     assert rounds_of([one, row], rounds="all") == first + later
     assert [r["number"] for r in source_of([row, one], rounds="all").read()] == [0, 1, 2, 3]
@@ -442,7 +442,7 @@ def test_splits_that_are_not_there_and_files_that_are_in_none(tmp_path, capsys):
     written(folder / "test.jsonl", lines(PAIRS[:1]))
     written(folder / "more.jsonl", lines(PAIRS))
     assert read(load_rows(str(folder))) == wanted(PAIRS) and len(load_rows(str(folder), split="test").read()) == 1
-    assert f"tspin: {folder}: its files in none of the splits train, test: more.jsonl\n" in capsys.readouterr().err
+    assert f"note: {folder}: its files in none of the splits train, test: more.jsonl\n" in capsys.readouterr().err
     line = "no split 'dev'; there are: (train, test|test, train)"
     for path in (folder, saved(tmp_path / "saved", splits(PAIRS))):
         with pytest.raises(UserError, match=line):
@@ -468,7 +468,7 @@ def test_splits_that_are_not_there_and_files_that_are_in_none(tmp_path, capsys):
         ("a.jsonl.gz", gzip.compress(lines(PAIRS))[:-9], "a.jsonl.gz: cannot be read"),
         ("a.jsonl.bz2", b"{}", "a.jsonl.bz2: cannot be read"),
         ("a.jsonl.xz", b"{}", "a.jsonl.xz: cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b"{\n"), "a.jsonl.gz, line 1: not JSON"),
+        ("a.jsonl.gz", gzip.compress(b"{\n", mtime=0), "a.jsonl.gz, line 1: not JSON"),
         ("a.pdf", b"x", "the columns pdf are none of the known formats"),
         ("a.xyz", b"x", "a.xyz: not data that `datasets` can read"),
     ],

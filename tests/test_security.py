@@ -5,10 +5,11 @@ import pickle
 import re
 from pathlib import Path
 
+import pytest
 from test_cli import SMALL, assert_refused, call
 
 from tspin.config import Config, build_config
-from tspin.experiment.preset import training_arguments
+from tspin.errors import UserError
 from tspin.runs.redaction import redacted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +91,6 @@ def _pinned() -> str:
 def test_a_token_is_no_setting(tmp_path, model_folder, data_file):
     own = ["run", "--model", model_folder, "--data", data_file, "--out", tmp_path / "run", *SMALL]
     assert_refused(call(*own, "--set", "hub_token=hf_1234"), "hub_token: a secret", "HF_TOKEN")
-    counting = build_config({"include_num_input_tokens_seen": "all"}).for_method("sft")
-    assert training_arguments(counting, tmp_path, seed=0).include_num_input_tokens_seen == "all"
+    with pytest.raises(UserError, match="include_num_input_tokens_seen: tokens are counted already"):
+        build_config({"include_num_input_tokens_seen": "all"})  # a word in its name alone
     assert not (tmp_path / "run").exists()

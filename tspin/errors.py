@@ -26,5 +26,5 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 @cache
 def tell(line: str) -> None:
-    """Say something on stderr; what several runs of one command have to say is said once."""
-    sys.stderr.write(f"tspin: {line}\n")
+    """A note on stderr, once, however many runs of a command have it to say. What ends a command is a UserError."""
+    sys.stderr.write(f"note: {line}\n")

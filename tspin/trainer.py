@@ -83,7 +83,7 @@ class TripletTrainer(Trainer):
         self.keep_state: Callable[[int, Callable[[Path], None]], None] | None = None
         self.means = Means()
         self._triplets: Sequence[Triplet] = []  # of the step in hand
-        self.first_step: dict[str, Any] = {}  # its means, "loss" among them, and its "prompt_ids"
+        self.keep_first_step: Callable[[dict[str, Any]], None] | None = None  # its means, "loss" too, and "prompt_ids"
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The gradients of a step, micro-batch by micro-batch; smaller ones from here on where memory runs out."""
@@ -113,7 +113,8 @@ class TripletTrainer(Trainer):
         means = copy.deepcopy(self.means)
         if self.args.world_size > 1:
             means.sum_over_processes(self.args.device)
-        self.first_step = {**means.pop(), "prompt_ids": [triplet.prompt_id for triplet in self._triplets]}
+        if self.keep_first_step:
+            self.keep_first_step({**means.pop(), "prompt_ids": [triplet.prompt_id for triplet in self._triplets]})
 
     def _accumulate(self, model: torch.nn.Module, micro_batches: Sequence[dict[str, Any]]) -> Tensor:
         *first, last = micro_batches

@@ -18,17 +18,6 @@ class AtTrainBegin(TrainerCallback):
         self.function()
 
 
-class AfterFirstStep(TrainerCallback):
-    """Calls a function after the first step."""
-
-    def __init__(self, function: Callable[[], None]):
-        self.function = function
-
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
-        if state.global_step == 1:
-            self.function()
-
-
 class KeepState(TrainerCallback):
     """Has the state kept every `every` steps, and at the end of the step in which a signal came, which is the last."""
 

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -27,7 +27,7 @@ from transformers.integrations import TensorBoardCallback
 
 from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.devices import peak_bytes, reset_peak
-from tspin.engines.callbacks import AfterFirstStep, AtTrainBegin, KeepState, LogLastStep, StepBar
+from tspin.engines.callbacks import AtTrainBegin, KeepState, LogLastStep, StepBar
 from tspin.errors import UserError
 from tspin.objectives import METHODS
 from tspin.runs.files import atomic_path, write_json
@@ -93,7 +93,7 @@ def train(
     trainer = _trainer(model, training, [*callbacks, *_reports(training, step), LogLastStep()])
     first_step = training.log_folder / FIRST_STEP
     if training.args.process_index == 0:
-        trainer.add_callback(AfterFirstStep(lambda: write_json(first_step, trainer.first_step)))
+        trainer.keep_first_step = partial(write_json, first_step)
     if state is not None:
         trainer.add_callback(AtTrainBegin(lambda: trainer.restore_unlogged(state)))
     reset_peak()
