@@ -147,12 +147,13 @@ def encode_examples(
     with tqdm(total=len(rows), desc="encoding", unit="row", delay=BAR_AFTER) as bar:
         encoder = _Encoder(tokenizer, args, bar)
         dataset = mapped(rows, encoder, EXAMPLE_SCHEMA, path=path)
-    encoder.refuse(len(rows))
+    count = len(np.unique(column(rows, "row")))
+    encoder.refuse(count)
     if not len(dataset):
         raise UserError("no data left: every prompt is longer than max_prompt_length")
     if len(np.unique(column(dataset, "prompt_id"))) < len(dataset):
         raise UserError("train_dataset: two rows have the same prompt_id; responses are matched by it")
-    return Examples(dataset, encoder.noted, [encoder.manner(), *encoder.remarks(len(rows))])
+    return Examples(dataset, encoder.noted, [encoder.manner(), *encoder.remarks(count)])
 
 
 class _Encoder:
@@ -162,7 +163,7 @@ class _Encoder:
         self.template = Template(tokenizer, args.rendering)
         self.args = args
         self.bar = bar
-        self.noted: dict[str, list[int]] = {}
+        self._noted: dict[str, set[int]] = {}  # of a row each of its examples may say the same
         self.refused: dict[int, str] = {}  # row → why it cannot be rendered
 
     def __call__(self, batch: dict[str, list[Any]]) -> pa.Table:
@@ -236,7 +237,12 @@ class _Encoder:
         return Response(ids[:longest], written.shown(written.response).lstrip(" "), finished=len(ids) <= longest)
 
     def _note(self, kind: str, row: dict[str, Any]) -> None:
-        self.noted.setdefault(kind, []).append(row["row"])
+        self._noted.setdefault(kind, set()).add(row["row"])
+
+    @property
+    def noted(self) -> dict[str, list[int]]:
+        """See `Examples`."""
+        return {kind: sorted(rows) for kind, rows in self._noted.items()}
 
     def refuse(self, count: int) -> None:
         """Raise UserError where rows could not be rendered, of `count` in all."""
