@@ -17,6 +17,8 @@ from transformers import (
     MambaConfig,
     OpenAIGPTConfig,
     Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
 )
 
 from tspin.config import Decoding
@@ -154,6 +156,13 @@ CACHES = {  # what models keep of past tokens, and whether rows can leave it
     ),
     "states alone": (False, MambaConfig, {"state_size": 8}),
     "states alone, scaled": (False, FalconMambaConfig, {"state_size": 8}),
+    "states that padding runs through": (False, RwkvConfig, {"attention_hidden_size": 32, "context_length": 64}),
+    "states that padding decays": (
+        False,
+        RecurrentGemmaConfig,
+        {**HEADS, "num_key_value_heads": 1, "block_types": ["recurrent", "attention"], "lru_width": 32,
+         "attention_window_size": 16},
+    ),
     "nothing": (False, OpenAIGPTConfig, {"num_attention_heads": 4}),
     "keys and values": (True, LlamaConfig, HEADS),
     "keys and values of a window": (
@@ -179,9 +188,10 @@ def test_a_batch_draws_what_single_prompts_draw_whatever_the_cache_is(tokenizer,
     assert rows_can_leave(model) == leave
     ends, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     plain = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=ends, pad_token_id=pad)
-    responses = draw(model, tokenizer, Decoding(temperature=0.0, top_p=1.0, max_new_tokens=20, batch_size=3))
+    prompts = PROMPTS if kind is not RecurrentGemmaConfig else PROMPTS[::2]  # it takes one token for one to go on with
+    responses = draw(model, tokenizer, Decoding(temperature=0.0, top_p=1.0, max_new_tokens=20, batch_size=3), prompts)
     model.generation_config = GenerationConfig()
-    for prompt, response in zip(PROMPTS, responses, strict=True):
+    for prompt, response in zip(prompts, responses, strict=True):
         ids, mask = torch.tensor([prompt]), torch.ones((1, len(prompt)), dtype=torch.long)
         whole = model.generate(ids, attention_mask=mask, generation_config=plain)
         assert response.ids == whole[0, len(prompt) :].tolist()

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -79,22 +80,50 @@ def sample(
         ):
 
             def draw(batch: dict[str, list[int]]) -> pa.Table:
-                chosen = batch["prompt"]
                 rows = []
-                watch = Watch(len(chosen)) if chosen[0] == longest_first[0] else None  # of one batch: it is a sample
-                drawn = _generate(model, [prompts[i] for i in chosen], settings, stop.end, tokenizer, watch)
-                for row, (i, ids) in enumerate(zip(chosen, drawn, strict=True)):
-                    response = response_of(ids, stop, tokenizer, watch.logps[row] if watch else ())
-                    rows.append((i, response.text, response.ids, response.finished, response.logp))
-                bar.update(len(rows))
+                for _, alike in groupby(batch["prompt"], lambda i: pads or lengths[i]):
+                    chosen = list(alike)
+                    watch = Watch(len(chosen)) if chosen[0] == longest_first[0] else None  # of one: it is a sample
+                    drawn = _generate(model, [prompts[i] for i in chosen], settings, stop.end, tokenizer, watch)
+                    for row, (i, ids) in enumerate(zip(chosen, drawn, strict=True)):
+                        response = response_of(ids, stop, tokenizer, watch.logps[row] if watch else ())
+                        rows.append((i, response.text, response.ids, response.finished, response.logp))
+                    bar.update(len(chosen))
                 return table_of(rows, RESPONSE_SCHEMA)
 
+            pads = len({*lengths}) == 1 or masks_padding(model, settings)
             torch.manual_seed(seed)
             drawn = Responses(mapped(order, draw, RESPONSE_SCHEMA, batch_size=decoding.batch_size))
     finally:
         model.generation_config = configured
         model.train(was_training)
     return drawn.of(range(len(prompts)))
+
+
+def masks_padding(model: PreTrainedModel, settings: GenerationConfig) -> bool:
+    """Whether a prompt padded on its left goes on as it does alone: not with a state that padding runs through too.
+
+    Found by trying; prompts of such a model are drawn together with those of their own length.
+    """
+    trial = copy.deepcopy(settings)
+    trial.max_new_tokens, trial.do_sample, trial.temperature, trial.top_p, trial.top_k = 4, False, None, None, None
+    trial.eos_token_id = None
+    alone = torch.arange(1, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
+    padded = torch.cat([torch.full_like(alone, settings.pad_token_id), alone], dim=1)
+    told = []
+    for ids in (alone, padded):
+        mask = torch.ones_like(ids)
+        mask[:, : ids.shape[1] - alone.shape[1]] = 0
+        output: Any = model.generate(  # type: ignore[operator]
+            ids, attention_mask=mask, generation_config=trial, output_logits=True, return_dict_in_generate=True
+        )
+        told.append([logits.float().log_softmax(-1) for logits in output.logits])
+    for first, second in zip(*told, strict=True):
+        if (first - second).abs().max() > (1e-3 if model.dtype == torch.float32 else 0.1):
+            return False
+        if first.argmax() != second.argmax():  # they go on with other tokens, as likely
+            break
+    return True
 
 
 def _generate(
