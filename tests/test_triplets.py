@@ -9,6 +9,7 @@ from tspin import SelfPlayConfig
 from tspin.data.encoding import encode_dataset
 from tspin.data.responses import Response, read_responses, write_responses
 from tspin.triplets import (
+    dealt,
     load_triplets,
     make_triplets,
     pack_shared_prefixes,
@@ -71,3 +72,17 @@ def test_triplets_travel_as_they_are(tmp_path, rows, tokenizer):
         with_reference(triplets, reference_table(scored.select([1, 0, 2, 3, 4]), logps))
     with pytest.raises(KeyError):
         make_triplets(encode_dataset([{**rows[0], "prompt_id": 99}], tokenizer, args), {"synthetic": drawn})
+
+
+def test_processes_are_dealt_like_shares_of_tokens():
+    """Lengths as in UltraChat's first rounds: most of a hundred tokens or two, some of a thousand."""
+    generator = np.random.default_rng(0)
+    shares, strided = [], []
+    for _ in range(50):
+        sizes = (40 + generator.lognormal(4.5, 0.9, 64) + 3 * generator.lognormal(5.3, 0.6, 64)).astype(int).tolist()
+        parts = dealt(sizes, 8)
+        assert sorted(i for part in parts for i in part) == list(range(64)) and all(p == sorted(p) for p in parts)
+        shares.append(sum(sizes) / 8 / max(sum(sizes[i] for i in part) for part in parts))
+        strided.append(sum(sizes) / 8 / max(sum(sizes[start::8]) for start in range(8)))
+    assert np.mean(shares) > 0.95 > 0.85 > np.mean(strided)
+    assert dealt([3, 9, 4], 1) == [[0, 1, 2]] and dealt([5, 5], 3) == [[0], [1], []]

@@ -125,8 +125,8 @@ class TripletCollator:
     depend on `max_tokens`: an optimizer step sums the micro-batches of the triplets it is given.
 
     Where several processes train together, each is given all triplets of a step and makes micro-batches of its own
-    part: every `processes`th, from the `process`th. One without a part gets one triplet with share 0, so that all
-    call the model.
+    part, which `dealt` gives it by tokens. One without a part gets one triplet with share 0, so that all call the
+    model.
     """
 
     process, processes = 0, 1
@@ -148,7 +148,8 @@ class TripletCollator:
         return None
 
     def __call__(self, triplets: Sequence[Triplet]) -> dict[str, list[Any]]:
-        of_all, part = triplets, triplets[self.process :: self.processes]
+        of_all = triplets
+        part = [triplets[i] for i in dealt(list(map(tokens_of, triplets)), self.processes)[self.process]]
         triplets = part or triplets[:1]
         prompts = [t.prompt_ids for t in triplets]
         responses = [[t.responses[role].ids for t in triplets] for role in self.roles]
@@ -283,6 +284,25 @@ def pack_shared_prefixes(
         "sequence": torch.tensor(sequence),
         "count": len(prompts) * len(responses),
     }
+
+
+def tokens_of(triplet: Triplet) -> int:
+    """Tokens of a triplet: its prompt once, and all its responses."""
+    return len(triplet.prompt_ids) + sum(len(response.ids) for response in triplet.responses.values())
+
+
+def dealt(sizes: Sequence[int], hands: int) -> list[list[int]]:
+    """Which of some pieces of work each hand gets: the largest first, each to the one with the least so far.
+
+    The same wherever it is computed; a hand's pieces are in their own order.
+    """
+    loads = [0] * hands
+    parts: list[list[int]] = [[] for _ in range(hands)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        hand = loads.index(min(loads))
+        loads[hand] += sizes[i]
+        parts[hand].append(i)
+    return [sorted(part) for part in parts]
 
 
 def example_sizes(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> list[int]:

@@ -14,7 +14,7 @@ from tspin.engines.here import Scoring
 from tspin.engines.launch import TOKENIZER, TRIPLETS, plain_arguments
 from tspin.engines.workers import Worker, gpu_environment, run_workers
 from tspin.models import dtype_name
-from tspin.triplets import Triplets
+from tspin.triplets import Triplets, dealt, tokens_of
 
 LOGPS = "logps.parquet"
 
@@ -32,10 +32,7 @@ def score_in_processes(
     Raises UserError, with a process's own line, when one fails.
     """
     processes = min(processes, len(triplets))
-    # Like lengths to all: the longest prompt to the first, the next to the second.
-    lengths = [len(t.prompt_ids) for t in triplets]
-    order = sorted(range(len(triplets)), key=lambda i: -lengths[i])
-    shares = [order[start::processes] for start in range(processes)]
+    shares = dealt(list(map(tokens_of, triplets)), processes)
     job = {
         "policy": model,
         "loading": {**loading, "dtype": dtype_name(dict(loading))},
