@@ -28,6 +28,7 @@ from tspin.data.mapped import mapped, table_of
 from tspin.data.responses import RESPONSE_SCHEMA, Response, Responses
 from tspin.data.turns import Stops, TurnEnd, stops, turn_end
 from tspin.errors import UserError
+from tspin.triplets import pad_token
 
 # Layers of a cache that can give up rows. Those with a state beside keys and values would keep all of the state's.
 ROWS_CAN_LEAVE = {DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer}
@@ -52,52 +53,59 @@ def sample(
     as it was.
     """
     stop = stops(tokenizer, model.generation_config, end or turn_end(tokenizer))
-    sampled = decoding.temperature > 0
-    settings = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=sampled,
-        temperature=decoding.temperature if sampled else None,
-        top_p=decoding.top_p if sampled else None,
-        top_k=0 if sampled else None,  # Transformers' default of 50 would truncate the distribution unasked
-        eos_token_id=stop.tokens,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
+    settings = _settings(decoding, stop.tokens, pad_token(tokenizer))
     # Prompts of similar length share a batch, the longest first: least padding, and memory runs
     # out at once or not at all.
     lengths = list(map(len, prompts))
     longest_first = sorted(range(len(prompts)), key=lambda i: -lengths[i])
     order = Dataset.from_dict({"prompt": longest_first})
+    with _drawing(model), tqdm(total=len(prompts), desc=description, unit="prompt") as bar:
+        pads = len({*lengths}) == 1 or masks_padding(model, settings)
+
+        def draw(batch: dict[str, list[int]]) -> pa.Table:
+            rows = []
+            for _, alike in groupby(batch["prompt"], lambda i: pads or lengths[i]):
+                chosen = list(alike)
+                watch = Watch(len(chosen)) if chosen[0] == longest_first[0] else None  # of one: it is a sample
+                drawn = _generate(model, [prompts[i] for i in chosen], settings, stop.end, tokenizer, watch)
+                for row, (i, ids) in enumerate(zip(chosen, drawn, strict=True)):
+                    response = response_of(ids, stop, tokenizer, watch.logps[row] if watch else ())
+                    rows.append((i, response.text, response.ids, response.finished, response.logp))
+                bar.update(len(chosen))
+            return table_of(rows, RESPONSE_SCHEMA)
+
+        torch.manual_seed(seed)
+        drawn = Responses(mapped(order, draw, RESPONSE_SCHEMA, batch_size=decoding.batch_size))
+    return drawn.of(range(len(prompts)))
+
+
+def _settings(decoding: Decoding, ends: list[int], pad: int) -> GenerationConfig:
+    sampled = decoding.temperature > 0
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=sampled,
+        temperature=decoding.temperature if sampled else None,
+        top_p=decoding.top_p if sampled else None,
+        top_k=0 if sampled else None,  # Transformers' default of 50 would truncate the distribution unasked
+        eos_token_id=ends,
+        pad_token_id=pad,
+    )
+
+
+@contextmanager
+def _drawing(model: PreTrainedModel) -> Iterator[None]:
+    """While this holds, `generate` draws from the policy as it is; model and generators are then as they were."""
     was_training, configured = model.training, model.generation_config
     model.eval()
-    # generate() fills what `settings` leaves open from the model's own settings (a repetition
-    # penalty, min-p): the responses would not be drawn from the policy.
+    # generate() fills what its settings leave open from the model's own (a repetition penalty, min-p): the responses
+    # would not be drawn from the policy.
     model.generation_config = GenerationConfig()
-    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            tqdm(total=len(prompts), desc=description, unit="prompt") as bar,
-        ):
-
-            def draw(batch: dict[str, list[int]]) -> pa.Table:
-                rows = []
-                for _, alike in groupby(batch["prompt"], lambda i: pads or lengths[i]):
-                    chosen = list(alike)
-                    watch = Watch(len(chosen)) if chosen[0] == longest_first[0] else None  # of one: it is a sample
-                    drawn = _generate(model, [prompts[i] for i in chosen], settings, stop.end, tokenizer, watch)
-                    for row, (i, ids) in enumerate(zip(chosen, drawn, strict=True)):
-                        response = response_of(ids, stop, tokenizer, watch.logps[row] if watch else ())
-                        rows.append((i, response.text, response.ids, response.finished, response.logp))
-                    bar.update(len(chosen))
-                return table_of(rows, RESPONSE_SCHEMA)
-
-            pads = len({*lengths}) == 1 or masks_padding(model, settings)
-            torch.manual_seed(seed)
-            drawn = Responses(mapped(order, draw, RESPONSE_SCHEMA, batch_size=decoding.batch_size))
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            yield
     finally:
         model.generation_config = configured
         model.train(was_training)
-    return drawn.of(range(len(prompts)))
 
 
 def masks_padding(model: PreTrainedModel, settings: GenerationConfig) -> bool:
