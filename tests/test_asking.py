@@ -198,7 +198,7 @@ def test_a_template_is_chosen_by_its_name(tasks):
     with pytest.raises(UserError, match=r"no template 'long' \(it has: default, short\)"):
         evaluate(tiny(tokenizer), tokenizer, suite_of(tasks, "counts", apply_chat_template="long"), batch_size=4)
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="^apply_chat_template: the tokenizer has no chat template"):
+    with pytest.raises(UserError, match="^apply_chat_template: this suite asks for the tokenizer"):
         evaluate(tiny(tokenizer), tokenizer, suite_of(tasks, "counts", apply_chat_template=True), batch_size=4)
 
 
@@ -328,8 +328,8 @@ def test_prompts_that_leave_no_room_are_counted(tasks, capsys):
     model, tokenizer, _ = ending("gemma")
     suite = suite_of(tasks, "counts", apply_chat_template=True, gen_kwargs={"max_gen_toks": 500})
     evaluate(model, tokenizer, suite, batch_size=3)
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tspin: ")]
-    assert said.startswith("tspin: 4 of 4 prompts were asked without their beginnings: the model's context of 512 ")
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert said.startswith("note: 4 of 4 prompts were asked without their beginnings: the model's context of 512 ")
 
 
 def test_a_prompts_last_space_belongs_to_the_response(tasks):

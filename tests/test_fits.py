@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from tspin import SelfPlayConfig, SelfPlayTrainer, cli, fits
 from tspin.errors import UserError
-from tspin.evaluation.suites import Suite
+from tspin.evaluation.suites import Suite, check_chat_template
 from tspin.fits import check_checkpointing, check_positions, check_tokens, movable_share, position_table
 from tspin.models import POCKET_MODEL, load_shape, load_tokenizer
 
@@ -207,9 +207,9 @@ def test_large_tensors_are_looked_at_in_part(tmp_path, monkeypatch):
 def test_a_suite_with_a_template_that_is_not_there(tmp_path, tiny_model, data_file):
     plain = load_tokenizer(str(POCKET_MODEL))
     suite = Suite(columns=(), apply_chat_template=True)
-    fits.check_chat_template(suite, plain)
+    check_chat_template(suite, plain)
     plain.chat_template = None
-    fits.check_chat_template(Suite(columns=()), plain)
+    check_chat_template(Suite(columns=()), plain)
     for saved in (tiny_model, plain):
         saved.save_pretrained(tmp_path / "model")
     code, errors = call("evaluate", "--model", tmp_path / "model", "--suite", "pocket")

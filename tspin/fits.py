@@ -24,7 +24,6 @@ from tspin.data.encoding import Examples
 from tspin.data.mapped import BATCH
 from tspin.data.responses import Responses
 from tspin.errors import UserError, tell
-from tspin.evaluation.suites import Suite
 from tspin.models import dtype_name, load_shape
 from tspin.triplets import pad_token
 
@@ -154,15 +153,6 @@ def movable_share(source: str | PreTrainedModel, rate: float) -> float:
         moved += count * float((rate >= distance / 2).float().mean())
         total += count
     return moved / total if total else 1.0
-
-
-def check_chat_template(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError where a suite puts its problems into a chat template that the tokenizer has not."""
-    if suite.apply_chat_template and not tokenizer.chat_template:
-        raise UserError(
-            "apply_chat_template: this suite asks for the tokenizer's chat template, and it has none: save one with "
-            "the tokenizer, or set apply_chat_template: false in a suite of your own (`extends: …`)"
-        )
 
 
 def _lists(dataset: Dataset, name: str) -> tuple[np.ndarray, int]:

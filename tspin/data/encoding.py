@@ -23,7 +23,7 @@ from tspin.runs.files import fingerprint, fingerprint_of
 from tspin.runs.locks import owned
 from tspin.runs.stages import run_stage
 
-SETTINGS = ("rendering", "max_prompt_length", "max_completion_length", "long_prompts")  # that examples depend on
+SETTINGS = ("max_prompt_length", "max_completion_length", "long_prompts")  # that examples depend on
 BAR_AFTER = 10  # seconds of encoding that need no progress bar
 GENERATED = {"ids": "generated_ids", "text": "generated_text", "finished": "generated_finished"}
 EXAMPLE_SCHEMA = pa.schema(
@@ -99,7 +99,7 @@ class Examples(TypedRows[Example]):
 def encode_dataset(
     dataset: Source | Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
 ) -> Examples:
-    """Rows {"prompt", "completion"} as examples; an integer "prompt_id" replaces the row's number. Raises UserError.
+    """Rows of any format (tspin.data.formats) as examples. Raises UserError.
 
     What is made of large data sets (`Source.key`) is kept in args.shared_dir, or the run's folder, and read from there
     the next time. Rows of note are told on stderr.
@@ -115,8 +115,7 @@ def encode_dataset(
 
 
 def _encoded_once(source: Source, tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig) -> Examples:
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["rendering"] = asdict(args.rendering)
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"rendering": asdict(args.rendering)}
     inputs = {"rows": source.key, "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
     folder = Path(args.shared_dir or str(args.output_dir))
     path = folder / f"examples-{fingerprint(inputs)}"
@@ -227,7 +226,7 @@ class _Encoder:
         return row["number"], label.text, label.ids, label.finished, text, prompt, *cells
 
     def _response(self, row: dict[str, Any], written: Written, prompt: list[int], whole: list[int]) -> Response:
-        """The labelled response: what follows the prompt in both together, or cut and without an end."""
+        """A row's response: what follows the prompt in both together, or cut and without an end."""
         assert written.response is not None
         ids = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt or not ids:

@@ -87,10 +87,7 @@ def rendered(
     """
     if not tokenizer.chat_template:
         raise UserError("template: the tokenizer has no chat template; give one user's message and 'paper'")
-    given = dict(rendering.chat_template_kwargs or {})
-    if rendering.date:
-        today = date.fromisoformat(rendering.date)
-        given = {"strftime_now": today.strftime, **given}
+    given = template_arguments(rendering)
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=open_turn, **given
@@ -99,6 +96,12 @@ def rendered(
         raise UserError(f"the tokenizer's chat template refuses a prompt's messages ({error})") from error
     assert isinstance(text, str)
     return text
+
+
+def template_arguments(rendering: Rendering) -> dict[str, Any]:
+    """What a chat template is given besides messages and tools: the run's own arguments, and its day as today's."""
+    today = {"strftime_now": date.fromisoformat(rendering.date).strftime} if rendering.date else {}
+    return {**today, **(rendering.chat_template_kwargs or {})}
 
 
 def closing(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> str:

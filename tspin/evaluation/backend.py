@@ -1,11 +1,9 @@
 """Our model behind lm-evaluation-harness: its backends, asking as training does; less work for the same numbers."""
 
 import inspect
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import date
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +19,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from tspin.data.templates import Template, special_tokens
-from tspin.data.turns import Stops, stops
-from tspin.errors import UserError, reason
-from tspin.evaluation.suites import Suite
+from tspin.data.turns import Stops, stops, template_arguments
+from tspin.errors import UserError, reason, tell
+from tspin.evaluation.suites import Suite, check_chat_template
 from tspin.sampling import generate_in_segments, rows_can_leave
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts; tokens of a context, of a continuation
@@ -45,15 +43,12 @@ class AsTrained(TemplateLM):
     def __init__(self, *args: Any, suite: Suite, generation: GenerationConfig | None, **kwargs: Any):
         self.rendering = suite.rendering
         self._generation = generation
-        arguments = dict(self.rendering.chat_template_kwargs or {})
+        arguments = template_arguments(self.rendering)
         thinking = {"enable_thinking": arguments.pop("enable_thinking", None), "think_end_token": suite.think_end_token}
-        if self.rendering.date:
-            arguments["strftime_now"] = date.fromisoformat(self.rendering.date).strftime
         super().__init__(*args, chat_template_args=arguments, **thinking, **kwargs)
         if isinstance(suite.apply_chat_template, str):
             self._choose_template(suite.apply_chat_template)
-        elif suite.apply_chat_template and not self.tokenizer.chat_template:
-            raise UserError("apply_chat_template: the tokenizer has no chat template; set it to false in the suite")
+        check_chat_template(suite, self.tokenizer)
 
     def _choose_template(self, name: str) -> None:
         """lm-eval takes the name of a template, and goes on with the tokenizer's default one."""
@@ -162,9 +157,9 @@ class SegmentedLM(AsTrained, HFLM):
         self._shortened = 0
         responses = super().generate_until(requests, disable_tqdm)
         if self._shortened:
-            sys.stderr.write(
-                f"tspin: {self._shortened} of {len(requests)} prompts were asked without their beginnings: the model's "
-                f"context of {self.max_length} tokens has no room for them and their answers\n"
+            tell(
+                f"{self._shortened} of {len(requests)} prompts were asked without their beginnings: the model's "
+                f"context of {self.max_length} tokens has no room for them and their answers"
             )
         return responses
 

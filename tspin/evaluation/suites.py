@@ -7,7 +7,7 @@ same responses. Where it differs, and why: experiments/README.md.
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from pydantic import Field, model_validator
@@ -17,6 +17,9 @@ from tspin.errors import UserError
 from tspin.runs.files import fingerprint
 from tspin.sections import Section, read
 from tspin.yaml_files import find_yaml, read_yaml
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SUITES = "experiments/suites"
 PACKAGE = Path(__file__).parents[1]
@@ -107,6 +110,15 @@ class Suite(Section):
             files = [*folder.iterdir(), *folder.parent.glob("tasks.*")]
             facts["files"] = fingerprint({path.name: path.read_text() for path in sorted(files) if path.is_file()})
         return facts
+
+
+def check_chat_template(suite: Suite, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise UserError where a suite puts its problems into a chat template that the tokenizer has not."""
+    if suite.apply_chat_template and not tokenizer.chat_template:
+        raise UserError(
+            "apply_chat_template: this suite asks for the tokenizer's chat template, and it has none: save one with "
+            "the tokenizer, or set apply_chat_template: false in a suite of your own (`extends: …`)"
+        )
 
 
 def load_suite(name_or_path: str | Path) -> Suite:

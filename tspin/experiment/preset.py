@@ -26,9 +26,8 @@ from tspin.engines.launch import check_launcher
 from tspin.engines.vllm import Served, evaluate_folder, require_vllm
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
-from tspin.evaluation.suites import Suite, load_suite
+from tspin.evaluation.suites import Suite, check_chat_template, load_suite
 from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
-from tspin.fits import check_chat_template
 from tspin.models import Policy, dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.objectives import METHODS, find_method
 from tspin.runs.claims import claim_folder

@@ -21,9 +21,9 @@ from tspin.data.turns import writes_date
 from tspin.engines.engine import Engine
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
-from tspin.evaluation.suites import load_suite, tabulated
+from tspin.evaluation.suites import check_chat_template, load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
-from tspin.fits import check_chat_template, check_rows, check_tokens, check_training
+from tspin.fits import check_rows, check_tokens, check_training
 from tspin.iteration import Iteration, Run
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.runs.dates import date_of_run
@@ -82,10 +82,11 @@ class Step:
         policy = _policy(resolve(self.before)) if self.before else self.policy
         initial = _policy(resolve(self.reference)) if self.reference else policy
         responses = {role: path for role, path in ((SYNTHETIC, self.synthetic), (PROTO, self.proto)) if path}
-        tokenizer, prompt_ids = self.run.engine.tokenizer, self.run.examples.prompt_ids
-        for path in (*responses.values(), *self.history):
-            _check_responses(path, tokenizer, prompt_ids)
         iteration = Iteration(self.run, self.number, policy, initial, self.out.parent, responses, self.history)
+        given = {path: iteration.sampled[role] for role, path in responses.items()}
+        given |= {path: read_responses(path) for path in self.history}
+        for path, drawn in given.items():
+            _check_responses(path, drawn, self.run.engine.tokenizer, self.run.examples.prompt_ids)
         self.check_rows(iteration.sampled)
         return iteration
 
@@ -178,9 +179,10 @@ def _new_file(out: Path) -> Iterator[Path]:
         yield target
 
 
-def _check_responses(path: Path, tokenizer: PreTrainedTokenizerBase, prompt_ids: np.ndarray) -> None:
+def _check_responses(
+    path: Path, responses: Responses, tokenizer: PreTrainedTokenizerBase, prompt_ids: np.ndarray
+) -> None:
     """Raise UserError where a file lacks a response to one of the prompts, or has tokens of another vocabulary."""
-    responses = read_responses(path)
     for prompt_id, response in zip(responses, responses.of(responses.prompt_ids), strict=True):
         if max(response.ids) >= len(tokenizer):
             raise UserError(
