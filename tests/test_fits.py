@@ -13,6 +13,8 @@ from transformers import (
     GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedConfig,
@@ -23,7 +25,7 @@ from typer.testing import CliRunner
 from tspin import SelfPlayConfig, SelfPlayTrainer, cli, fits
 from tspin.errors import UserError
 from tspin.evaluation.suites import Suite, check_chat_template
-from tspin.fits import check_checkpointing, check_positions, check_tokens, movable_share, position_table
+from tspin.fits import check_checkpointing, check_positions, check_router, check_tokens, movable_share, position_table
 from tspin.models import POCKET_MODEL, load_shape, load_tokenizer
 
 SETTINGS = {"iterations": 1, "max_new_tokens": 6, "batch_size": 4, "bf16": False, "use_cpu": True, "disable_tqdm": True}
@@ -227,3 +229,12 @@ def test_a_model_without_layers_to_checkpoint():
     check_checkpointing(TABLES["transformer.wpe"]())
     with pytest.raises(UserError, match="^gradient_checkpointing: Plain has no layers made for it"):
         check_checkpointing(Plain(PreTrainedConfig()))
+
+
+def test_a_routers_auxiliary_loss_is_refused():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=2, **sizes)
+    check_router(MixtralForCausalLM(config))
+    config.output_router_logits = True
+    with pytest.raises(UserError, match="output_router_logits"):
+        check_router(MixtralForCausalLM(config))

@@ -1,11 +1,11 @@
-"""sequence_logps against a plain float32 reference, row by row."""
+"""sequence_logps against a plain float32 reference, row by row; flat_logps for a tiny model (test_layouts: others)."""
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from tspin.logprobs import choose_layout, sequence_logps, shared_prefix_logps, uses_flex_attention
-from tspin.triplets import example_sizes, pack_shared_prefixes, pad_rows, plan_shared
+from tspin.layouts import choose_layout
+from tspin.logprobs import flat_logps, pad_rows, sequence_logps
+from tspin.triplets import flat_run
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16], [17, 18]]
 RESPONSES = [[20, 21, 22, 1], [23], [24, 1], [25, 26, 27, 28, 29, 1]]  # 1 is the end token; [23] was cut
@@ -44,76 +44,30 @@ def assert_close_gradients(model, found, wanted):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item() + 1e-7)
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "mistral with a window": {"sliding_window": 4},
-    "qwen2": {},
-    "qwen2 with a window": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    "qwen3": {"head_dim": 8},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "gemma": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-}
 ROLES = [RESPONSES, RESPONSES[::-1], [[30, 1]] * 4]
-
-
-def random_model(name: str, attention: str = "sdpa"):
-    family = name.split()[0]
-    grouped = {} if family == "gpt2" else {"num_key_value_heads": 2}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, vocab_size=64, initializer_range=0.3, **SIZES, **grouped, **FAMILIES[name])
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-
-
-def packed(row_tokens: int = 64, multiple: int = 1):
-    [rows] = plan_shared(example_sizes(PROMPTS, ROLES), 10_000, row_tokens)
-    return pack_shared_prefixes(PROMPTS, ROLES, 0, rows, multiple)
-
-
-@pytest.mark.parametrize("row_tokens", [8, 64])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_shared_prefixes_agree_with_plain_rows(name, row_tokens):
-    """Three responses a prompt, one or several examples a row: same log-probabilities and gradients."""
-    model = random_model(name)
-    assert choose_layout(model) == "shared"
-    found = shared_prefix_logps(model, **packed(row_tokens))
-    wanted = sequence_logps(model, **pad_rows(PROMPTS * 3, sum(ROLES, []), pad_token_id=0))
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
-    assert_close_gradients(model, found, wanted)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_logits_in_chunks_are_the_same_numbers(monkeypatch, tiny_model, tokens):
-    wanted = shared_prefix_logps(tiny_model, **packed())
+    assert choose_layout(tiny_model) == "shared"
+    wanted = flat_logps(tiny_model, **flat_run(PROMPTS, ROLES))
     monkeypatch.setattr("tspin.logprobs.LOGITS_PER_CHUNK", tokens * tiny_model.config.vocab_size)
-    found = shared_prefix_logps(tiny_model, **packed())
+    found = flat_logps(tiny_model, **flat_run(PROMPTS, ROLES))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     assert_close_gradients(tiny_model, found, wanted)
     assert tiny_model(torch.tensor([[5, 6]])).logits.shape == (1, 2, tiny_model.config.vocab_size)  # the head is back
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral with a window", "gemma3_text"])
-def test_block_masks_agree_with_dense_masks(name):
-    """FlexAttention, run eagerly: compiled, it is a GPU's; its backward pass does not exist on CPUs."""
-    wanted = shared_prefix_logps(random_model(name), **packed())
-    model = random_model(name, "flex_attention")
-    assert choose_layout(model) == "shared" and uses_flex_attention(model)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        found = shared_prefix_logps(model, **packed(multiple=128))
+def test_a_flat_run_has_a_number_for_each_response_in_its_place(tiny_model):
+    """An empty response has log-probability 0, the empty product's."""
+    assert choose_layout(tiny_model) == "shared"
+    found = flat_logps(tiny_model, **flat_run(PROMPTS[:2], [RESPONSES[:2], [[], [7, 8]]]))
+    assert found.shape == (2, 2) and found.dtype == torch.float32
+    first, second, third = (
+        plain(tiny_model, PROMPTS[i], z) for i, z in ((0, RESPONSES[0]), (1, RESPONSES[1]), (1, [7, 8]))
+    )
+    wanted = torch.stack([first, torch.zeros_like(first), second, third]).view(2, 2)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
-
-
-def test_a_model_that_takes_no_such_mask_falls_back_with_one_warning():
-    gemma2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", vocab_size=64, head_dim=8, **SIZES))
-    for model, reason in ((random_model("llama", "eager"), "eager attention"), (gemma2, "gemma2 models")):
-        with pytest.warns(UserWarning, match=reason) as warned:
-            assert choose_layout(model) == "padded"
-        assert len(warned) == 1
-        with pytest.raises(ValueError, match=reason):
-            choose_layout(model, "shared")
-    assert choose_layout(gemma2, "padded") == "padded"  # asked for: nothing to warn of
 
 
 def test_truncated_prompt_is_scored_as_the_prompt_it_is(tiny_model):
@@ -134,12 +88,14 @@ def test_the_end_token_counts_and_the_prompt_does_not(tiny_model):
 
 def test_half_precision_arithmetic_is_summed_in_float32(tiny_model):
     batch = pad_rows(PROMPTS, RESPONSES, pad_token_id=0)
+    assert choose_layout(tiny_model) == "shared"
     with torch.autocast("cpu", torch.bfloat16):
         assert sequence_logps(tiny_model, **batch).dtype == torch.float32
+        assert flat_logps(tiny_model, **flat_run(PROMPTS, ROLES)).dtype == torch.float32
 
 
 def test_a_response_needs_a_prompt(tiny_model):
     with pytest.raises(ValueError, match="no prompt token"):
-        pack_shared_prefixes([[], [5]], [[[6, 7], [8]]], 0)
+        flat_logps(tiny_model, **flat_run([[], [5]], [[[6, 7], [8]]]))
     with pytest.raises(ValueError, match="no prompt token"):
         sequence_logps(tiny_model, **pad_rows([[], [5]], [[6, 7], [8]], 0))

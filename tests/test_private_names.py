@@ -91,6 +91,28 @@ def test_attn_implementation():
     assert model.config._attn_implementation == "eager"
 
 
+@private("_can_set_attn_implementation")
+@private("_supports_sdpa")
+def test_attention_can_be_chosen():
+    """Whether a model looks its attention up at each call, and whether it has a form by PyTorch's function."""
+    from transformers import BloomForCausalLM, FalconForCausalLM, LlamaForCausalLM
+
+    assert LlamaForCausalLM._can_set_attn_implementation() and LlamaForCausalLM._supports_sdpa
+    assert not FalconForCausalLM._can_set_attn_implementation() and FalconForCausalLM._supports_sdpa
+    assert not BloomForCausalLM._supports_sdpa
+
+
+@private("_C")
+def test_tensor_subclasses_step_aside():
+    """torch._C.DisableTorchFunctionSubclass: what a subclass's __torch_function__ goes on with; PyTorch's own do so."""
+    import torch
+
+    from tspin.segments import Segments
+
+    mask = Segments.of([[2, 1]], torch.device("cpu"))
+    assert type(mask + 1) is torch.Tensor and (mask + 1).shape == (1, 1, 1, 1)
+
+
 @private("_is_stateful")
 def test_is_stateful():
     """Whether a model keeps a state of past tokens beside keys and values, in its cache or in itself."""

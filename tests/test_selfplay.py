@@ -190,7 +190,7 @@ def test_layout_and_micro_batches_change_memory_and_not_the_update(tmp_path, mod
 
 def test_a_layout_that_the_model_cannot_take_is_refused(tmp_path, tiny_model, rows, tokenizer):
     tiny_model.set_attn_implementation("eager")
-    with pytest.raises(UserError, match="eager attention"):
+    with pytest.raises(UserError, match=r"its attention \(eager\) cannot be computed by segments"):
         args = SelfPlayConfig(output_dir=str(tmp_path / "run"), **SETTINGS, layout="shared")
         SelfPlayTrainer(
             tiny_model, args=args, train_dataset=rows, processing_class=tokenizer,

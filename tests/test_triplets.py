@@ -12,9 +12,8 @@ from tspin.triplets import (
     dealt,
     load_triplets,
     make_triplets,
-    pack_shared_prefixes,
+    plan_flat,
     plan_padded,
-    plan_shared,
     reference_table,
     with_reference,
 )
@@ -25,16 +24,13 @@ SIZES = [RANDOM.randint(20, 90) for _ in range(200)] + [700]
 
 @pytest.mark.parametrize("max_tokens", [1, 256, 2048, 100_000])
 def test_every_example_has_one_place_within_the_budget(max_tokens):
-    plan = plan_shared(SIZES, max_tokens, row_tokens=128)
-    assert sorted(i for rows in plan for row in rows for i in row) == list(range(len(SIZES)))
-    for rows in plan:
-        length = max(sum(SIZES[i] for i in row) for row in rows)
-        assert len(rows) * length <= max_tokens or len(rows) == 1 and length <= max(128, max(SIZES))
+    plan = plan_flat(SIZES, max_tokens)
+    assert sorted(i for batch in plan for i in batch) == list(range(len(SIZES)))
+    assert all(sum(SIZES[i] for i in batch) <= max_tokens or len(batch) == 1 for batch in plan)
 
 
-def test_rows_are_filled():
-    rows = [row for rows in plan_shared(SIZES[:-1], 1024, 128) for row in rows]
-    assert sum(SIZES[:-1]) / (len(rows) * 128) > 0.9
+def test_micro_batches_are_filled():
+    assert len(plan_flat(SIZES[:-1], 1024)) == -(-sum(SIZES[:-1]) // 1024)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 256, 2048, 100_000])
@@ -43,11 +39,6 @@ def test_padded_micro_batches_hold_examples_of_like_length(max_tokens):
     assert sorted(i for batch in plan for i in batch) == list(range(len(SIZES)))
     for batch in plan:
         assert len(batch) * max(SIZES[i] for i in batch) <= max_tokens or len(batch) == 1
-
-
-def test_a_response_may_be_empty():
-    packed = pack_shared_prefixes([[5, 6]], [[[]], [[7]]], pad_token_id=0)
-    assert packed["source"].tolist() == [1] and packed["sequence"].tolist() == [1] and packed["count"] == 2
 
 
 def test_triplets_travel_as_they_are(tmp_path, rows, tokenizer):

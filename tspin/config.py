@@ -58,7 +58,7 @@ class ModelSettings(Section):
     path: str = "pocket"  # a folder, a hub name, or the embedded "pocket"
     revision: str | None = None
     dtype: Dtype = "float32"  # of the weights; bf16 is of the arithmetic
-    attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"  # flex_attention: for long rows on NVIDIA GPUs
+    attention: Literal["sdpa", "eager"] = "sdpa"  # eager: as the paper writes it, to compare; prompts are not shared
     trust_remote_code: bool = False
 
 

@@ -100,8 +100,10 @@ def position_table(model: PreTrainedModel, positions: int) -> str | None:
 def check_training(source: str | PreTrainedModel, loading: Mapping[str, Any], args: SelfPlayConfig, rows: int) -> None:
     """Check that a training of `rows` triplets has steps, and steps that its weights can follow."""
     check_schedule(args, rows)
+    model = source if isinstance(source, PreTrainedModel) else load_shape(source, dict(loading))
+    check_router(model)
     if args.gradient_checkpointing:
-        check_checkpointing(source if isinstance(source, PreTrainedModel) else load_shape(source, dict(loading)))
+        check_checkpointing(model)
     if dtype_name(dict(loading)) == "bfloat16" and not args.lora:  # adapters start at 0, where such numbers are dense
         check_spacing(source, max(args.learning_rates))
 
@@ -126,6 +128,15 @@ def check_checkpointing(model: PreTrainedModel) -> None:
         raise UserError(
             f"gradient_checkpointing: {type(model).__name__} has no layers made for it: lower micro_batch_tokens, or "
             "set lora"
+        )
+
+
+def check_router(model: PreTrainedModel) -> None:
+    """Raise UserError for a mixture of experts whose config asks for its router's auxiliary loss."""
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            "output_router_logits: the model's config asks for its router's auxiliary loss, which no objective here has; "
+            "set it to false in the model's config.json to train without"
         )
 
 

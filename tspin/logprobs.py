@@ -1,29 +1,31 @@
 """Sequence log-probabilities of responses under a causal language model: the hot path.
 
-`sequence_logps` is the plain definition, for any model. `shared_prefix_logps` gives the same
-numbers from the shared layout (see triplets): a prompt is computed once for all its responses, and
-logits exist for response tokens only, a chunk at a time. No model code is changed: the model gets
-a 4-D mask (SDPA) or a block mask (FlexAttention).
+`sequence_logps` is the plain definition, for any model. `flat_logps` gives the same numbers from the flat layout (see
+tspin.segments): a prompt is computed once for all its responses, nothing is padded, and logits exist for response
+tokens only, a chunk at a time. tspin.layouts finds out which models can take it.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-Layout = Literal["shared", "padded"]
+from tspin.segments import Segments, spans
 
-# Families whose attention takes a ready mask as it is, and whose logits are the head's output as it
-# is (tests compare each with the plain layout). Gemma 2 is not one: it caps its logits.
-SHARED_PREFIX_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma", "gemma3_text"}
-MASKS_BY_LAYER = {"qwen2", "qwen3", "gemma3_text"}  # take one mask a kind of layer, full or sliding
+Ids = Sequence[int]
+
 LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32
+# What models do to their head's logits: the number that says how much, the one that does nothing, and how.
+AFTER_THE_HEAD: dict[str, tuple[float | None, Callable[[Tensor, float], Tensor]]] = {
+    "final_logit_softcapping": (None, lambda logits, cap: cap * torch.tanh(logits / cap)),
+    "logit_scale": (1.0, lambda logits, scale: logits * scale),
+    "logits_scaling": (1.0, lambda logits, scaling: logits / scaling),
+}
 
 
 def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
@@ -50,60 +52,50 @@ def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     return _summed(token_logps, sequence, len(input_ids))
 
 
-def shared_prefix_logps(
-    model: nn.Module, input_ids: Tensor, branches: Tensor, position_ids: Tensor, source: Tensor, target: Tensor,
-    sequence: Tensor, count: int,
-) -> Tensor:  # fmt: skip
-    """log π(z|x) of the responses packed by `pack_shared_prefixes`; float32 (count,), in nats.
+def pad_rows(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int
+) -> dict[str, Tensor]:
+    """Right-padded tensors for `sequence_logps`: input_ids, attention_mask (int64), response_mask (bool).
 
-    input_ids, position_ids: int64 (rows, length). branches: int64 (rows, length, 2), each token's
-    example within its row (−1 on padding) and its response within the example (0 for the prompt).
-    source, target, sequence: int64 (response tokens,): where in the flattened rows each token is
-    predicted, which token it is, and which response it belongs to.
+    Each has shape (len(prompts), longest prompt + response).
     """
-    head = _unwrapped(model).get_output_embeddings()
-    project = head.forward
-
-    def token_logps(hidden: Tensor) -> Tensor:
-        predicting = hidden.flatten(0, 1)[source]
-        chunk = max(LOGITS_PER_CHUNK // head.weight.shape[0], 1)
-        if len(target) <= chunk:
-            return _token_logps(project(predicting), target)
-        # Chunks forget their logits and compute them again in the backward pass.
-        chunks = zip(predicting.split(chunk), target.split(chunk), strict=True)
-        return torch.cat([checkpoint(_projected, project, *one, use_reentrant=False) for one in chunks])
-
-    masks = _attention_masks(_unwrapped(model).config, branches, position_ids)
-    with _head_returns(head, token_logps):
-        values = model(input_ids=input_ids, attention_mask=masks, position_ids=position_ids, use_cache=False).logits
-    return _summed(values, sequence, count)
+    rows = [torch.tensor([*p, *r], dtype=torch.long) for p, r in zip(prompts, responses, strict=True)]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    position = torch.arange(input_ids.shape[1])
+    real = position < torch.tensor([len(row) for row in rows])[:, None]
+    response_mask = real & (position >= torch.tensor([len(prompt) for prompt in prompts])[:, None])
+    return {"input_ids": input_ids, "attention_mask": real.long(), "response_mask": response_mask}
 
 
-def choose_layout(model: nn.Module, wanted: str = "auto") -> Layout:
-    """The fastest layout that the model supports, or the one asked for.
+def flat_logps(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """log π(z|x) of every response of a flat run: float32 (examples, responses), in nats.
 
-    "auto" warns where it falls back to "padded"; "shared" raises ValueError where it cannot be had.
+    input_ids: int64 (tokens,), of each example its prompt and then its responses, without padding.
+    lengths: int64 (examples, 1 + responses), the tokens of each part.
+    Carries gradient when the model does. For models that can share (tspin.layouts). Raises ValueError for an empty
+    prompt: nothing would predict its responses' first tokens.
     """
-    if wanted == "padded":
-        return "padded"
-    config = getattr(model, "config", None)
-    family = getattr(config, "model_type", None)
-    attention = getattr(config, "_attn_implementation", None)
-    if family not in SHARED_PREFIX_FAMILIES or getattr(config, "final_logit_softcapping", None):
-        reason = f"{family} models are not among {', '.join(sorted(SHARED_PREFIX_FAMILIES))}"
-    elif attention not in {"sdpa", "flex_attention"}:
-        reason = f"{attention} attention takes no mask of that form; load the model with sdpa or flex_attention"
-    else:
-        return "shared"
-    if wanted == "shared":
-        raise ValueError(f"layout: this model cannot share prompts: {reason}")
-    warnings.warn(f"every response is trained with a prompt of its own, several times slower: {reason}", stacklevel=2)
-    return "padded"
-
-
-def uses_flex_attention(model: nn.Module) -> bool:
-    """Whether the model's attention takes block masks rather than dense ones."""
-    return getattr(getattr(model, "config", None), "_attn_implementation", None) == "flex_attention"
+    counts = lengths.cpu()
+    parts = counts.tolist()
+    if any(prompt == 0 for prompt, *_ in parts):
+        raise ValueError("a response has no prompt token before it: nothing predicts its first token")
+    where = spans(parts)
+    (targets,) = where.branch.nonzero(as_tuple=True)
+    example, response = where.example[targets], where.branch[targets] - 1
+    # A response's first token is predicted by the last one of its prompt, any other by the one before it.
+    prompts, sizes = counts[:, 0], counts.sum(1)
+    last_of_prompt = sizes.cumsum(0) - sizes + prompts - 1
+    sources = torch.where(where.position[targets] == prompts[example], last_of_prompt[example], targets - 1)
+    device = input_ids.device
+    with _head_returns(unwrapped(model), sources.to(device), input_ids[targets.to(device)]):
+        values = model(
+            input_ids=input_ids[None],
+            attention_mask=Segments.of(parts, device),
+            position_ids=where.position.to(device)[None],
+            use_cache=False,
+        ).logits
+    responses = counts.shape[1] - 1
+    return _summed(values, (example * responses + response).to(device), len(parts) * responses).view(-1, responses)
 
 
 def _token_logps(logits: Tensor, target: Tensor) -> Tensor:
@@ -112,65 +104,58 @@ def _token_logps(logits: Tensor, target: Tensor) -> Tensor:
     return -cross_entropy(logits.float(), target, reduction="none")
 
 
-def _projected(project: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor) -> Tensor:
-    return _token_logps(project(hidden), target)
-
-
 def _summed(token_logps: Tensor, sequence: Tensor, count: int) -> Tensor:
     return torch.zeros(count, device=token_logps.device).index_add(0, sequence, token_logps)
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """The model itself, where several processes train it together through a wrapper."""
     return model.module if hasattr(model, "module") else model
 
 
 @contextmanager
-def _head_returns(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let the language-model head return `function` of the hidden states in place of logits.
+def _head_returns(model: Any, sources: Tensor, targets: Tensor) -> Iterator[None]:
+    """Let the language-model head return log-probabilities in place of logits, and the model leave them as they are.
 
+    sources, targets: int64 (response tokens,), where in the flat run each is predicted, and which token it is.
     The model is still called as a whole, so that what wraps it (FSDP, DDP, hooks) does its part.
     """
-    head.forward = function  # type: ignore[assignment]
+    head: Any = model.get_output_embeddings()
+    project = head.forward
+    after = list(_after_the_head(model))
+
+    def logps(hidden: Tensor, target: Tensor) -> Tensor:
+        logits = project(hidden)
+        for _, _, value, changed in after:
+            logits = changed(logits, value)
+        return _token_logps(logits, target)
+
+    def in_chunks(hidden: Tensor) -> Tensor:
+        predicting = hidden.flatten(0, 1)[sources]
+        chunk = max(LOGITS_PER_CHUNK // head.weight.shape[0], 1)
+        if len(targets) <= chunk:
+            return logps(predicting, targets)
+        # Chunks forget their logits and compute them again in the backward pass.
+        chunks = zip(predicting.split(chunk), targets.split(chunk), strict=True)
+        return torch.cat([checkpoint(logps, *one, use_reentrant=False) for one in chunks])
+
+    head.forward = in_chunks
+    for holder, name, _, _ in after:
+        setattr(holder, name, AFTER_THE_HEAD[name][0])
     try:
         yield
     finally:
-        del head.forward  # type: ignore[attr-defined]  # the class's own method is back
+        del head.forward  # the class's own method is back
+        for holder, name, value, _ in after:
+            setattr(holder, name, value)
 
 
-def _attention_masks(config: Any, branches: Tensor, position_ids: Tensor) -> Any:
-    window = getattr(config, "sliding_window", None)
-    flex = config._attn_implementation == "flex_attention"
-
-    def mask(window: int | None) -> Tensor | BlockMask:
-        sees = visibility(branches, position_ids, window)
-        rows, length = position_ids.shape
-        if flex:
-            device = branches.device.type
-            return create_block_mask(sees, rows, None, length, length, device=device, _compile=device == "cuda")
-        at = torch.arange(length, device=branches.device)
-        row = torch.arange(rows, device=branches.device)
-        return sees(row[:, None, None], None, at[None, :, None], at[None, None, :])[:, None]
-
-    if config.model_type in MASKS_BY_LAYER:
-        kinds = set(config.layer_types)
-        return {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
-    return mask(window)
-
-
-def visibility(branches: Tensor, position_ids: Tensor, window: int | None) -> Callable[..., Tensor]:
-    """Which token attends to which, as FlexAttention's mask_mod(row, head, query, key) → bool.
-
-    A token sees its own example's prompt and its own branch, up to itself; with a sliding window,
-    only what is less than `window` positions back. Padding sees padding before it, so that no
-    token is left without anything to attend to.
-    """
-    example, branch = branches.unbind(-1)
-
-    def sees(row: Tensor, head: Any, query: Tensor, key: Tensor) -> Tensor:
-        own = (branch[row, key] == 0) | (branch[row, key] == branch[row, query])
-        seen = (query >= key) & own & (example[row, key] == example[row, query])
-        if window is not None:
-            seen = seen & (position_ids[row, query] - position_ids[row, key] < window)
-        return seen
-
-    return sees
+def _after_the_head(model: Any) -> Iterator[tuple[Any, str, float, Callable[[Tensor, float], Tensor]]]:
+    """What a model does to its head's logits: who holds the number, its name and value, and the function."""
+    for name, (nothing, changed) in AFTER_THE_HEAD.items():
+        for holder in (model, model.config, model.config.get_text_config()):
+            value = getattr(holder, name, None)
+            if value is not None:
+                if value != nothing:
+                    yield holder, name, value, changed
+                break  # a model's own number is a copy of its config's

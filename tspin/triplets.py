@@ -1,16 +1,15 @@
 """Triplets of responses: rows of a data set, their layouts as rows of tokens, micro-batches, log-probabilities.
 
-Two layouts hold the same sequences. "padded": one row per response, its prompt before it. "shared": a prompt once, all
-its responses after it, several such examples in a row; a triplet of short responses to a long prompt then costs a
-third. Both are planned by tokens, longest first, so that a micro-batch holds as much as memory allows and next to no
-padding.
+Two layouts hold the same sequences. "shared": a flat run of tokens, of each example its prompt once and its responses
+after it, without padding; a triplet of short responses to a long prompt then costs a third. "padded": one row per
+response, its prompt before it, for models that cannot share. Both are planned by tokens, longest first, so that a
+micro-batch holds as much as memory allows.
 """
 
 import copy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,17 +26,14 @@ from tspin.data.encoding import Examples
 from tspin.data.mapped import TypedRows, column, rows_at, without_bars
 from tspin.data.responses import Response, Responses
 from tspin.devices import out_of_memory
-from tspin.logprobs import Layout, choose_layout, sequence_logps, shared_prefix_logps, uses_flex_attention
+from tspin.layouts import Layout, choose_layout
+from tspin.logprobs import flat_logps, pad_rows, sequence_logps
 from tspin.schema import LABELLED
 
 Ids = Sequence[int]
 Tensors = dict[str, Tensor | int]
 
 IDLE = {"share": 0.0, "tokens": 0}  # a micro-batch that counts for nothing
-# Attention under a dense mask grows with a row's square: rows are no longer than they need to be
-# for several short examples to fill them.
-ROW_TOKENS = 128
-FLEX_BLOCK = 128  # FlexAttention skips whole blocks of this size; rows are multiples of it
 REFERENCE_WINDOW = 256  # triplets planned into micro-batches together
 
 
@@ -131,18 +126,17 @@ class TripletCollator:
 
     process, processes = 0, 1
 
-    def __init__(self, roles: Sequence[str], pad_token_id: int, layout: Layout, max_tokens: int, flex: bool = False):
+    def __init__(self, roles: Sequence[str], pad_token_id: int, layout: Layout, max_tokens: int):
         self.roles = tuple(roles)
         self.pad_token_id = pad_token_id
         self.layout = layout
         self.max_tokens = max_tokens
-        self.flex = flex  # block masks skip what is masked: one long row; dense masks: short rows
 
     def finer(self, triplets: Sequence[Triplet]) -> "TripletCollator | None":
         """A collator that cuts these triplets into more micro-batches; None where each holds one triplet already."""
         count, finer = len(self(triplets)["micro_batches"]), copy.copy(self)
-        while finer.max_tokens > (FLEX_BLOCK if self.flex else 1):
-            finer.max_tokens = max(finer.max_tokens // 2, FLEX_BLOCK if self.flex else 1)
+        while finer.max_tokens > 1:
+            finer.max_tokens //= 2
             if len(finer(triplets)["micro_batches"]) > count:
                 return finer
         return None
@@ -151,40 +145,27 @@ class TripletCollator:
         of_all = triplets
         part = [triplets[i] for i in dealt(list(map(tokens_of, triplets)), self.processes)[self.process]]
         triplets = part or triplets[:1]
-        prompts = [t.prompt_ids for t in triplets]
-        responses = [[t.responses[role].ids for t in triplets] for role in self.roles]
-        rows_of: list[list[list[int]] | None]
         if self.layout == "shared":
-            row_tokens = self.max_tokens // FLEX_BLOCK * FLEX_BLOCK if self.flex else min(ROW_TOKENS, self.max_tokens)
-            rows_of = list(plan_shared(example_sizes(prompts, responses), self.max_tokens, row_tokens))
-            micro_batches = [sum(rows, []) for rows in rows_of if rows]
+            micro_batches = plan_flat(list(map(tokens_of, triplets)), self.max_tokens)
         else:
-            longest = [len(p) + max(len(role[i]) for role in responses) for i, p in enumerate(prompts)]
-            micro_batches = plan_padded([size * len(self.roles) for size in longest], self.max_tokens)
-            rows_of = [None] * len(micro_batches)
+            micro_batches = plan_padded([longest_row(t) * len(self.roles) for t in triplets], self.max_tokens)
         return {
             "triplets": list(of_all),
             "micro_batches": [
-                {**self._micro_batch([triplets[i] for i in indices], rows), "indices": indices,
+                {**self._micro_batch([triplets[i] for i in indices]), "indices": indices,
                  "share": len(indices) / len(of_all), **({} if part else IDLE)}
-                for indices, rows in zip(micro_batches, rows_of, strict=True)
+                for indices in micro_batches
             ]
         }  # fmt: skip
 
-    def _micro_batch(self, triplets: Sequence[Triplet], rows: list[list[int]] | None) -> dict[str, Any]:
+    def _micro_batch(self, triplets: Sequence[Triplet]) -> dict[str, Any]:
         prompts = [t.prompt_ids for t in triplets]
         responses = [[t.responses[role].ids for t in triplets] for role in self.roles]
-        sequences: Tensors
-        if rows is not None:
-            # The examples stand in the order of their rows.
-            ends = list(accumulate(map(len, rows), initial=0))
-            rows = [list(range(first, last)) for first, last in pairwise(ends)]
-            sequences = pack_shared_prefixes(
-                prompts, responses, self.pad_token_id, rows, multiple=FLEX_BLOCK if self.flex else 1
-            )
+        if self.layout == "shared":
+            sequences = flat_run(prompts, responses)
         else:
             repeated = [prompt for _ in self.roles for prompt in prompts]
-            sequences = dict(pad_rows(repeated, [ids for role in responses for ids in role], self.pad_token_id))
+            sequences = pad_rows(repeated, [ids for role in responses for ids in role], self.pad_token_id)
         known = [role for role in self.roles if role in triplets[0].reference_logps]
         return {
             "sequences": sequences,
@@ -206,9 +187,8 @@ def collator_for(
     return TripletCollator(
         tuple(triplets[0].responses),
         pad_token(tokenizer),
-        choose_layout(model, layout),
+        choose_layout(model, layout, max(map(longest_row, triplets))),
         max_tokens,
-        uses_flex_attention(model),
     )
 
 
@@ -219,76 +199,23 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return token
 
 
-def pad_rows(prompts: Sequence[Ids], responses: Sequence[Ids], pad_token_id: int) -> dict[str, Tensor]:
-    """Right-padded tensors for `sequence_logps`: input_ids, attention_mask (int64), response_mask (bool).
-
-    Each has shape (len(prompts), longest prompt + response).
-    """
-    rows = [torch.tensor([*p, *r], dtype=torch.long) for p, r in zip(prompts, responses, strict=True)]
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-    position = torch.arange(input_ids.shape[1])
-    real = position < torch.tensor([len(row) for row in rows])[:, None]
-    response_mask = real & (position >= torch.tensor([len(prompt) for prompt in prompts])[:, None])
-    return {"input_ids": input_ids, "attention_mask": real.long(), "response_mask": response_mask}
-
-
-def pack_shared_prefixes(
-    prompts: Sequence[Ids],
-    responses: Sequence[Sequence[Ids]],
-    pad_token_id: int,
-    rows: Sequence[Sequence[int]] | None = None,
-    multiple: int = 1,
-) -> Tensors:
-    """Tensors for `shared_prefix_logps`: prompts[i] once, then responses[k][i] for every k.
-
-    rows: the examples of each row; one row an example when left out. multiple: the rows' length is
-    rounded up to it. The log-probability of responses[k][i] comes out at k · len(prompts) + i.
-    Raises ValueError for an empty prompt: nothing would predict its responses' first tokens.
-    """
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("a response has no prompt token before it: nothing predicts its first token")
-    rows = [[i] for i in range(len(prompts))] if rows is None else rows
-    sizes = example_sizes(prompts, responses)
-    length = -(-max(sum(sizes[i] for i in row) for row in rows) // multiple) * multiple
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
-    position_ids = torch.zeros((len(rows), length), dtype=torch.long)
-    branches = torch.full((len(rows), length, 2), -1, dtype=torch.long)
-    source: list[int] = []
-    target: list[int] = []
-    sequence: list[int] = []
-    for r, row in enumerate(rows):
-        start = 0
-        for slot, i in enumerate(row):
-            prompt_end = start + len(prompts[i])
-            position = prompt_end
-            for branch, tokens in enumerate([prompts[i], *(role[i] for role in responses)]):
-                begin = start if branch == 0 else position
-                end = begin + len(tokens)
-                input_ids[r, begin:end] = torch.tensor(tokens, dtype=torch.long)
-                first = 0 if branch == 0 else len(prompts[i])
-                position_ids[r, begin:end] = torch.arange(first, first + len(tokens))
-                branches[r, begin:end, 0], branches[r, begin:end, 1] = slot, branch
-                if branch:
-                    # The prompt's last token predicts each response's first.
-                    source += [r * length + at for at in (prompt_end - 1, *range(begin, end - 1))][: len(tokens)]
-                    target += tokens
-                    sequence += [(branch - 1) * len(prompts) + i] * len(tokens)
-                    position = end
-            start = position
+def flat_run(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> dict[str, Tensor]:
+    """Tensors for `flat_logps`: of each i prompts[i], then responses[k][i] for every k."""
+    parts = [[prompt, *(role[i] for role in responses)] for i, prompt in enumerate(prompts)]
     return {
-        "input_ids": input_ids,
-        "branches": branches,
-        "position_ids": position_ids,
-        "source": torch.tensor(source),
-        "target": torch.tensor(target),
-        "sequence": torch.tensor(sequence),
-        "count": len(prompts) * len(responses),
+        "input_ids": torch.tensor([token for example in parts for part in example for token in part]),
+        "lengths": torch.tensor([[len(part) for part in example] for example in parts]),
     }
 
 
 def tokens_of(triplet: Triplet) -> int:
     """Tokens of a triplet: its prompt once, and all its responses."""
     return len(triplet.prompt_ids) + sum(len(response.ids) for response in triplet.responses.values())
+
+
+def longest_row(triplet: Triplet) -> int:
+    """Tokens of a triplet's prompt with the longest of its responses."""
+    return len(triplet.prompt_ids) + max(len(response.ids) for response in triplet.responses.values())
 
 
 def dealt(sizes: Sequence[int], hands: int) -> list[list[int]]:
@@ -305,37 +232,21 @@ def dealt(sizes: Sequence[int], hands: int) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
-def example_sizes(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> list[int]:
-    """Tokens of each example in the shared layout: its prompt and all its responses."""
-    return [len(prompt) + sum(len(role[i]) for role in responses) for i, prompt in enumerate(prompts)]
+def plan_flat(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Micro-batches of example indices, first-fit decreasing: at most `max_tokens` each, one example at least.
 
-
-def plan_shared(sizes: Sequence[int], max_tokens: int, row_tokens: int) -> list[list[list[int]]]:
-    """Micro-batches of rows of example indices, first-fit decreasing.
-
-    Rows are as long as the micro-batch's longest example, `row_tokens` at least; a micro-batch has
-    as many of them as `max_tokens` hold, one at least.
+    sizes: tokens of each example, its prompt and all its responses.
     """
-    plan: list[list[list[int]]] = []
-    left = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    while left:
-        capacity = max(row_tokens, sizes[left[0]])
-        rows: list[list[int]] = []
-        free: list[int] = []
-        rest: list[int] = []
-        for i in left:
-            row = next((r for r, room in enumerate(free) if room >= sizes[i]), None)
-            if row is None and len(rows) < max(max_tokens // capacity, 1):
-                row = len(rows)
-                rows.append([])
-                free.append(capacity)
-            if row is None:
-                rest.append(i)
-            else:
-                rows[row].append(i)
-                free[row] -= sizes[i]
-        plan.append(rows)
-        left = rest
+    plan: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fits = next((n for n, room in enumerate(free) if room >= sizes[i]), None)
+        if fits is None:
+            fits = len(plan)
+            plan.append([])
+            free.append(max_tokens)
+        plan[fits].append(i)
+        free[fits] -= sizes[i]
     return plan
 
 
@@ -358,8 +269,9 @@ def plan_padded(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
 def logps_of(model: torch.nn.Module, batch: Mapping[str, Any], roles: Sequence[str]) -> dict[str, Tensor]:
     """Sequence log-probabilities of a micro-batch, role → float32 (batch,)."""
     sequences = batch["sequences"]
-    logps = shared_prefix_logps if "branches" in sequences else sequence_logps
-    return dict(zip(roles, logps(model, **sequences).chunk(len(roles)), strict=True))
+    if "lengths" in sequences:
+        return dict(zip(roles, flat_logps(model, **sequences).unbind(1), strict=True))
+    return dict(zip(roles, sequence_logps(model, **sequences).chunk(len(roles)), strict=True))
 
 
 @torch.no_grad()

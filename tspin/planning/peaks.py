@@ -1,9 +1,9 @@
 """Peak memory of a GPU, predicted part by part. Each function states its formula; `make plan-check` measures the error.
 
 Symbols: P parameters, w bytes of a weight (4, or 2 in bfloat16), c bytes of the arithmetic (2 under autocast to
-bfloat16, else w), T tokens of a micro-batch with their padding, L of a row, N response tokens, h hidden, m
-intermediate, q and k the widths of all query and of all key heads, V vocabulary. Activations are those of a decoder
-built as Llama is.
+bfloat16, else w), T tokens of a micro-batch, L of an example (padded: of a row), N response tokens, h hidden, m
+intermediate, q and k the widths of all query and of all key heads, g keys that are gathered per token, V vocabulary.
+Activations are those of a decoder built as Llama is.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tspin.errors import UserError
 from tspin.logprobs import LOGITS_PER_CHUNK
 from tspin.planning.architectures import Shape
+from tspin.segments import WHOLE
 
 Parts = dict[str, int]  # part → bytes; they exist at once, so that their sum is the peak
 
@@ -46,13 +47,19 @@ class Precision:
 class MicroBatch:
     """The largest micro-batch of a step, and how its activations are kept."""
 
-    tokens: int  # with padding
-    row_tokens: int
+    tokens: int
+    row_tokens: int  # of an example, in the padded layout of a row
     response_tokens: int
     count: int  # micro-batches per step
-    dense_mask: bool = True  # SDPA with a mask; False for FlexAttention and flash kernels
-    all_logits: bool = False  # the padded layout: logits of every token
+    padded: bool = False  # the padded layout: keys and values repeated, logits of every token
     checkpointing: bool = False  # only layers' inputs are kept
+
+    @property
+    def gathered_keys(self) -> float:
+        """Keys per token that attention by segments gathers: a prompt's again for each of three responses."""
+        if self.padded or self.row_tokens <= WHOLE:
+            return 1.0
+        return 1 + 3 * (1 - self.response_tokens / self.tokens)
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def training_parts(shape: Shape, precision: Precision, batch: MicroBatch, optimi
         weights      w P / shards (adapters besides)
         gradients    w · trained / shards; the optimizer's: state bytes · trained / shards
         activations  T · saved per token · layers; with checkpointing a layer's input alone, w T h, for each, and all
-                     of one layer; embeddings' and the last norm's states
+                     of one layer; embeddings' and the last norm's states, and masks, c T L at most
         copies       one shard, autocast: c per weight in the layers' matrices, from forward to backward pass (with
                      checkpointing during the forward pass, one layer's afterwards)
         gathered     several shards: c per weight of two layers and of what belongs to no layer, and a layer's gradients
@@ -98,7 +105,7 @@ def training_parts(shape: Shape, precision: Precision, batch: MicroBatch, optimi
     }
     layer = saved_per_token(shape, precision, batch) * batch.tokens
     inputs = w * batch.tokens * shape.hidden
-    ends = 3 * inputs + (batch.tokens * batch.row_tokens if batch.dense_mask else 0)
+    ends = 3 * inputs + c * batch.tokens * batch.row_tokens
     head, backward = head_bytes(shape, precision, batch), layer_backward_bytes(shape, precision, batch)
     copy = c * shape.layer_matrices if precision.autocast and shards == 1 else 0
     copies = copy * shape.layers
@@ -124,7 +131,7 @@ def saved_per_token(shape: Shape, precision: Precision, batch: MicroBatch) -> in
     """Bytes per token that one layer keeps for its backward pass.
 
         norms       2 (4 + w) h + 8, and their outputs: 2 · w h, under autocast a copy for each product, 5 · c h
-        attention   c (2q + 2k), or under a dense mask, which repeats keys and values, c (4 q + L); + 4 · heads
+        attention   c (3 q + 2 g k), in the padded layout, which repeats keys and values, c (4 q + L); + 4 · heads
         MLP         4 c m
 
     A norm keeps its input and normalised input in float32 (with bfloat16 weights the latter in that) and 4 bytes more.
@@ -132,8 +139,8 @@ def saved_per_token(shape: Shape, precision: Precision, batch: MicroBatch) -> in
     c, w = precision.compute, precision.weight
     outputs = 5 * c if precision.autocast else 2 * w
     norms = (2 * (4 + w) + outputs) * shape.hidden + 8
-    attention = c * (4 * shape.query + batch.row_tokens if batch.dense_mask else 2 * shape.query + 2 * shape.key)
-    return norms + attention + 4 * shape.heads + 4 * c * shape.intermediate
+    kept = 4 * shape.query + batch.row_tokens if batch.padded else 3 * shape.query + 2 * shape.key * batch.gathered_keys
+    return round(norms + c * kept) + 4 * shape.heads + 4 * c * shape.intermediate
 
 
 def head_bytes(shape: Shape, precision: Precision, batch: MicroBatch) -> int:
@@ -145,8 +152,8 @@ def head_bytes(shape: Shape, precision: Precision, batch: MicroBatch) -> int:
     """
     gradient = precision.new_gradient * shape.vocabulary * shape.hidden
     states = 2 * precision.weight * batch.response_tokens * shape.hidden
-    every = (precision.compute + 4) * batch.tokens * shape.vocabulary if batch.all_logits else 0
-    n = batch.response_tokens if batch.all_logits else chunk_tokens(shape, batch)
+    every = (precision.compute + 4) * batch.tokens * shape.vocabulary if batch.padded else 0
+    n = batch.response_tokens if batch.padded else chunk_tokens(shape, batch)
     return 12 * n * shape.vocabulary + gradient + states + every
 
 

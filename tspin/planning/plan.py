@@ -122,8 +122,7 @@ def _memory(
         row_tokens=min(row, tokens),
         response_tokens=tokens * (row - lengths[0]) // row,
         count=max(training.batch_size * row // (gpus * tokens), 1),
-        dense_mask=settings.model.attention != "flex_attention",
-        all_logits=training.layout == "padded",
+        padded=training.layout == "padded",
         checkpointing=training.gradient_checkpointing,
     )
     if training.lora:  # adapters are trained beside whole weights on every GPU

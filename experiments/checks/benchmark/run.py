@@ -3,9 +3,10 @@
     python -m experiments.checks.benchmark.run                  # about 20 minutes on two cores
     python -m experiments.checks.benchmark.run --tiny --out /tmp/benchmark    # every part, on a model of no use
 
-Writes results/benchmarks/<device>/: steps.csv, memory.csv, growth.csv, heads.csv, sampling.csv, profile.csv and
-provenance.json. All contenders of a table run in one process on the same triplets, warmed up, taking turns; memory
-is measured in a process of its own each. Every figure is a median over rounds; compare ratios, not seconds.
+Writes results/benchmarks/<device>/: steps.csv, memory.csv, growth.csv, attention.csv, balance.csv, heads.csv,
+sampling.csv, profile.csv and provenance.json. All contenders of a table run in one process on the same triplets, warmed
+up, taking turns; memory is measured in a process of its own each. Every figure is a median over rounds; compare ratios,
+not seconds.
 """
 
 import argparse
@@ -22,8 +23,9 @@ import pandas as pd
 import torch
 
 from experiments.checks.benchmark.contenders import CONTENDERS, MICRO_BATCH_TOKENS, installed
-from experiments.checks.benchmark.details import head_rows, profile_rows, sampling_rows
+from experiments.checks.benchmark.details import attention_rows, balance_rows, head_rows, profile_rows, sampling_rows
 from experiments.checks.benchmark.workload import (
+    ARITHMETIC,
     DEVICE,
     EVEN,
     FULL,
@@ -44,8 +46,8 @@ from tspin.devices import peak_bytes, reset_peak, resident
 
 
 def matmul_rate(size: int) -> float:
-    """Floating-point operations per second of this machine's bfloat16 matrix product, the best of several."""
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    """Floating-point operations per second of a matrix product in the steps' arithmetic, the best of several."""
+    a, b = (torch.randn(size, size, dtype=ARITHMETIC, device=DEVICE) for _ in range(2))
     return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(10))
 
 
@@ -54,7 +56,7 @@ def step_rows(shape: str, sizes: Sizes, rate: float) -> list[dict]:
     rows = []
     for mix, share in MIXES.items():
         batch = triplets(sizes.batch, sizes.tokens, share)
-        contenders = installed()
+        contenders = {k: v for k, v in installed().items() if mix == EVEN or k not in sizes.even_alone}
         steps = {name: contender.make(build(shape), batch) for name, contender in contenders.items()}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(sizes.rounds + 1):
@@ -108,14 +110,17 @@ def growth_rows(shape: str, sizes: Sizes) -> list[dict]:
         count, tokens, prompt_share = sizes.fixed_tokens // length, length * 2 // 3, 3 / 4
         cases.append(("length", length, triplets(count, tokens, prompt_share, spread=0)))
     step = CONTENDERS["tspin shared"].make(build(shape), cases[0][2])
-    rows = []
     step(cases[1][2])
-    for what, value, batch in cases:
-        fastest = min(seconds(lambda batch=batch: step(batch)) for _ in range(2))
-        tokens = prompt_tokens(batch) + response_tokens(batch)
+    times: list[list[float]] = [[] for _ in cases]
+    for _ in range(sizes.rounds):
+        for of, (_, _, batch) in zip(times, cases, strict=True):
+            of.append(seconds(lambda batch=batch: step(batch)))
+    rows = []
+    for of, (what, value, batch) in zip(times, cases, strict=True):
+        tokens, median = prompt_tokens(batch) + response_tokens(batch), statistics.median(of)
         rows.append({"model": shape, "grows": what, "value": value, "examples": len(batch), "tokens": tokens,
-                     "seconds": fastest, "seconds_per_1000_tokens": 1000 * fastest / tokens})  # fmt: skip
-        print(f"{what} {value}: {fastest:.2f} s, {tokens} tokens", flush=True)
+                     "seconds": median, "seconds_per_1000_tokens": 1000 * median / tokens})  # fmt: skip
+        print(f"{what} {value}: {median:.2f} s, {tokens} tokens", flush=True)
     return rows
 
 
@@ -140,14 +145,17 @@ def main() -> None:
     first, options = sizes.shapes[0], ["--tiny"] if arguments.tiny else []
     tables = {"memory": [row for shape in sizes.shapes for row in memory_rows(shape, sizes, options)]}
     rate = matmul_rate(sizes.matrix)
-    print(f"bfloat16 matrix product: {rate / 1e9:.0f} GFLOP/s", flush=True)
+    print(f"matrix product in {str(ARITHMETIC).removeprefix('torch.')}: {rate / 1e9:.0f} GFLOP/s", flush=True)
     tables["steps"] = [row for shape in sizes.shapes for row in step_rows(shape, sizes, rate)]
     tables["growth"] = growth_rows(first, sizes)
+    tables["attention"] = attention_rows(first, sizes)
+    tables["balance"] = balance_rows(sizes)
     tables["heads"] = head_rows(*sizes.head)
     tables["sampling"] = sampling_rows(sizes.prompts)
     tables["profile"] = profile_rows(first, sizes)
     folder = (arguments.out or Path("results/benchmarks")) / ("gpu" if DEVICE == "cuda" else "cpu")
     facts = {"matmul_flops_per_second": round(rate), "micro_batch_tokens": MICRO_BATCH_TOKENS, "rounds": sizes.rounds}
+    facts["arithmetic"] = str(ARITHMETIC).removeprefix("torch.")
     write_evidence(folder, {name: pd.DataFrame(rows) for name, rows in tables.items()}, start, **facts)
 
 

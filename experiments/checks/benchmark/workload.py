@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tspin.config import load_config
 from tspin.data.encoding import encode_dataset
 from tspin.data.responses import Response
+from tspin.devices import multiplies_bfloat16
 from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.schema import ROLES
 from tspin.triplets import Triplet
@@ -43,20 +45,24 @@ class Sizes:
     tokens: int = 128  # of a prompt with its response, in the mean
     batch: int = 8
     memory_batch: int = 16
+    even_alone: tuple[str, ...] = ("tspin concatenated", "spin padded", "SPIN, live reference")  # not in other mixes
     weighed: tuple[str, ...] = ("tspin shared", "tspin padded", "tspin concatenated", "TRL DPO", "SPIN, live reference")
-    rounds: int = 2
+    rounds: int = 3
     batches: tuple[int, ...] = (1, 4, 16, 64)
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    processes: int = 8  # that a step of 64 triplets is dealt to
+    steps: int = 200  # of those, simulated
     fixed_tokens: int = 4096  # of a batch whose sequences grow
     head: tuple[int, int, int] = (49152, 576, 1536)  # vocabulary, width, tokens
     prompts: int = 256  # decoded
     pocket_batch: int = 32  # of the pocket preset
 
 
+ARITHMETIC = torch.bfloat16 if multiplies_bfloat16() else torch.float32  # of every step
 FULL = Sizes(shapes=tuple(name for name in SHAPES if name != "tiny" and (DEVICE == "cuda" or "Mistral" not in name)))
 TINY = Sizes(
     shapes=("tiny",), matrix=256, tokens=16, batch=2, memory_batch=2, weighed=("tspin shared", "TRL DPO"), rounds=1,
-    batches=(1, 2), lengths=(16, 32), fixed_tokens=64, head=(1024, 32, 64), prompts=4, pocket_batch=2,
+    batches=(1, 2), lengths=(16, 32), fixed_tokens=64, head=(1024, 32, 64), prompts=4, pocket_batch=2, steps=5,
 )  # fmt: skip
 
 
@@ -93,6 +99,13 @@ def triplets(count: int, tokens: int, prompt_share: float, spread: float = 0.4) 
         )
         for number in range(count)
     ]
+
+
+def chat_lengths(count: int, generator: np.random.Generator) -> list[list[int]]:
+    """Lengths as in UltraChat's first rounds, a prompt's and three responses': most of some hundred tokens."""
+    prompts = 40 + generator.lognormal(4.5, 0.9, count)
+    responses = generator.lognormal(5.3, 0.6, (count, len(ROLES)))
+    return np.column_stack([prompts, responses]).astype(int).tolist()
 
 
 def pocket_prompts(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
