@@ -135,8 +135,8 @@ def check_router(model: PreTrainedModel) -> None:
     """Raise UserError for a mixture of experts whose config asks for its router's auxiliary loss."""
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise UserError(
-            "output_router_logits: the model's config asks for its router's auxiliary loss, which no objective here has; "
-            "set it to false in the model's config.json to train without"
+            "output_router_logits: the model's config asks for its router's auxiliary loss, which no objective here "
+            "has; set it to false in the model's config.json to train without"
         )
 
 
