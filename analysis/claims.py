@@ -6,6 +6,7 @@ inconclusive, and the row says what to run.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +58,7 @@ class Claim(NamedTuple):
 
 
 class Evidence:
-    """A preset's results as the claims read them."""
+    """A preset's results as the claims read them, each file once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -85,13 +86,18 @@ class Evidence:
         course = self.course(method)
         return self.scores.compare(list(zip(course[1:], course[:-1], strict=True)))
 
+    @cached_property
+    def all_gaps(self) -> pd.DataFrame:
+        """`tspin.schema.gaps` of all that was run."""
+        return gaps(read_table(self.folder, "diagnostics"))
+
     def gaps(self, method: str, iteration: int) -> pd.DataFrame:
         """A row per seed and prompt with the gaps of y over y′ after training: reward, log_likelihood."""
-        table = read_table(self.folder, "diagnostics")
+        table = self.all_gaps
         table = table[(table["method"] == method) & (table["iteration"] == iteration)]
         if table.empty:
             raise Missing(f"not run: diagnostics of {method} {iteration}")
-        return gaps(table)
+        return table
 
 
 def sign(estimate: Estimate, above: float = 0.0, margin: float = 0.0) -> Verdict:

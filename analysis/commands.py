@@ -120,14 +120,17 @@ def _texts(folder: Path, prompt: int | None) -> None:
 def _scores(folder: Path, number: str) -> None:
     from rich.console import Console
 
-    from .curves import average_by_iteration
+    from .reading import read_scores
     from .tables import LAYOUTS, score_caption, score_cells, score_table
     from .writing import write_figure, write_table
 
-    table = score_table(folder, LAYOUTS[number])
-    cells, caption = score_cells(table), score_caption(table, folder, LAYOUTS[number])
+    scores, layout = read_scores(folder), LAYOUTS[number]
+    table = score_table(folder, layout, scores)
+    cells, caption = score_cells(table), score_caption(table, folder, layout, scores)
     written = write_table(folder / f"table{number}", table, cells, caption)
     if number == "1":
+        from .curves import average_by_iteration
+
         written += write_figure(average_by_iteration(table, folder.name), folder / "average_by_iteration")
     console = Console(highlight=False)
     full = console.width >= FULL_WIDTH

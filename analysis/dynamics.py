@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -140,6 +139,8 @@ def _draw_roles(axes: Axes, steps: pd.DataFrame, kind: str, method: str) -> None
 
 def _draw_band(axes: Axes, steps: pd.DataFrame, column: str, colour: str, line: str, label: str) -> None:
     """The mean over seeds and its 95 % interval (bootstrap over seeds, seaborn's)."""
+    import seaborn  # seconds, which other figures do without
+
     many = steps["seed"].nunique() > 1
     seaborn.lineplot(steps, x="step", y=column, ax=axes, color=colour, linestyle=line, label=label, legend=False,
                      errorbar=("ci", 95) if many else None, seed=0, linewidth=1.2)  # fmt: skip
@@ -149,6 +150,8 @@ def _draw_band(axes: Axes, steps: pd.DataFrame, column: str, colour: str, line: 
 
 def _draw_signs(axes: Axes, shares: pd.DataFrame) -> None:
     """A heat map of shares: reward gap against log-likelihood gap, each below, at or above zero."""
+    import seaborn
+
     table = shares.pivot(index="log_likelihood", columns="reward", values="share")
     table = table.reindex(index=list(SIGNS), columns=list(reversed(SIGNS))).fillna(0.0)
     names = list(SIGNS.values())

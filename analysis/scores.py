@@ -9,7 +9,7 @@ import pandas as pd
 
 from tspin.schema import BASE
 
-from .intervals import Estimate, corrected, estimate, p_value
+from .intervals import Estimate, corrected, estimate, estimates, p_value
 from .reading import read_suite, read_table
 
 Policy = tuple[str, int | None]  # method and iteration; None for base and sft
@@ -40,6 +40,7 @@ class Scores:
         table = read_table(folder, "problems")
         position = {column.benchmark: number for number, column in enumerate(columns)}
         table = table.assign(benchmark=table["benchmark"].map(position), iteration=table["iteration"].fillna(-1))
+        self._means: dict[Policy, dict[str, Estimate]] = {}
         shape = len(position), 1 + int(table["doc_id"].max())
         self._values: dict[Policy, dict[int, np.ndarray]] = {}  # by policy and seed, both in order
         for key, rows in table.groupby(["method", "iteration", "seed"]):
@@ -70,8 +71,11 @@ class Scores:
         return all(policy in self._values for policy in policies)
 
     def mean(self, policy: Policy, label: str = AVG) -> Estimate:
-        """The mean of a column over seeds, with its interval."""
-        return estimate(self._column(self.values(policy), label))
+        """The mean of a column over seeds, with its interval; those of a policy are computed together, and once."""
+        if policy not in self._means:
+            columns = [*self.labels, AVG]
+            self._means[policy] = dict(zip(columns, estimates(self.values(policy)), strict=True))
+        return self._means[policy][label]
 
     def differences(self, first: Policy, second: Policy, label: str = AVG) -> np.ndarray:
         """first − second problem by problem, over the seeds that both have."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -93,6 +92,8 @@ def figure4a(folder: Path) -> Figure:
 
 def figure4c(folder: Path) -> Figure:
     """The α × β grid of T-SPIN: Avg at iteration 1, the mean over seeds."""
+    import seaborn  # seconds, which other figures do without
+
     table = read_study(folder, "grid")
     table = table[table["iteration"] == 1]
     cells = table.pivot_table(index="alpha", columns="beta", values="avg").sort_index(ascending=False)

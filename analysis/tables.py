@@ -37,7 +37,7 @@ LAYOUTS = {
 }
 
 
-def score_table(folder: Path, layout: Layout = LAYOUTS["1"]) -> pd.DataFrame:
+def score_table(folder: Path, layout: Layout = LAYOUTS["1"], scores: pd.DataFrame | None = None) -> pd.DataFrame:
     """A table of scores, a row per method and iteration; a row is there, of NAs, if it was not run.
 
     After method, iteration, seeds and the benchmarks (named by label) come
@@ -47,11 +47,11 @@ def score_table(folder: Path, layout: Layout = LAYOUTS["1"]) -> pd.DataFrame:
     paper_avg, paper_change: the same in the paper
 
     A score is the mean over the row's `seeds`. A seed that lacks a benchmark is left out of a row that has complete
-    seeds; a row without any shows what there is and has no `avg`.
+    seeds; a row without any shows what there is and has no `avg`. scores: `read_scores(folder)`, where it is read.
     Raises `UserError` if a file of the preset is missing or malformed.
     """
     labels = [column.label for column in read_suite(folder)]
-    scores, paper = read_scores(folder), read_paper(layout.model)
+    scores, paper = read_scores(folder) if scores is None else scores, read_paper(layout.model)
     with_problems = (folder / "problems.parquet").is_file()
     iterations = [None if pd.isna(t) else t for t in paper["iteration"]]
     printed = dict(zip(zip(paper["method"], iterations, strict=True), paper["Avg"], strict=True))
@@ -119,8 +119,13 @@ def score_cells(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(cells)
 
 
-def score_caption(table: pd.DataFrame, folder: Path, layout: Layout = LAYOUTS["1"]) -> str:
-    """What a reader must know to read the table: preset, seeds, problems, metrics, the error, the paper's column."""
+def score_caption(
+    table: pd.DataFrame, folder: Path, layout: Layout = LAYOUTS["1"], scores: pd.DataFrame | None = None
+) -> str:
+    """What a reader must know to read the table: preset, seeds, problems, metrics, the error, the paper's column.
+
+    scores: as for `score_table`.
+    """
     columns = read_suite(folder)
     names = [(column.benchmark, column.metric, column.label) for column in columns]
     ran = [row for row in table.to_dict("records") if row["seeds"]]
@@ -128,7 +133,7 @@ def score_caption(table: pd.DataFrame, folder: Path, layout: Layout = LAYOUTS["1
     sentences = [f"Table {layout.number} ({folder.name}): scores in {unit(names)}, {_seeds(every)}."]
     if others := [f"{_name(row)} ({_seeds(row['seeds'])})" for row in ran if row["seeds"] != every]:
         sentences.append(f"Rows with fewer seeds: {', '.join(others)}.")
-    sentences.append(_problems(columns, read_scores(folder)))
+    sentences.append(_problems(columns, read_scores(folder) if scores is None else scores))
     counts = {len(row["seeds"].split()) for row in ran if pd.notna(row["avg"])}
     if (folder / "problems.parquet").is_file():
         errors = ["by bootstrap over seeds and, within a seed, problems"] if max(counts, default=0) > 1 else []

@@ -1,21 +1,27 @@
 """The files that tables and figures end as, each written whole or not at all: CSV, Markdown, LaTeX, PNG and SVG."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import pandas as pd
-from matplotlib.figure import Figure
 
 from tspin.runs.files import atomic_path, write_text
 
 from .style import MISSING, RC
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEX = {**{sign: "\\" + sign for sign in "&%$#_{}"}, "\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", MISSING: "--"}
 
 
 def write_figure(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as `<stem>.png` and `.svg`; return both paths."""
+    import matplotlib  # tables and claims do without it
+
     paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     # A date or a library version in the file would change it with nothing to see.
     for path, metadata in zip(paths, ({"Software": None}, {"Date": None, "Creator": None}), strict=True):

@@ -1,6 +1,8 @@
 """Scores, claims, dynamics and their figures, on results whose verdicts are known in advance."""
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ from typer.testing import CliRunner
 
 from tspin.cli import app
 from tspin.errors import UserError
-from tspin_analysis import claims, curves, dynamics, scores
+from tspin_analysis import claims, curves, dynamics, scores, tables
 from tspin_analysis.reading import read_paper
 
 PROBLEMS, BENCHMARKS = 40, 3
@@ -121,6 +123,40 @@ def test_paired_differences(results):
     (step,) = known.compare([(("tspin", 1), ("tspin", 0))])
     assert step.difference.mean == pytest.approx(5, abs=1) and step.p < 0.01
     assert len(scores.means(known)) == len(known.policies()) * 4
+
+
+def counted(monkeypatch, module, name: str) -> Counter:
+    """How often a function is called, by its first argument."""
+    calls, real = Counter(), getattr(module, name)
+
+    def call(first, *args, **kwargs):
+        calls[str(first)] += 1
+        return real(first, *args, **kwargs)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("command", "files", "policies"),
+    [("table 1", {"evaluations.csv", "problems.parquet"}, 12), ("claims", {"diagnostics.parquet", "grid.csv"}, 22)],
+)
+def test_a_command_reads_and_computes_everything_once(results, monkeypatch, command, files, policies):
+    root = results()
+    folder = root / "pocket"
+    scored = made(LEVELS, 5).groupby(["method", "seed", "iteration", "benchmark"], dropna=False)["value"].mean()
+    evaluations = scored.reset_index().assign(preset="pocket", metric="em", stderr=1.0, n=PROBLEMS)
+    evaluations.to_csv(folder / "evaluations.csv", index=False)
+    (folder / "studies").mkdir()
+    cells = {"alpha": [0.1, 1.0], "beta": 0.1, "seed": 0, "iteration": 1, "avg": [40.0, 41.0], "avg_se": 0.1}
+    pd.DataFrame(cells).to_csv(folder / "studies" / "grid.csv", index=False)
+    read = [counted(monkeypatch, pd, name) for name in ("read_csv", "read_parquet")]
+    drawn, computed = counted(monkeypatch, tables, "score_table"), counted(monkeypatch, scores, "estimates")
+    result = CliRunner().invoke(app, [*command.split(), "--results", str(root)])
+    assert result.exit_code == 0, result.output
+    paths = Counter(read[0] + read[1])
+    assert {Path(path).name for path in paths} >= files and set(paths.values()) == {1}
+    assert drawn.total() == (command == "table 1") and computed.total() == policies
 
 
 def test_figures_say_which_iterations_were_not_run(results):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 
 from tspin import cli
 from tspin.cli.guard import one_line_errors
+from tspin.config import load_config
+from tspin.errors import UserError
 from tspin.runs.claims import claim_folder
 from tspin.trainer import TripletTrainer
 
@@ -206,15 +209,52 @@ def test_libraries_are_quiet():
     assert not transformers.utils.logging.is_progress_bar_enabled() and datasets.are_progress_bars_disabled()
 
 
-def test_help_and_mistakes_in_options_do_not_wait_for_torch():
+REFUSED = [
+    ("run --preset poket", "did you mean 'pocket'"),
+    ("run --preset nosuch.yaml", "nosuch.yaml: no such file"),
+    ("run --preset pocket --methods tspn", "did you mean 'tspin'"),
+    ("run --preset pocket --set iteration=3", "pocket.yaml: iteration: unknown key 'iteration': did you mean 'iterat"),
+    ("run --preset pocket --set optm=sgd", "did you mean 'optim'"),  # a field of TrainingArguments
+    ("run --preset pocket --set data.lables=5", "data.lables: unknown key 'lables': did you mean 'labels'"),
+    ("run --preset pocket --set methods.spin.data.lables=5", "methods.spin.data.lables: unknown key"),
+    ("run --preset pocket --set methods.tspin.bta=1", "methods.tspin.bta: unknown key"),
+    ("run --preset pocket --set alpha=1", "write it as methods.tspin.alpha"),
+    ("run --preset pocket --set evaluation.suite=poket", "unknown suite 'poket'"),
+    ("run --preset pocket --launcher accelerate --config fdsp2", "unknown launch file 'fdsp2'"),
+    ("run --model pocket --data nosuch.jsonl", "nosuch.jsonl: no such file"),
+    ("run --model pocket --data pocket --method tspn", "did you mean 'tspin'"),
+    ("sample --model pocket --data pocket --out y.parquet --set temprature=0", "did you mean 'temperature'"),
+    ("train --model pocket --data pocket --out x --synthetic nosuch.parquet", "nosuch.parquet: no such file"),
+    ("evaluate --model pocket --suite poket", "unknown suite 'poket'"),
+    ("sweep nosuch", "unknown study 'nosuch'"),
+    ("plan poket", "did you mean 'pocket'"),
+    ("fetch poket", "did you mean 'pocket'"),
+]
+
+
+def test_help_and_wrong_names_do_not_wait_for_torch():
     script = """
 import sys
 from typer.testing import CliRunner
 from tspin.cli import app
+heavy = {"torch", "transformers", "datasets", "pandas", "matplotlib"}
 for arguments in (["--help"], ["run", "--help"], ["table", "--help"], ["run"], ["evaluate", "--seeds", "x"]):
     CliRunner().invoke(app, arguments)
-heavy = {"torch", "transformers", "datasets", "pandas", "matplotlib"} & sys.modules.keys()
-assert not heavy, heavy
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+for arguments in sys.argv[1:]:
+    result = CliRunner().invoke(app, arguments.split())
+    print(result.exit_code, result.stderr.replace("\\n", " "))
+    assert not {"torch", "transformers"} & sys.modules.keys(), arguments
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    commands = [command for command, _ in REFUSED]
+    done = subprocess.run([sys.executable, "-c", script, *commands], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    for line, (command, said) in zip(done.stdout.splitlines(), REFUSED, strict=True):
+        assert line.startswith("2 tspin: ") and said in line, command
+
+
+def test_what_names_refuse_the_config_refuses_alike():
+    for command, said in REFUSED:
+        if command.startswith("run --preset pocket --set") and "suite" not in command:
+            with pytest.raises(UserError, match=re.escape(said)):
+                load_config("pocket", [command.split()[-1]])

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 
-from tspin import SelfPlayConfig
-from tspin.config import COEFFICIENTS, EngineSettings, LoraSettings, build_config, coefficients_of, load_config
+from tspin import SelfPlayConfig, config, names
+from tspin.config import EngineSettings, LoraSettings, build_config, coefficients_of, load_config
 from tspin.engines.launch import plain_arguments
 from tspin.errors import UserError
 from tspin.evaluation.suites import load_suite
 from tspin.experiment.preset import Evaluator, training_arguments
 from tspin.experiment.rerun import load_recorded
+from tspin.names import COEFFICIENTS
 from tspin.objectives import METHODS
 from tspin.runs.files import read_json
 from tspin.yaml_files import REPOSITORY
@@ -29,6 +30,17 @@ def test_presets_load():
     assert config.for_method("tspin").data.labels == 1000
     sft = config.for_method("sft")
     assert sft.training.iterations == 1 and sft.data.labels == 4000 and sft.training.num_train_epochs == 2
+
+
+def test_names_read_from_the_sources_are_the_fields():
+    declared = {field.name: field for field in dataclasses.fields(SelfPlayConfig) if field.init}
+    refused = {*names.BY_COMMAND, *COEFFICIENTS, "history", *(name for name in declared if name.endswith("_token"))}
+    assert {*names.preset_fields()} == declared.keys() - refused
+    ours = [name for name in names.preset_fields() if "operational" in declared[name].metadata]
+    assert ours == names.preset_fields()[: len(ours)]
+    for section, kind in names.SECTIONS.items():
+        if kind is not None:
+            assert names.config_fields(kind) == list(getattr(config, kind).model_fields), section
 
 
 def test_overrides_and_method_sections_merge():

@@ -24,12 +24,13 @@ from test_cli import SMALL, assert_refused, call
 from typer.testing import CliRunner
 
 from tspin import SelfPlayConfig, cli
-from tspin.config import COEFFICIENTS, PRESET_FIELDS, SECTIONS, Config, load_config
+from tspin.config import Config, load_config
 from tspin.data.encoding import encode_examples
 from tspin.data.responses import RESPONSE_SCHEMA
 from tspin.data.sources import source_of
 from tspin.errors import UserError
 from tspin.experiment.results import read_results
+from tspin.names import COEFFICIENTS, SECTIONS, preset_fields
 from tspin.objectives import METHODS
 
 EXAMPLES = int(os.environ.get("TSPIN_FUZZ", 0))
@@ -134,13 +135,13 @@ def test_a_long_line(model, place):
     assert result.exit_code == 0 and "1 of 2 data rows dropped" in result.stderr and "rows 1\n" in result.stderr
 
 
-KEYS = st.sampled_from([*SECTIONS, *PRESET_FIELDS, "path", "alpha", "columns", "benchmark", "extends", "seed"]) | TEXT
+KEYS = st.sampled_from([*SECTIONS, *preset_fields(), "path", "alpha", "columns", "benchmark", "extends", "seed"]) | TEXT
 FIELDS = {name: getattr(Config(), name) for name in ("model", "data")} | {"engine": Config().training.engine}
 DRAWN = {
     name: st.dictionaries(st.sampled_from([*type(section).model_fields, "extra"]), VALUES, max_size=3)
     for name, section in FIELDS.items()
 }
-OWN = st.dictionaries(st.sampled_from([*PRESET_FIELDS, *COEFFICIENTS, "data", "extra"]), VALUES, max_size=3)
+OWN = st.dictionaries(st.sampled_from([*preset_fields(), *COEFFICIENTS, "data", "extra"]), VALUES, max_size=3)
 METHOD_TREES = st.dictionaries(st.sampled_from([*METHODS, "extra"]), OWN | VALUES, max_size=3)
 TREES = st.fixed_dictionaries({}, optional={**DRAWN, "iterations": VALUES, "methods": METHOD_TREES | VALUES})
 TREES |= st.dictionaries(KEYS, VALUES, max_size=3)

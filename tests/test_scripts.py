@@ -154,6 +154,23 @@ def test_times(tmp_path):
     assert table["command"].tolist() == ["sleep 1"] * 2 and (table["seconds"] >= 1).all() and table["cpu"].notna().all()
 
 
+def test_command_times(tmp_path):
+    """A refused name alone, twice: the others are minutes of imports. Rows of an earlier call stay."""
+    for _ in range(2):
+        run(
+            "experiments.checks.command_times",
+            "--rounds",
+            1,
+            "--commands",
+            "tspin run --preset poket",
+            "--out",
+            tmp_path,
+        )
+    table = pd.read_csv(tmp_path / "commands.csv")
+    assert list(table) == ["command", "seconds", "cpu_seconds", "cpu", "threads", "commit", "date"]
+    assert len(table) == 2 and (table["seconds"] > 0).all() and (table["cpu_seconds"] > 0).all()
+
+
 def test_example(tmp_path):
     run("experiments.checks.example", "--out", tmp_path)
     text = (tmp_path / "transcript.txt").read_text()

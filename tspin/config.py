@@ -20,12 +20,13 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from tspin.devices import multiplies_bfloat16
-from tspin.errors import UserError, unknown
+from tspin.errors import UserError
+from tspin.names import COEFFICIENTS, SECTIONS, preset_fields, read_preset, refusal
 from tspin.objectives import METHODS, find_method
 from tspin.options import refuse, try_out
 from tspin.sections import Section, mapping, read
 from tspin.yaml_files import REPOSITORY as REPOSITORY
-from tspin.yaml_files import find_yaml, overridden, read_yaml
+from tspin.yaml_files import overridden
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -35,14 +36,6 @@ IsoDate = Annotated[str, BeforeValidator(str), AfterValidator(lambda text: date.
 Dtype = Literal["float32", "bfloat16"]
 Backend = Literal["transformers", "vllm"]
 
-COEFFICIENTS = {coefficient.name: coefficient for method in METHODS.values() for coefficient in method.coefficients}
-# Fields that are no part of a preset, and the options by which the commands give them.
-BY_COMMAND = {
-    **dict.fromkeys(("output_dir", "shared_dir"), "--out or --runs"),
-    "method": "--method or --methods",
-    "seed": "--seed or --seeds",
-    "launcher": "--launcher and --config",
-}
 # TrainingArguments' own that say where and how a run is executed, not what an iteration computes; ours are marked.
 OPERATIONAL = {
     *("output_dir", "report_to", "run_name", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node"),
@@ -281,11 +274,6 @@ _FIELDS: dict[str, Any] = {
 Settings = create_model("Settings", __base__=Section, **_FIELDS)
 OURS = {name for name, declared in _DECLARED.items() if "operational" in declared.metadata} - COEFFICIENTS.keys()
 OPERATIONAL |= {name for name in OURS if _DECLARED[name].metadata["operational"]}
-SECTIONS = ("model", "data", "evaluation", "methods")
-PRESET_FIELDS = sorted(
-    (name for name in _DECLARED if name not in {*BY_COMMAND, *COEFFICIENTS, "history"} and not name.endswith("_token")),
-    key=lambda name: name not in OURS,
-)
 
 
 @dataclass(frozen=True)
@@ -322,12 +310,12 @@ class Config:
     def for_method(self, name: str) -> RunSettings:
         """The settings of one method's run, what is given for it merged in. Raises UserError for an unknown one."""
         method, given = find_method(name), dict(self.methods.get(name, {}))
-        known = ["data", *(c.name for c in method.coefficients), *PRESET_FIELDS, *COEFFICIENTS]
+        known = ["data", *(c.name for c in method.coefficients), *preset_fields(), *COEFFICIENTS]
         try:
             own_data = mapping(given.pop("data", None), "data")
-            data = read(DataSettings, {**self.data.model_dump(), **own_data}, "data.", refusal=_refusal)
+            data = read(DataSettings, {**self.data.model_dump(), **own_data}, "data.", refusal=refusal)
             common = self.training.model_dump(exclude_unset=True)
-            training = read(Settings, {**common, **given}, known=known, refusal=_refusal)
+            training = read(Settings, {**common, **given}, known=known, refusal=refusal)
             training = complete(training.model_copy(update={"method": name}))
         except UserError as error:
             raise UserError(f"methods.{name}.{error}") from error
@@ -371,8 +359,8 @@ def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
 
     Raises UserError for an unknown preset, unreadable YAML, unknown keys and bad values.
     """
-    path = find_yaml(name_or_path, "experiments/presets", "preset")
-    return build_config(mapping(read_yaml(path), str(path)), overrides, source=f"{path.name}: ")
+    tree, source = read_preset(name_or_path)
+    return build_config(tree, overrides, source)
 
 
 def build_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "") -> Config:
@@ -380,11 +368,13 @@ def build_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), source:
     fields = overridden(tree, overrides)
     model, data, evaluation, methods = (fields.pop(name, None) for name in SECTIONS)
     try:
+        if evaluation is not None:
+            evaluation = read(EvaluationSettings, evaluation, "evaluation.", refusal=refusal)
         config = Config(
-            model=read(ModelSettings, model, "model.", refusal=_refusal),
-            data=read(DataSettings, data, "data.", refusal=_refusal),
-            evaluation=None if evaluation is None else read(EvaluationSettings, evaluation, "evaluation."),
-            training=read(Settings, fields, known=[*SECTIONS, *PRESET_FIELDS], refusal=_refusal),
+            model=read(ModelSettings, model, "model.", refusal=refusal),
+            data=read(DataSettings, data, "data.", refusal=refusal),
+            evaluation=evaluation,
+            training=read(Settings, fields, known=[*SECTIONS, *preset_fields()], refusal=refusal),
             methods={name: mapping(given, f"methods.{name}") for name, given in mapping(methods, "methods").items()},
         )
         complete(config.training)
@@ -393,21 +383,3 @@ def build_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), source:
     except UserError as error:
         raise UserError(f"{source}{error}") from error
     return config
-
-
-def _refusal(name: str, value: Any, known: Iterable[str]) -> str:
-    """Why a preset has no such key in this place, and which one may be meant."""
-    if name == "history":
-        return "stands in data, as data.history"
-    if name in BY_COMMAND:
-        return f"no part of a config: the command gives it, by {BY_COMMAND[name]}"
-    if name.endswith("_token"):
-        return "a secret is no setting, which results keep; put it into HF_TOKEN"
-    if name in COEFFICIENTS:
-        methods = [method.name for method in METHODS.values() if COEFFICIENTS[name] in method.coefficients]
-        return f"a coefficient of {', '.join(methods)}: write it as methods.{methods[0]}.{name}"
-    if name in PRESET_FIELDS:
-        return f"{name} stands at the top level, or in methods.<name>"
-    if name in ("training", "sampling") and isinstance(value, dict) and value:
-        return f"no section: {_refusal(next(iter(value)), None, PRESET_FIELDS)}"
-    return unknown("key", name, known)

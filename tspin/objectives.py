@@ -8,26 +8,27 @@ A method is one entry in METHODS: an objective, the reward it defines, its coeff
 needs. Adding one is adding an entry; nothing else in the package asks which method it is running.
 """
 
+from __future__ import annotations
+
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from sys import float_info
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING, Any, Literal
 
 from tspin.errors import UserError, unknown
 from tspin.schema import LABELLED, PROTO, ROLES, SYNTHETIC
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAIR = (LABELLED, SYNTHETIC)
 
 # ℓ: monotone decreasing and convex. Logistic is the paper's default.
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
-    "logistic": lambda u: -logsigmoid(u),
-    "exponential": lambda u: torch.exp(-u),
+    "logistic": lambda u: -log_sigmoid(u),
+    "exponential": lambda u: (-u).exp(),
 }
 Coefficients = Mapping[str, Any]  # a method's, name → value
 
@@ -79,6 +80,13 @@ class SequenceLogps:
     def log_ratio(self, role: str) -> Tensor:
         """log(π_θ / π_θt) of one role's responses, shape (batch,)."""
         return self.policy[role] - self.reference[role]
+
+
+def log_sigmoid(u: Tensor) -> Tensor:
+    """log σ(u), of u's shape."""
+    from torch.nn.functional import logsigmoid  # here, so that methods are known by name without PyTorch
+
+    return logsigmoid(u)
 
 
 def sft_loss(labelled_logps: Tensor, labelled_lengths: Tensor) -> Tensor:
@@ -144,7 +152,7 @@ def simpo_loss(
     length_scale is b, margin is γ. All tensors, and the result, have shape (batch,).
     """
     labelled, synthetic = labelled_logps / labelled_lengths, synthetic_logps / synthetic_lengths
-    return -logsigmoid(length_scale * (labelled - synthetic) - margin)
+    return -log_sigmoid(length_scale * (labelled - synthetic) - margin)
 
 
 def space_loss(labelled_ratio: Tensor, synthetic_ratio: Tensor, *, noise_ratio: float) -> Tensor:
@@ -154,7 +162,7 @@ def space_loss(labelled_ratio: Tensor, synthetic_ratio: Tensor, *, noise_ratio: 
     estimation as we read it. All tensors, and the result, have shape (batch,).
     """
     shift = math.log(noise_ratio)
-    return -logsigmoid(labelled_ratio - shift) - noise_ratio * logsigmoid(shift - synthetic_ratio)
+    return -log_sigmoid(labelled_ratio - shift) - noise_ratio * log_sigmoid(shift - synthetic_ratio)
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,21 @@ def read(
     refusal: (key, value, known) → what to say to a key that it may not have.
     Raises UserError for the first thing that is wrong.
     """
-    values, known = mapping(given, path.rstrip(".")), list(known or kind.model_fields)
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(f"{path}{name}: {refusal(name, value, known)}")
+    values = mapping(given, path.rstrip("."))
+    check_names(values, path, list(known or kind.model_fields), refusal)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}{_explained(error, kind, values)}") from error
+
+
+def check_names(
+    values: Mapping[str, Any], path: str, known: Iterable[str], refusal: Callable[[str, Any, Iterable[str]], str]
+) -> None:
+    """Raise UserError for the first key that is not known; the arguments are those of `read`."""
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{path}{name}: {refusal(name, value, known)}")
 
 
 def mapping(given: Any, path: str) -> Mapping[str, Any]:

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from tspin.cli.options import DATA, Launcher, LauncherConfig, Offline, Set, check_launcher_options, integers, names
+from tspin.cli.guard import importing
+from tspin.cli.options import (
+    DATA,
+    Launcher,
+    LauncherConfig,
+    Offline,
+    Set,
+    check_given,
+    check_launcher_options,
+    integers,
+    names,
+)
 from tspin.errors import UserError
 
 
@@ -43,8 +54,14 @@ def run(
             raise UserError("run needs --preset, or --model and --data")
         if others:
             raise UserError(f"--seeds {seeds}: one seed per run with --model; give each its own --out")
-    from tspin.config import build_config, load_config
-    from tspin.experiment.preset import Where, build_trainer, describe, run_experiment
+        check_given(dataset, settings, method)
+    else:
+        from tspin.names import check_experiment
+
+        check_experiment(preset, settings or [], names(methods))
+    with importing():
+        from tspin.config import build_config, load_config
+        from tspin.experiment.preset import Where, build_trainer, describe, run_experiment
 
     if preset:
         config = load_config(preset, settings or [])
@@ -83,10 +100,14 @@ def sweep(
         raise UserError(f"--executor {executor}: local or slurm")
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least 1")
-    from rich.console import Console
+    from tspin.yaml_files import find_yaml
 
-    from tspin.experiment.grid import load_sweep
-    from tspin.experiment.jobs import run_sweep
+    find_yaml(str(file), "experiments/studies", "study")
+    with importing():
+        from rich.console import Console
+
+        from tspin.experiment.grid import load_sweep
+        from tspin.experiment.jobs import run_sweep
 
     loaded = load_sweep(file, profile, runs, results)
     cells = run_sweep(loaded, executor, jobs, retry, wait, Console(stderr=True).print)
@@ -118,9 +139,10 @@ def rerun(
     Example: tspin rerun results/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1
     """
     check_launcher_options(launcher, launcher_config)
-    from rich.console import Console
+    with importing():
+        from rich.console import Console
 
-    from tspin.experiment import rerun as again
+        from tspin.experiment import rerun as again
 
     recorded = again.load_recorded(
         record, names(methods) if methods else None, integers(seeds) if seeds else None, iterations

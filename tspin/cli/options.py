@@ -1,5 +1,6 @@
-"""Options that several commands share, and what they mean."""
+"""Options that several commands share, what they mean, and what is wrong with them before anything is imported."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,25 @@ def check_launcher_options(launcher: str | None, file: Path | None) -> None:
         raise UserError(f"--launcher {launcher}: there is one, accelerate")
     if (launcher is None) != (file is None):
         raise UserError("--launcher accelerate and --config FILE go together; experiments/accelerate/ has such files")
+    if file is not None and not file.is_file():
+        from tspin.yaml_files import find_yaml
+
+        find_yaml(str(file), "experiments/accelerate", "launch file")
+
+
+def check_given(dataset: str, overrides: list[str] | None, method: str, files: Iterable[Path | None] = ()) -> None:
+    """Raise UserError for an unknown setting or method, and where the data or one of the other files is missing."""
+    from tspin.names import check_config
+    from tspin.objectives import find_method
+
+    find_method(method)
+    check_config({}, overrides or [])
+    for path in files:
+        if path is not None and not path.is_file():
+            raise UserError(f"{path}: no such file")
+    from tspin.data.files import check_there  # `datasets`: a second, which the others need not wait for
+
+    check_there(dataset)
 
 
 def names(text: str) -> list[str]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tspin.cli.guard import importing
 from tspin.cli.options import Preset, Set
 from tspin.errors import UserError
 
@@ -28,9 +29,13 @@ def fetch(
 
     Example: tspin fetch zephyr-7b --out offline && tspin run --preset zephyr-7b --offline offline
     """
-    from tspin.config import load_config
-    from tspin.hub.offline import lacking, verify
-    from tspin.planning.needs import fetch_needed, needed
+    from tspin.names import check_preset
+
+    check_preset(preset, settings or [])
+    with importing():
+        from tspin.config import load_config
+        from tspin.hub.offline import lacking, verify
+        from tspin.planning.needs import fetch_needed, needed
 
     config = load_config(preset, settings or [])
     if check:
@@ -61,12 +66,16 @@ def plan(
 
     Example: tspin plan zephyr-7b --gpus 8 --gpu h100 --rows 200000
     """
-    from rich.console import Console
+    from tspin.names import check_preset
 
-    from tspin.config import load_config
-    from tspin.planning.plan import Data, Hardware, as_dict, measured_error
-    from tspin.planning.plan import plan as plan_for
-    from tspin.runs.files import write_json
+    check_preset(preset, settings or [])
+    with importing():
+        from rich.console import Console
+
+        from tspin.config import load_config
+        from tspin.planning.plan import Data, Hardware, as_dict, measured_error
+        from tspin.planning.plan import plan as plan_for
+        from tspin.runs.files import write_json
 
     config = load_config(preset, settings or [])
     planned = plan_for(config, Hardware(gpus, gpu, utilisation), Data(prompt_tokens, response_tokens, rows))

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from tspin.cli.options import Data, MethodName, Model, Offline, Reference, Seed, Set
+from tspin.cli.guard import importing
+from tspin.cli.options import Data, MethodName, Model, Offline, Reference, Seed, Set, check_given
 from tspin.errors import UserError
 
 
@@ -21,7 +22,9 @@ def sample(
 
     Example: tspin sample --model my-model --data my-data.jsonl --out proto.parquet --set temperature=0
     """
-    from tspin.experiment import steps
+    check_given(dataset, settings, "tspin")
+    with importing():
+        from tspin.experiment import steps
 
     facts = steps.sample_to_file(steps.Step(model, dataset, out, seed=seed, overrides=settings or []))
     typer.echo(f"{out}: " + ", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
@@ -48,7 +51,9 @@ def train(
     Example: tspin train --method tspin --model my-model --data my-data.jsonl --synthetic y1.parquet
     --proto y0.parquet --iteration 1 --out runs/step
     """
-    from tspin.experiment import steps
+    check_given(dataset, settings, method, [synthetic, proto, *(history or [])])
+    with importing():
+        from tspin.experiment import steps
 
     step = steps.Step(
         model, dataset, out, method, iteration, seed, settings or [],
@@ -79,7 +84,9 @@ def diagnose(
     Example: tspin diagnose --model runs/step --before my-model --method spin --data my-data.jsonl
     --synthetic y1.parquet --out diagnostics.parquet
     """
-    from tspin.experiment import steps
+    check_given(dataset, settings, method, [synthetic, proto])
+    with importing():
+        from tspin.experiment import steps
 
     step = steps.Step(
         model, dataset, out, method, iteration, seed, settings or [],
@@ -106,6 +113,11 @@ def evaluate(
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: float32 or bfloat16")
-    from tspin.experiment import steps
+    from tspin.names import SUITES
+    from tspin.yaml_files import find_yaml
+
+    find_yaml(suite, SUITES, "suite")
+    with importing():
+        from tspin.experiment import steps
 
     typer.echo(steps.evaluate_to_file(model, suite, out, batch_size, limit, dtype).to_string(index=False))

@@ -36,6 +36,12 @@ def is_local(path: str) -> bool:
     return reader_of(Path(path)) is not None or os.path.exists(path)
 
 
+def check_there(path: str) -> None:
+    """Raise UserError where a data set's path is that of a file, and there is none."""
+    if reader_of(Path(path)) and not os.path.exists(path):
+        raise UserError(f"{path}: no such file")
+
+
 def reader_of(path: Path) -> Reader | None:
     """What reads a file of this name here; None where only `datasets` may."""
     if path.suffix not in OPENERS:

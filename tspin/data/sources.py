@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, Json
 
-from tspin.data.files import is_local, open_folder, read_by_library, read_rows, reader_of, split_of
+from tspin.data.files import check_there, is_local, open_folder, read_by_library, read_rows, reader_of, split_of
 from tspin.data.mapped import read_in
 from tspin.data.rows import ROWS, Rounds, checked_rows
 from tspin.errors import UserError, tell
@@ -109,6 +109,7 @@ def _find(path: str, name: str | None, split: str, revision: str | None) -> tupl
         from tspin.pocket.tasks import labelled_rows
 
         return labelled_rows, None
+    check_there(path)
     place = Path(path)
     if not is_local(path):
         found: Any = load_dataset(path, name, split, revision)
@@ -120,9 +121,6 @@ def _find(path: str, name: str | None, split: str, revision: str | None) -> tupl
         found = read_by_library(place)
     if not isinstance(found, list):
         return lambda: _undecoded(found), key_of(found)
-    for file in found:
-        if not file.is_file():
-            raise UserError(f"{file}: no such file")
     large = sum(file.stat().st_size for file in found) >= LARGE
     return lambda: chain.from_iterable(map(read_rows, found)), [sha256(file) for file in found] if large else None
 

@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch.distributed.tensor import DTensor
-from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -152,6 +151,8 @@ def _reports(training: Training, step: int) -> list[TrainerCallback]:
     if not args.disable_tqdm:
         callbacks.append(StepBar(f"training, iteration {training.iteration}"))
     if "tensorboard" in args.report_to:
+        from torch.utils.tensorboard import SummaryWriter  # here, so that the first bar does not wait for it
+
         events = training.log_folder / "tensorboard"
         if not step:
             rmtree(events, ignore_errors=True)  # what a killed try at the same iteration left

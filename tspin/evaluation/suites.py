@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from tspin.config import IsoDate, NonEmpty, Rendering
 from tspin.errors import UserError
+from tspin.names import SUITES
 from tspin.runs.files import fingerprint
 from tspin.sections import Section, read
 from tspin.yaml_files import find_yaml, read_yaml
@@ -21,7 +22,6 @@ from tspin.yaml_files import find_yaml, read_yaml
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUITES = "experiments/suites"
 PACKAGE = Path(__file__).parents[1]
 
 

@@ -29,7 +29,8 @@ from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import Suite, check_chat_template, load_suite
 from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.models import Policy, dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
-from tspin.objectives import METHODS, find_method
+from tspin.names import check_methods
+from tspin.objectives import METHODS
 from tspin.runs.claims import claim_folder
 from tspin.runs.dates import date_of_run, record_date
 from tspin.runs.files import fingerprint
@@ -67,11 +68,7 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
     methods: keys of METHODS, and "base" for the initial policy as it is. Returns the results folder.
     Raises UserError before any work for unknown methods, and for folders of another config.
     """
-    for method in methods:
-        if method != BASE:
-            find_method(method, besides=[BASE])
-    if not methods:
-        raise UserError(f"--methods is empty: name some of {', '.join([BASE, *METHODS])}")
+    check_methods(methods)
     if config.evaluation is None:
         raise UserError("evaluation: this config names no suite, so there is nothing to put into results")
     if config.evaluation.backend == "vllm":
