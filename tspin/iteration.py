@@ -38,7 +38,7 @@ from tspin.models import Policy
 from tspin.objectives import METHODS, Coefficients, Method
 from tspin.runs.files import read_json, sha256, write_json
 from tspin.runs.unfinished import Unfinished
-from tspin.schema import PROTO, SYNTHETIC
+from tspin.schema import LABELLED, PROTO, SYNTHETIC
 from tspin.triplets import Triplets, joined, make_triplets, reference_table, with_reference
 
 Known = Mapping[str, np.ndarray]  # role → log π of responses, NaN where it is not known
@@ -342,12 +342,12 @@ def canaries_of(
     known = None if iteration.history and not same else table
     if known is not None and not np.isin(first["prompt_ids"], known["prompt_id"]).all():
         places = np.unique(pd.Index(prompt_ids).get_indexer(first["prompt_ids"]))
-        known = scored_by_trainer(iteration, reference, places.tolist())
+        known = scored_by_trainer(iteration, reference, places.tolist(), [LABELLED, *iteration.trained_roles])
     found = canaries.first_step(method, iteration.coefficients, first, known, arithmetic, same)
     if table is not None and SYNTHETIC in iteration.sampled:
         # The table's are the sampler's own then.
         if not same and SYNTHETIC in iteration.drawn_logps(iteration.policy, prompt_ids):
-            table = scored_by_trainer(iteration, reference, run.engine.watched(len(prompt_ids)))
+            table = scored_by_trainer(iteration, reference, run.engine.watched(len(prompt_ids)), [SYNTHETIC])
         drawn = iteration.sampled[SYNTHETIC]
         by_engine = run.args.sampling_backend == "vllm" or run.args.sampling_dtype == "bfloat16"
         responses = zip(drawn.prompt_ids.tolist(), drawn.of(drawn.prompt_ids), strict=True)
@@ -359,8 +359,10 @@ def canaries_of(
     return found
 
 
-def scored_by_trainer(iteration: Iteration, reference: Path | None, places: Sequence[int]) -> pd.DataFrame:
-    """The diagnostics, before the training alone, of a few prompts: nothing in them is the sampler's."""
-    triplets = iteration.at(places, iteration.trained_roles)
+def scored_by_trainer(
+    iteration: Iteration, reference: Path | None, places: Sequence[int], roles: Sequence[str]
+) -> pd.DataFrame:
+    """The diagnostics, before the training alone, of some roles of a few prompts: nothing in them is the sampler's."""
+    triplets = iteration.at(places, iteration.trained_roles).of(roles)
     before, referred = before_training(iteration, triplets, stored_logps(reference, places), {}, {})
     return sample_table(iteration.run.method, iteration.coefficients, triplets, before, before, referred)
