@@ -18,7 +18,7 @@ figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
 .PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims \
-	study studies notebooks sweep benchmark readme example times command-times plan-check regenerate test fault-test load test-vllm engines fuzz lock audit sbom lint clean
+	study studies notebooks sweep benchmark readme example times command-times breakdown plan-check regenerate test fault-test load test-vllm engines fuzz lock audit sbom lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
@@ -76,6 +76,10 @@ times: $(READY)
 # How long the commands take to answer, `tspin run` to its first progress bar.
 command-times: $(READY)
 	$(VENV)/bin/python -m experiments.checks.command_times
+
+# Where an iteration's time goes. PRESET=smollm2 OFFLINE=FOLDER (of `tspin fetch`) for another preset.
+breakdown: $(READY)
+	$(VENV)/bin/python -m experiments.checks.breakdown --preset $(PRESET) $(if $(OFFLINE),--offline $(OFFLINE))
 
 # Peaks of real steps beside what `tspin plan` predicts.
 plan-check: $(READY)

@@ -70,4 +70,5 @@ def test_a_run_records_what_the_command_computes(tmp_path, model_folder, data_fi
     settings = ["--set", "max_completion_length=30", "--set", "bf16=false"]
     result = CliRunner().invoke(app, [str(part) for part in [*command, *settings]])
     assert result.exit_code == 0, result.output
-    pd.testing.assert_frame_equal(pd.read_parquet(out), recorded, rtol=1e-5)
+    # The run has some of these from its sampler and from an earlier iteration: the same up to rounding.
+    pd.testing.assert_frame_equal(pd.read_parquet(out), recorded, rtol=1e-5, atol=1e-5)

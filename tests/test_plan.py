@@ -42,6 +42,10 @@ def test_the_papers_presets_fit_its_hardware(name):
     assert training.hours == pytest.approx(training.flops / (8 * 989e12 * 0.4) / 3600)
     scoring = next(stage for stage in found.stages if (stage.method, stage.stage) == ("tspin", "scoring"))
     assert scoring.hours == pytest.approx(scoring.flops / (8 * 989e12 * 0.4) / 3600)  # engine.data_parallel is 8
+    # 5,000 prompts after each training; y once before the first, y′ always, since vLLM drew it.
+    assert scoring.tokens == 5_000 * (5 * (512 + 512 + 2 * 128) + 512 + 512 + 5 * (512 + 128))
+    spin = next(stage for stage in found.stages if (stage.method, stage.stage) == ("spin", "scoring"))
+    assert spin.tokens == 5 * (5_000 * (512 + 512 + 2 * 128) + 50_000 * (512 + 128 + 512))
     # Whole on each GPU, in bfloat16 as FSDP computes.
     assert found.memory["scoring"]["weights"] == 2 * found.shape.parameters
     assert found.disk == (1 + 4 * 5) * 4 * found.shape.parameters  # SFT once, four methods five times

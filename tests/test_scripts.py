@@ -171,6 +171,23 @@ def test_command_times(tmp_path):
     assert len(table) == 2 and (table["seconds"] > 0).all() and (table["cpu_seconds"] > 0).all()
 
 
+def test_breakdown(tmp_path):
+    """A row per method and iteration, below those that are there. Every second is in one part."""
+    (tmp_path / "pocket.csv").write_text("commit,method,iteration,total\nearlier,tspin,0,1\n")
+    small = ["--set", "data.labels=4", "iterations=2", "evaluation.limit=1", "max_new_tokens=4"]
+    said = run("experiments.checks.breakdown", *small, "--out", tmp_path)
+    (table,) = evidence(tmp_path, said, "pocket")
+    assert table["commit"][0] == "earlier" and table["commit"].notna().all()
+    measured = table[1:]
+    assert list(zip(measured["method"], measured["iteration"], strict=True)) == [
+        ("tspin", 0), ("tspin", 1), ("spin", 0), ("spin", 1),
+    ]  # fmt: skip
+    parts = ["sampling", "reference", "training", "diagnostics", "evaluation", "saving", "hashing", "rest"]
+    assert measured[parts].sum(axis=1).tolist() == pytest.approx(measured["total"].tolist(), rel=1e-3)
+    assert (measured[parts].drop(columns="reference") > 0).all().all()
+    assert (measured["reference"] > 0).tolist() == [False, False, True, True]
+
+
 def test_example(tmp_path):
     run("experiments.checks.example", "--out", tmp_path)
     text = (tmp_path / "transcript.txt").read_text()

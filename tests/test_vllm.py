@@ -65,7 +65,7 @@ def test_log_probabilities_agree_token_by_token(model, temperature):
     stop = stops(tokenizer, policy.generation_config, turn_end(tokenizer))
     answers = generate_tokens(
         Served(folder, "float32", EngineSettings(enforce_eager=True)), prompts, stop,
-        decoding=Decoding(temperature, 1.0, 48, 64), seed=3, watched=len(prompts),
+        decoding=Decoding(temperature, 1.0, 48, 64), seed=3, watched=range(len(prompts)),
     )  # fmt: skip
     largest = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):

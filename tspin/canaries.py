@@ -3,7 +3,8 @@
 first loss           the first step's loss is that of the stored log-probabilities: ln 2 for SPIN and DPO, whose policy
                      is its own reference then
 first reward         at that step, rewards that are relative to a reference which the policy still equals are 0
-sampler              log π(y′) as the sampler computed it, against the trainer's, nats per token
+sampler              log π(y′) as the sampler computed it, against the trainer's, nats per token; of a sample, where
+                     the trainer need not compute the others
 ended                the share of y′ that end
 changed              the share of weights that training changed
 

@@ -199,6 +199,9 @@ class SelfPlayConfig(_WithCoefficients):
     checkpoint_steps: PositiveInt | None = setting(None, "steps after which a training's state is kept", True)
     launcher: str | None = setting(None, "a file for `accelerate launch`: train in its processes", operational=True)
     diagnostics: bool = setting(True, "write tspin.diagnostics' tables after each iteration", operational=True)
+    diagnostics_prompts: PositiveInt = setting(
+        5000, "that these tables score, evenly spread and the same in every iteration; all where there are fewer", True
+    )
 
     logging_steps: float = setting(1.0, "optimizer steps per row of the step log")
     logging_nan_inf_filter: bool = setting(False, "Trainer's would log an earlier mean in place of an infinite loss")

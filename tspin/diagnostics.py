@@ -1,6 +1,7 @@
 """What an iteration did: rewards and log-likelihoods of every response, and signs of degeneration.
 
-Diagnostics have one row per prompt and role (Parquet, tspin.schema.DIAGNOSTICS).
+Diagnostics have one row per prompt and role (Parquet, tspin.schema.DIAGNOSTICS), of SelfPlayConfig.diagnostics_prompts
+prompts, evenly spread, the same in every iteration. Measures of the responses' texts are of all responses.
 
 Degeneration is what responses and log-likelihoods look like when self-play goes wrong. Reference-free training has no
 anchor: nothing but the data keeps log π(y′) from going to −∞. `degeneration` measures it, of the y′ that the iteration

@@ -5,34 +5,43 @@
     train             responses, reference                 → π_θt+1 (a checkpoint's folder)
     diagnose          responses, reference, π_θt+1         → log-likelihoods and rewards of every response (Parquet)
 
+No log-probability is computed twice: y′ and y0 bring along that of the policy that drew them, where the sampler's
+arithmetic is the trainer's; what iteration t − 1 found under the policy that it ended with, or under π_θ0, is taken
+from its tables. What a loss contains is always by the trainer's own arithmetic.
+
 Each step is a function from the value and its input files to one output file, which it writes to `target`. Algorithm 1
 (tspin.selfplay) keeps the outputs as stages of a run's folder; `tspin sample`, `train` and `diagnose` take single steps
 on files of the user's (tspin.experiment.steps).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from transformers import TrainerCallback
 
 from tspin import canaries
 from tspin.config import SelfPlayConfig
 from tspin.data.encoding import Example, Examples
+from tspin.data.mapped import column
 from tspin.data.responses import Responses, read_responses, response_statistics, write_responses
-from tspin.diagnostics import degeneration, sample_table, summary, warnings
+from tspin.diagnostics import Logps, degeneration, sample_table, summary, warnings
 from tspin.engines.engine import Engine
 from tspin.engines.here import FIRST_STEP, Training
 from tspin.engines.launch import trains_in_bfloat16
+from tspin.errors import tell
 from tspin.models import Policy
 from tspin.objectives import METHODS, Coefficients, Method
 from tspin.runs.files import read_json, sha256, write_json
 from tspin.runs.unfinished import Unfinished
-from tspin.schema import PROTO, SYNTHETIC
+from tspin.schema import LABELLED, PROTO, SYNTHETIC
 from tspin.triplets import Triplets, joined, make_triplets, reference_table, with_reference
+
+Known = Mapping[str, np.ndarray]  # role → log π of responses, NaN where it is not known
 
 
 @dataclass(frozen=True)
@@ -70,12 +79,22 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """What iteration t − 1 left of use to iteration t: its reference's and its diagnostics' table, where there are."""
+
+    reference: Path | None = None
+    diagnostics: Path | None = None
+
+
+@dataclass(frozen=True)
 class Iteration:
     """One iteration as a value: what its steps start from. Their outputs are files.
 
     number: t, from 0. policy: π_θt. initial: π_θ0. folder: where a run keeps its outputs.
     responses: y′ (SYNTHETIC) and y0 (PROTO), role → Parquet file as read_responses reads it; none without self-play.
     history: the y′ of earlier iterations that it trains on too, each a file.
+    drawn_by: role → the policy that drew the responses in the file, where that is known.
+    earlier: what iteration t − 1 left.
     """
 
     run: Run
@@ -85,6 +104,8 @@ class Iteration:
     folder: Path
     responses: Mapping[str, Path]
     history: Sequence[Path] = ()
+    drawn_by: Mapping[str, Policy] = field(default_factory=dict)
+    earlier: Earlier = Earlier()
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -115,11 +136,6 @@ class Iteration:
         wanted = self.run.method.gradient_roles(self.coefficients)
         return [role for role in self.responses if role != PROTO or self.run.args.monitor_proto or role in wanted]
 
-    @property
-    def scored_roles(self) -> list[str]:
-        """The sampled roles that the reference scores: of y0 too where diagnostics ask for it; one pass serves both."""
-        return list(self.responses) if self.run.args.diagnostics else self.trained_roles
-
     @cached_property
     def sampled(self) -> dict[str, Responses]:
         """role → the responses in its file."""
@@ -128,6 +144,50 @@ class Iteration:
     def triplets(self, roles: Sequence[str]) -> Triplets:
         """The labelled responses with those of the sampled `roles`."""
         return make_triplets(self.run.examples, {role: self.sampled[role] for role in roles})
+
+    def at(self, places: Sequence[int], roles: Sequence[str]) -> Triplets:
+        """`triplets` of the prompts at these places, in their order."""
+        return self.triplets(roles).select(places)
+
+    def drawn_logps(self, policy: Policy, prompt_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Role → log π of responses to these prompts by the sampler of `policy`, which drew them; NaN where unknown.
+
+        Only where the sampler's arithmetic is the trainer's.
+        """
+        roles = [role for role in self.responses if self.drawn_by.get(role) == policy]
+        if not self.run.engine.samples_as_it_scores:
+            return {}
+        return {role: column(self.sampled[role].of(prompt_ids).dataset, "logp") for role in roles}
+
+    def earlier_logps(self, name: str, prompt_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Role → a column of iteration t − 1's diagnostics, with its y′, where that is of exactly these prompts."""
+        path = self.earlier.diagnostics
+        parts = pd.read_parquet(path).groupby("role") if path else ()
+        return {
+            str(role): rows[name].to_numpy(dtype=float)
+            for role, rows in parts
+            if np.array_equal(rows["prompt_id"], prompt_ids)
+        }
+
+    @cached_property
+    def known_reference(self) -> dict[str, np.ndarray]:
+        """Role → the reference's log-probabilities that iteration t − 1 found, of all prompts: y, y0, its own y′.
+
+        Those of its history follow, of a reference that is always π_θ0.
+        """
+        prompt_ids = self.run.examples.prompt_ids
+        if self.run.method.reference == "previous":
+            return self.earlier_logps("after", prompt_ids)
+        if self.earlier.reference is None:
+            return {}
+        table = pd.read_parquet(self.earlier.reference)
+        return {role: table[role].to_numpy() for role in table.columns.drop("prompt_id")}
+
+    @property
+    def reference_source(self) -> Path | None:
+        """The table that `known_reference` is from."""
+        of_previous = self.run.method.reference == "previous"
+        return (self.earlier.diagnostics if of_previous else self.earlier.reference) if self.known_reference else None
 
     def with_history(self, roles: Sequence[str]) -> Triplets:
         """`triplets`, and after them the same with the y′ of each earlier iteration in `history`."""
@@ -158,10 +218,20 @@ def take_generated(run: Run, target: Path) -> dict[str, float]:
 
 
 def score_reference(iteration: Iteration, target: Path) -> None:
-    """Step 2: write the reference's log-probabilities of all responses: Parquet, prompt_id and a column per role."""
-    triplets = iteration.with_history(iteration.scored_roles)
+    """Step 2: write the reference's log-probabilities of all that is trained on: Parquet, prompt_id, a column per role.
+
+    What iteration t − 1 found under the same policy is taken from there.
+    """
+    triplets, count = iteration.with_history(iteration.trained_roles), len(iteration.run.examples)
+    known = {}
+    for role, values in iteration.known_reference.items():
+        if role == SYNTHETIC:  # those of t − 1 and before it: the history's, which stands after y′ of t
+            values = np.concatenate([np.full(count, np.nan), values, np.full(len(triplets), np.nan)])[: len(triplets)]
+        else:
+            values = np.resize(values[:count], len(triplets))  # again for each y′ of the history
+        known[role] = values
     keep = iteration.reference == iteration.policy  # training starts from it
-    logps = iteration.run.engine.score(iteration.reference, triplets, "the reference", keep=keep)
+    logps = iteration.run.engine.score(iteration.reference, triplets, "the reference", known=known, keep=keep)
     reference_table(triplets, logps).to_parquet(target, index=False)
 
 
@@ -187,54 +257,97 @@ def train(
 
 
 def diagnose(iteration: Iteration, reference: Path | None, trained: Policy, target: Path) -> dict[str, float]:
-    """Step 4: write log π and reward of every response before and after training; returns tspin.diagnostics.summary.
+    """Step 4: write log π and reward of responses before and after training; returns tspin.diagnostics.summary.
 
-    reference: step 2's file; without, the reference's log-probabilities are computed where the method has one.
+    Of args.diagnostics_prompts prompts, evenly spread. reference: step 2's file; without, the reference's
+    log-probabilities are computed where the method has one.
     """
-    run, method = iteration.run, iteration.run.method
-    triplets = iteration.triplets(list(iteration.responses))
-    referred = None
-    if reference is not None:
-        table = pd.read_parquet(reference)
-        referred = {role: table[role].tolist()[: len(triplets)] for role in triplets.roles}  # what follows is history
-    elif method.uses_reference:
-        referred = run.engine.score(iteration.reference, triplets, "the reference")
-    before = referred if referred and iteration.reference == iteration.policy else None
-    before = before or run.engine.score(iteration.policy, triplets, "the policy before")
+    run = iteration.run
+    places = run.engine.diagnosed(len(run.examples))
+    if len(places) < len(run.examples):
+        tell(f"diagnostics: of {len(places):,} of {len(run.examples):,} prompts, evenly spread (diagnostics_prompts)")
+    triplets = iteration.at(places, list(iteration.responses))
+    prompt_ids = run.examples.prompt_ids[places]
+    earlier = {name: iteration.earlier_logps(name, prompt_ids) for name in ("after", "reference")}
+    before, referred = before_training(
+        iteration, triplets, stored_logps(reference, places),
+        iteration.drawn_logps(iteration.policy, prompt_ids) | _without_synthetic(earlier["after"]),
+        iteration.drawn_logps(iteration.reference, prompt_ids) | _without_synthetic(earlier["reference"]),
+    )  # fmt: skip
     after = before if trained == iteration.policy else run.engine.score(trained, triplets, "the trained policy")
-    table = sample_table(method, iteration.coefficients, triplets, before, after, referred)
+    table = sample_table(run.method, iteration.coefficients, triplets, before, after, referred)
     table.to_parquet(target, index=False)
     return summary(table)
 
 
-def measure(iteration: Iteration, diagnostics: Path | None, changed: float | None, target: Path) -> dict[str, float]:
+def before_training(
+    iteration: Iteration, triplets: Triplets, stored: Known, of_policy: Known, of_reference: Known
+) -> tuple[Logps, Logps | None]:
+    """log π_θt of the triplets' responses, and log π of the reference, None without: what is not known is computed.
+
+    stored: by step 2. of_policy, of_reference: known of each otherwise.
+    """
+    engine, method = iteration.run.engine, iteration.run.method
+    same = method.uses_reference and iteration.reference == iteration.policy
+    before = engine.score(
+        iteration.policy, triplets, "the policy before", known={**of_policy, **(stored if same else {})}
+    )
+    if same or not method.uses_reference:
+        return before, before if same else None
+    return before, engine.score(iteration.reference, triplets, "the reference", known={**of_reference, **stored})
+
+
+def stored_logps(reference: Path | None, places: Sequence[int]) -> dict[str, np.ndarray]:
+    """Role → step 2's log-probabilities of the prompts at these places; empty without its file."""
+    table = pd.DataFrame() if reference is None else pd.read_parquet(reference).drop(columns="prompt_id")
+    return {str(role): table[role].to_numpy()[places] for role in table}  # what follows is history
+
+
+def _without_synthetic(logps: Known) -> dict[str, np.ndarray]:
+    """Without y′, which is another one in each iteration."""
+    return {role: values for role, values in logps.items() if role != SYNTHETIC}
+
+
+def measure(
+    iteration: Iteration, reference: Path | None, diagnostics: Path | None, changed: float | None, target: Path
+) -> dict[str, float]:
     """Write measures of degeneration, canaries, and the warnings that follow from both, as JSON; returns the measures.
 
-    changed: the share of weights that training changed.
+    reference, diagnostics: the files of steps 2 and 4. changed: the share of weights that training changed.
     """
     examples = iteration.run.examples
     responses = {role: sampled.of(examples.prompt_ids) for role, sampled in iteration.sampled.items()}
     table = None if diagnostics is None else pd.read_parquet(diagnostics)
     measures = degeneration(responses.get(SYNTHETIC, []), examples.labelled, responses.get(PROTO, []), table)
-    watched = canaries_of(iteration, table, measures, changed)
+    watched = canaries_of(iteration, reference, table, measures, changed)
     told = {**warnings(measures), **canaries.told(watched)}
     write_json(target, {"measures": measures, "canaries": canaries.plain(watched), "warnings": told})
     return measures
 
 
 def canaries_of(
-    iteration: Iteration, table: pd.DataFrame | None, measures: Mapping[str, float], changed: float | None
+    iteration: Iteration,
+    reference: Path | None,
+    table: pd.DataFrame | None,
+    measures: Mapping[str, float],
+    changed: float | None,
 ) -> dict[str, canaries.Canary]:
     """The canaries of an iteration that is trained (tspin.canaries). table: its diagnostics, if there are any."""
-    run, method = iteration.run, iteration.run.method
+    run, method, prompt_ids = iteration.run, iteration.run.method, iteration.run.examples.prompt_ids
     same = method.uses_reference and iteration.reference == iteration.policy
     coarse = run.args.bf16 or trains_in_bfloat16(run.args) or "bfloat16" in run.loading.get("dtype", "")
+    arithmetic = "bfloat16" if coarse else "float32"
     first = read_json(iteration.folder / FIRST_STEP)
     # An earlier iteration's y′, which has a prompt's number too, changes nothing where policy and reference are one.
-    logps = None if iteration.history and not same else table
-    arithmetic = "bfloat16" if coarse else "float32"
-    found = canaries.first_step(method, iteration.coefficients, first, logps, arithmetic, same)
+    known = None if iteration.history and not same else table
+    if known is not None and not np.isin(first["prompt_ids"], known["prompt_id"]).all():
+        places = np.unique(pd.Index(prompt_ids).get_indexer(first["prompt_ids"]))
+        known = scored_by_trainer(iteration, reference, places.tolist(), [LABELLED, *iteration.trained_roles])
+    found = canaries.first_step(method, iteration.coefficients, first, known, arithmetic, same)
     if table is not None and SYNTHETIC in iteration.sampled:
+        # The table's are the sampler's own then.
+        if not same and SYNTHETIC in iteration.drawn_logps(iteration.policy, prompt_ids):
+            table = scored_by_trainer(iteration, reference, run.engine.watched(len(prompt_ids)), [SYNTHETIC])
         drawn = iteration.sampled[SYNTHETIC]
         by_engine = run.args.sampling_backend == "vllm" or run.args.sampling_dtype == "bfloat16"
         responses = zip(drawn.prompt_ids.tolist(), drawn.of(drawn.prompt_ids), strict=True)
@@ -244,3 +357,12 @@ def canaries_of(
     if changed is not None:
         found["changed"] = canaries.Canary(changed, least=canaries.CHANGED)
     return found
+
+
+def scored_by_trainer(
+    iteration: Iteration, reference: Path | None, places: Sequence[int], roles: Sequence[str]
+) -> pd.DataFrame:
+    """The diagnostics, before the training alone, of some roles of a few prompts: nothing in them is the sampler's."""
+    triplets = iteration.at(places, iteration.trained_roles).of(roles)
+    before, referred = before_training(iteration, triplets, stored_logps(reference, places), {}, {})
+    return sample_table(iteration.run.method, iteration.coefficients, triplets, before, before, referred)

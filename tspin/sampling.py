@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import (
     DynamicCache,
@@ -45,7 +46,7 @@ def sample(
     end: TurnEnd | None = None,
     description: str = "sampling",
 ) -> Sequence[Response]:
-    """One response per prompt, in the prompts' order. prompts: token ids, special tokens included.
+    """One response per prompt, in the prompts' order, each with its log π. prompts: token ids, special tokens included.
 
     end: what closes a response, which keeps it as its last tokens; None: what the chat template says. Other end tokens
     of the model and the tokenizer stop a response too, without closing it (see `response_of`).
@@ -66,10 +67,10 @@ def sample(
             rows = []
             for _, alike in groupby(batch["prompt"], lambda i: pads or lengths[i]):
                 chosen = list(alike)
-                watch = Watch(len(chosen)) if chosen[0] == longest_first[0] else None  # of one: it is a sample
+                watch = Watch(len(chosen))
                 drawn = _generate(model, [prompts[i] for i in chosen], settings, stop.end, tokenizer, watch)
-                for row, (i, ids) in enumerate(zip(chosen, drawn, strict=True)):
-                    response = response_of(ids, stop, tokenizer, watch.logps[row] if watch else ())
+                for i, ids, logps in zip(chosen, drawn, watch.logps, strict=True):
+                    response = response_of(ids, stop, tokenizer, logps)
                     rows.append((i, response.text, response.ids, response.finished, response.logp))
                 bar.update(len(chosen))
             return table_of(rows, RESPONSE_SCHEMA)
@@ -140,7 +141,7 @@ def _generate(
     settings: GenerationConfig,
     end: TurnEnd,
     tokenizer: PreTrainedTokenizerBase,
-    watch: "Watch | None" = None,
+    watch: "Watch",
 ) -> list[list[int]]:
     length = max(map(len, prompts))
     input_ids = torch.full((len(prompts), length), settings.pad_token_id, dtype=torch.long)
@@ -184,7 +185,7 @@ def generate_in_segments(
     while rows and left > 0:
         part = copy.deepcopy(settings)
         part.max_new_tokens = min(segment, left)
-        with grouped(model), watch.over(model, rows) if watch else nullcontext():
+        with grouped(model), watch.over(model) if watch else nullcontext():
             output: Any = model.generate(  # type: ignore[operator]
                 input_ids,
                 attention_mask=attention_mask,
@@ -195,7 +196,7 @@ def generate_in_segments(
             )
         new = output.sequences[:, input_ids.shape[1] :]
         if watch:
-            watch.last(new[:, -1])
+            watch.last(rows, new[:, -1])
         still_open = []
         for position, tokens in enumerate(new.tolist()):
             row = continuations[rows[position]]
@@ -231,30 +232,35 @@ class Watch:
 
     def __init__(self, rows: int):
         self.logps: list[list[float]] = [[] for _ in range(rows)]
-        self._rows: list[int] = []
-        self._next: torch.Tensor | None = None  # log-probabilities of the token to come, (rows, vocabulary)
+        self._logits: torch.Tensor | None = None  # of the token to come, (rows, vocabulary)
+        self._drawn: list[torch.Tensor] = []  # log-probabilities, (rows,) for each token
 
     @contextmanager
-    def over(self, model: PreTrainedModel, rows: list[int]) -> Iterator[None]:
-        """While this holds, `model` is called for the continuations of these rows."""
-        self._rows, self._next = rows, None
+    def over(self, model: PreTrainedModel) -> Iterator[None]:
+        """While this holds, `model` is called for continuations; `last` says of which rows."""
         hook = model.register_forward_hook(self._called, with_kwargs=True)
         try:
             yield
         finally:
             hook.remove()
 
-    def last(self, tokens: torch.Tensor) -> None:
-        """The newest tokens, (rows,): the model is not called on them any more."""
-        assert self._next is not None
-        drawn = self._next.gather(1, tokens[:, None].to(self._next.device))[:, 0].tolist()
-        for row, logp in zip(self._rows, drawn, strict=True):
-            self.logps[row].append(logp)
+    def last(self, rows: list[int], tokens: torch.Tensor) -> None:
+        """The newest tokens of these rows, (rows,): the model is not called on them any more."""
+        self._draw(tokens)
+        for row, values in zip(rows, torch.stack(self._drawn, dim=1).tolist(), strict=True):  # one transfer of them all
+            self.logps[row] += values
+        self._logits, self._drawn = None, []
+
+    def _draw(self, tokens: torch.Tensor) -> None:
+        assert self._logits is not None
+        # Transformers works on a copy: these are the model's own, whatever temperature and top-p make of them.
+        logits = self._logits.float()
+        self._drawn.append(-cross_entropy(logits, tokens.to(logits.device), reduction="none"))
 
     def _called(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self._next is not None:
-            self.last(kwargs["input_ids"][:, -1])
-        self._next = output.logits[:, -1].float().log_softmax(-1)
+        if self._logits is not None:
+            self._draw(kwargs["input_ids"][:, -1])
+        self._logits = output.logits[:, -1].clone()  # not the whole prompt's
 
 
 def response_of(

@@ -27,7 +27,7 @@ from tspin.engines.engine import Engine
 from tspin.engines.here import FIRST_STEP
 from tspin.errors import UserError
 from tspin.fits import check_rows, check_training
-from tspin.iteration import Iteration, Run, diagnose, measure, sample, score_reference, take_generated, train
+from tspin.iteration import Earlier, Iteration, Run, diagnose, measure, sample, score_reference, take_generated, train
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.runs.claims import claim_folder
 from tspin.runs.dates import date_of_run, record_date
@@ -106,15 +106,16 @@ class SelfPlayTrainer:
         """Algorithm 1 of the paper (arXiv 2601.08198). SFT, which is no self-play, trains once, on y alone."""
         policy = initial = self._initial_policy()
         proto = self._sample(PROTO, initial)  # y0 ~ π_θ0, once
+        earlier = Earlier()
         for number in range(self.run.iterations):
             synthetic = self._sample(SYNTHETIC, policy, number)  # y′ ~ π_θt
-            iteration = self._iteration(number, policy, initial, synthetic, proto)
+            iteration = self._iteration(number, policy, initial, synthetic, proto, earlier)
             reference = self._score_reference(iteration)
             trained = self._train(iteration, reference)  # π_θt+1
             diagnosed = self._diagnose(iteration, reference, trained)
             result = _result(number, synthetic, reference, trained, diagnosed)
             yield result
-            policy = result.policy
+            policy, earlier = result.policy, _left(reference, diagnosed)
 
     def iterate(self) -> Iterator[IterationResult]:
         """The iterations one by one: a result is yielded when its checkpoint is on disk.
@@ -219,17 +220,29 @@ class SelfPlayTrainer:
             return run_stage(path, inputs, produce)
 
     def _iteration(
-        self, number: int, policy: Policy, initial: Policy, synthetic: Stage | None, proto: Stage | None
+        self,
+        number: int,
+        policy: Policy,
+        initial: Policy,
+        synthetic: Stage | None,
+        proto: Stage | None,
+        earlier: Earlier,
     ) -> Iteration:
         responses = {role: stage.output for role, stage in ((SYNTHETIC, synthetic), (PROTO, proto)) if stage}
         first = max(number - self.args.history, 0) if responses else number
         history = [self.response_path(SYNTHETIC, earlier) for earlier in reversed(range(first, number))]
-        return Iteration(self.run, number, policy, initial, self.folder / f"iteration-{number}", responses, history)
+        drawn_by = {SYNTHETIC: policy, PROTO: initial}
+        if number == 0 and self.examples.generated:
+            del drawn_by[SYNTHETIC]  # it came with the data
+        folder = self.folder / f"iteration-{number}"
+        return Iteration(self.run, number, policy, initial, folder, responses, history, drawn_by, earlier)
 
     def _score_reference(self, iteration: Iteration) -> Stage | None:
         if not self.run.method.uses_reference:
             return None
-        inputs = {**iteration.inputs, "roles": sorted(iteration.scored_roles)}
+        source = iteration.reference_source
+        roles = {"roles": sorted(iteration.trained_roles), "known": sha256(source) if source else None}
+        inputs = {**iteration.inputs, **roles}
         return run_stage(iteration.folder / "reference.parquet", inputs, partial(score_reference, iteration))
 
     def _train(self, iteration: Iteration, reference: Stage | None) -> Stage:
@@ -249,15 +262,24 @@ class SelfPlayTrainer:
 
     def _diagnose(self, iteration: Iteration, reference: Stage | None, trained: Stage) -> list[Stage]:
         """The diagnostics, where they are wanted, and the measures of degeneration."""
-        policy = Policy(str(trained.output), trained.fingerprint)
-        inputs = {**iteration.inputs, "trained": policy.fingerprint}
-        stages = []
+        policy, scores = Policy(str(trained.output), trained.fingerprint), reference.output if reference else None
+        inputs = {**iteration.inputs, "trained": policy.fingerprint, "reference": sha256(scores) if scores else None}
+        stages, table = [], None
         if self.args.diagnostics:
-            produce = partial(diagnose, iteration, reference.output if reference else None, policy)
-            stages.append(run_stage(iteration.folder / "diagnostics.parquet", inputs, produce))
-        produce = partial(measure, iteration, stages[0].output if stages else None, trained.facts.get("changed_share"))
-        inputs = {**inputs, "diagnostics": self.args.diagnostics}
+            known, prompts = iteration.earlier.diagnostics, self.run.engine.diagnosed(len(self.examples))
+            made_from = {**inputs, "known": sha256(known) if known else None, "prompts": len(prompts)}
+            produce = partial(diagnose, iteration, scores, policy)
+            stages.append(run_stage(iteration.folder / "diagnostics.parquet", made_from, produce))
+            table = stages[0].output
+        produce = partial(measure, iteration, scores, table, trained.facts.get("changed_share"))
+        inputs = {**inputs, "diagnostics": sha256(table) if table else None}
         return [*stages, run_stage(iteration.folder / "guards.json", inputs, produce)]
+
+
+def _left(reference: Stage | None, diagnosed: Sequence[Stage]) -> Earlier:
+    """What an iteration leaves to the next: its reference's log-probabilities, and its diagnostics if there are any."""
+    *diagnostics, _ = diagnosed
+    return Earlier(reference.output if reference else None, diagnostics[0].output if diagnostics else None)
 
 
 def _result(

@@ -69,6 +69,11 @@ class Triplets(TypedRows[Triplet]):
         """Those at these places."""
         return Triplets(self.dataset.select(places, new_fingerprint="rows"))
 
+    def of(self, roles: Sequence[str]) -> "Triplets":
+        """With the responses of these roles alone."""
+        cells = [f"{role}/{name}" for role in roles for name in ("ids", "finished")]
+        return Triplets(self.dataset.select_columns(["prompt_id", "prompt_ids", *cells]))
+
     def save(self, folder: Path) -> None:
         """Write them for another process's `load_triplets`."""
         with without_bars():

@@ -58,7 +58,7 @@ def compare(name: str, folder: str, dtype: str, temperature: float, count: int) 
     decoding = Decoding(temperature, 1.0, NEW_TOKENS, batch_size=64)
     answers = generate_tokens(
         Served(folder, dtype, EngineSettings(enforce_eager=True)), prompts, stop, decoding=decoding, seed=0,
-        watched=len(prompts),
+        watched=range(len(prompts)),
     )  # fmt: skip
     gaps = torch.cat([gaps_of(policy, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
     row = {

@@ -57,6 +57,11 @@ def rows_at(rows: Sequence[T], indices: Sequence[int]) -> list[T]:
     return rows.__getitems__(indices) if isinstance(rows, TypedRows) else [rows[i] for i in indices]
 
 
+def spread(rows: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the rows, evenly spread: the same ones whenever there are as many rows."""
+    return rows_at(rows, [i * len(rows) // count for i in range(count)] if len(rows) > count else range(len(rows)))
+
+
 def column(dataset: Dataset, name: str) -> np.ndarray:
     """All of a column of numbers."""
     return dataset.with_format("arrow")[name].to_numpy()

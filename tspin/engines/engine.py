@@ -5,11 +5,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from tspin.config import SelfPlayConfig
-from tspin.data.mapped import TypedRows
+from tspin.data.mapped import TypedRows, spread
 from tspin.data.responses import Response
 from tspin.data.turns import TurnEnd, stops, turn_end
 from tspin.devices import give_back
@@ -23,7 +24,7 @@ from tspin.runs.unfinished import Unfinished
 from tspin.sampling import generation_settings, response_of, sample
 from tspin.triplets import Triplets
 
-WATCHED = 64  # responses whose log-probabilities vLLM gives, to be compared with the trainer's
+WATCHED = 64  # responses whose log-probabilities by the sampler are compared with the trainer's
 
 
 class Engine:
@@ -56,9 +57,7 @@ class Engine:
         between backends only greedy responses can be compared.
         """
         check_stage(Path(policy.folder))
-        args, loading = self.args, dict(self.loading)
-        if args.sampling_dtype is not None:
-            loading["dtype"] = getattr(torch, args.sampling_dtype)
+        args, loading = self.args, self._sampling
         if args.sampling_backend == "transformers":
             model = load_model(policy.folder, loading).to(args.device)  # type: ignore[arg-type]
             return sample(
@@ -67,18 +66,54 @@ class Engine:
         require_vllm("sampling_backend", args.engine)
         stop = stops(self.tokenizer, generation_settings(policy.folder), self.turn_end)
         served = Served(policy.folder, dtype_name(loading), args.engine, bool(loading.get("trust_remote_code")))
-        answers = generate_tokens(served, prompts, stop, decoding=args.decoding, seed=seed, watched=WATCHED)
+        # A sample: vLLM's arithmetic is its own, so that nothing else needs them, and they are not for free.
+        watched = set(self.watched(len(prompts)))
+        answers = generate_tokens(served, prompts, stop, decoding=args.decoding, seed=seed, watched=watched)
         return TypedRows(answers, lambda ids, logps: response_of(ids, stop, self.tokenizer, logps))
 
-    def score(self, policy: Policy, triplets: Triplets, of: str, *, keep: bool = False) -> dict[str, list[float]]:
+    @property
+    def samples_as_it_scores(self) -> bool:
+        """Whether responses come with the log π that `score` gives them, up to rounding: one arithmetic for both."""
+        loading, autocast = self._scoring
+        same_type = dtype_name(self._sampling) == dtype_name(loading) and not autocast
+        return self.args.sampling_backend == "transformers" and same_type
+
+    def diagnosed(self, count: int) -> list[int]:
+        """Which of so many prompts diagnostics score."""
+        return spread(range(count), self.args.diagnostics_prompts)
+
+    def watched(self, count: int) -> list[int]:
+        """Of which the sampler's and the trainer's log-probabilities are compared: some of those `diagnosed`."""
+        return spread(self.diagnosed(count), WATCHED)
+
+    def score(
+        self,
+        policy: Policy,
+        triplets: Triplets,
+        of: str,
+        *,
+        known: Mapping[str, np.ndarray] | None = None,
+        keep: bool = False,
+    ) -> dict[str, list[float]]:
         """log π of every response under a policy: role → nats, in the triplets' order, on as many GPUs as there are.
 
-        of: names the policy on the bar. keep: leave it in memory, for `train` to go on with.
+        of: names the policy on the bar. known: role → those that are known already, NaN where they are not: only the
+        rest is computed. keep: leave the policy in memory, for `train` to go on with.
         """
+        unknown = np.full(len(triplets), np.nan)
+        logps = {role: np.array((known or {}).get(role, unknown), dtype=float) for role in triplets.roles}
+        roles = [role for role, values in logps.items() if np.isnan(values).any()]
+        if roles:
+            rows = np.flatnonzero(np.isnan([logps[role] for role in roles]).any(axis=0))
+            part = triplets.of(roles)
+            scored = self._score(policy, part if len(rows) == len(part) else part.select(rows.tolist()), of, keep)
+            for role in roles:
+                logps[role][rows] = np.where(np.isnan(logps[role][rows]), scored[role], logps[role][rows])
+        return {role: values.tolist() for role, values in logps.items()}
+
+    def _score(self, policy: Policy, triplets: Triplets, of: str, keep: bool) -> dict[str, list[float]]:
         check_stage(Path(policy.folder))
-        loading, autocast = self.loading, bool(self.args.bf16)
-        if trains_in_bfloat16(self.args):  # π_θ and its reference should differ by training alone
-            loading, autocast = {**loading, "dtype": torch.bfloat16}, False
+        loading, autocast = self._scoring
         scoring = here.Scoring(self.tokenizer, self.args, of, autocast)
         processes = scoring_processes(self.args)
         if processes > 1:
@@ -103,6 +138,19 @@ class Engine:
         model = kept[1] if kept and kept[0] == policy else load_model(policy.folder, self.loading)
         del kept
         return here.train(model, training, callbacks, unfinished)
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` while sampling."""
+        dtype = self.args.sampling_dtype
+        return self.loading if dtype is None else {**self.loading, "dtype": getattr(torch, dtype)}
+
+    @property
+    def _scoring(self) -> tuple[dict[str, Any], bool]:
+        """Arguments of `from_pretrained` while scoring, and whether it computes under autocast to bfloat16."""
+        if trains_in_bfloat16(self.args):  # π_θ and its reference should differ by training alone
+            return {**self.loading, "dtype": torch.bfloat16}, False
+        return self.loading, bool(self.args.bf16)
 
     def release(self) -> None:
         """Hold no policy, and give the memory back: the next step may be another process's."""

@@ -7,7 +7,7 @@ end: the weights are that checkpoint's, and the memory is free before training s
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,12 +58,12 @@ def generate_tokens(
     *,
     decoding: Decoding,
     seed: int,
-    watched: int = 0,
+    watched: Collection[int] = (),
 ) -> Dataset:
     """One response per prompt: {"ids": token ids, those of its end included, "logprobs": nats per token}.
 
-    prompts: token ids, special tokens included. watched: of how many responses, the first, there are log-probabilities;
-    under the policy itself, whatever the temperature. Each prompt has a generator of its own, seeded by `seed` and its
+    prompts: token ids, special tokens included. watched: positions of those whose responses get log-probabilities,
+    under the policy itself whatever the temperature. Each prompt has a generator of its own, seeded by `seed` and its
     position: neither data_parallel nor the batches decide what is drawn.
     Raises UserError, with the engine's last line, when an engine fails.
     """
@@ -78,7 +78,7 @@ def generate_tokens(
         "max_model_len": max(map(len, prompts)) + decoding.max_new_tokens,
     }
     copies = min(served.engine.data_parallel, len(prompts))
-    seeded = ({"ids": list(ids), "seed": (seed + i) % 2**31, "watched": i < watched} for i, ids in enumerate(prompts))
+    seeded = ({"ids": list(ids), "seed": (seed + i) % 2**31, "watched": i in watched} for i, ids in enumerate(prompts))
     rows = read_in(lambda: seeded, PROMPTS)
     with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as temporary, without_bars():
         folders = [Path(temporary) / str(copy) for copy in range(copies)]

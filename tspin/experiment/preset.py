@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig, rendering_of
-from tspin.data.encoding import Example
+from tspin.data.mapped import spread
 from tspin.data.sources import Source, load_rows
 from tspin.data.turns import writes_date
 from tspin.engines.launch import check_launcher
@@ -192,11 +192,6 @@ def collect_texts(
             "responses", responses(trainer.response_path("synthetic", iteration + 1)), method, seed, iteration
         )
     collected.add("responses", responses(last_path), method, seed, last.iteration)
-
-
-def spread(items: Sequence[Example], count: int) -> list[Example]:
-    """At most `count` of them, evenly spread."""
-    return list(items[:: max(len(items) // count, 1)][:count])
 
 
 def build_trainer(

@@ -12,7 +12,8 @@ suite.json           which metric makes which column
 provenance.json      commit, versions, hardware, and what each run cost
 
 Scores that are shares are in percent, others in lm-eval's units (tspin.schema.NO_SHARES).
-Of larger data sets, diagnostics.parquet, prompts.parquet and responses.parquet have TEXTS prompts, evenly spread.
+Of larger data sets, diagnostics.parquet, prompts.parquet and responses.parquet have TEXTS prompts, evenly spread; the
+first has those of them that diagnostics scored (SelfPlayConfig.diagnostics_prompts).
 `iteration` is empty for base and sft. Numbers of diagnostics.parquet are rounded to 1/4096. Rows of a method and seed
 replace those that were there.
 """

@@ -162,8 +162,8 @@ def _stages(settings: RunSettings, shape: Shape, lengths: Lengths, hardware: Har
 
     backward = 8 if settings.training.gradient_checkpointing else 6
     stages = [stage("training", settings.training.num_train_epochs * seen, backward)]
-    passes = 2 + (method.reference == "initial")  # diagnostics, before and after; "previous" is the pass before
-    stages.append(stage("scoring", passes * seen, 2, used=min(settings.training.engine.data_parallel, gpus)))
+    scored = _scored_tokens(settings, lengths, labels)
+    stages.append(stage("scoring", scored, 2, used=min(settings.training.engine.data_parallel, gpus)))
     if method.self_play:
         drawn = (settings.training.iterations + 1) * labels  # y′ of every iteration, and y0
         together = _together(settings)
@@ -173,6 +173,23 @@ def _stages(settings: RunSettings, shape: Shape, lengths: Lengths, hardware: Har
         seconds += drawn * prompt * 2 * shape.parameters / speed
         stages.append(stage("sampling", drawn * (prompt + response), 2, seconds))
     return stages
+
+
+def _scored_tokens(settings: RunSettings, lengths: Lengths, labels: int) -> int:
+    """Tokens of all forward passes beside training: nothing that the sampler or an earlier iteration found."""
+    training, method = settings.training, METHODS[settings.method]
+    prompt, labelled, response = lengths
+    shown = min(labels, training.diagnostics_prompts) if training.diagnostics else 0
+    tokens = shown * training.iterations * _row_tokens(settings, lengths)  # after each training
+    if method.uses_reference:  # y′ in each iteration; y in the first, and where not all of the earlier ones are known
+        again = training.iterations if method.reference == "previous" and shown < labels else 1
+        tokens += labels * (training.iterations * (prompt + response) + again * labelled)
+    if method.reference != "previous" and shown:  # under the policy: y in the first iteration, y′ in another arithmetic
+        own_type = training.bf16 is False and training.sampling_dtype in (None, settings.model.dtype)
+        apart = training.sampling_backend == "vllm" or not own_type
+        drawn = training.iterations * (prompt + response) if method.self_play and apart else 0
+        tokens += shown * (prompt + labelled + drawn)
+    return tokens
 
 
 def _row_tokens(settings: RunSettings, lengths: Lengths) -> int:
