@@ -51,12 +51,13 @@ def test_benchmark(tmp_path):
 
     said = run("experiments.checks.benchmark.run", "--tiny", "--out", tmp_path)
     folder = next(tmp_path.iterdir())
-    names = ("memory", "steps", "growth", "heads", "sampling", "profile")
-    memory, steps, growth, heads, sampling, profile = evidence(folder, said, *names)
+    names = ("memory", "steps", "growth", "attention", "balance", "heads", "sampling", "profile")
+    memory, steps, growth, attention, balance, heads, sampling, profile = evidence(folder, said, *names)
     contenders = set(COLOURS) if find_spec("trl") else set(COLOURS) - {"TRL DPO"}
     assert set(steps["step"]) == contenders and (steps["seconds"] > 0).all() and steps["mix"].nunique() == 3
     assert {"tspin shared"} <= set(memory["step"]) <= contenders and (memory["peak_bytes"] > 0).all()
     assert set(growth["grows"]) == {"batch", "length"}
+    assert attention["attention"].nunique() == 3 and (balance["share_of_ideal"] <= 1).all()
     assert len(heads) == 3 and len(sampling) == 3 and (sampling["prompts"] == 4).all()
     assert profile.groupby("step")["share"].sum().tolist() == pytest.approx([1, 1], abs=1e-3)
     if find_spec("trl"):

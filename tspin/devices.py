@@ -1,6 +1,9 @@
 """The memory that a GPU or this process takes, running out of it, and what arithmetic is fast here."""
 
 import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -60,10 +63,17 @@ def multiplies_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def flush_denormals() -> None:
-    """Let this thread, and those it starts from here on, take numbers below 1.2e-38 for 0 in CPU arithmetic.
+@contextmanager
+def without_denormals() -> Iterator[None]:
+    """While this holds, CPU arithmetic takes numbers below 1.2e-38 for 0: of this thread, and of those it starts.
 
     Gradients are full of them where a pair's weight or a token's probability vanishes, and a product with one takes a
-    CPU a hundred times as long. Threads that computed before keep counting them.
+    CPU a hundred times as long. PyTorch's threads start with their first work and keep what they started with: who
+    lets it compute before keeps them slow.
     """
+    already = sys.float_info.min / 2 == 0
     torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(already)

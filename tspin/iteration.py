@@ -220,13 +220,15 @@ def take_generated(run: Run, target: Path) -> dict[str, float]:
 def score_reference(iteration: Iteration, target: Path) -> None:
     """Step 2: write the reference's log-probabilities of all that is trained on: Parquet, prompt_id, a column per role.
 
-    What iteration t − 1 found under the same policy is taken from there.
+    What iteration t − 1 found under the same policy is taken from there, and what the reference drew from its sampler.
     """
     triplets, count = iteration.with_history(iteration.trained_roles), len(iteration.run.examples)
+    drawn = iteration.drawn_logps(iteration.reference, iteration.run.examples.prompt_ids)
     known = {}
-    for role, values in iteration.known_reference.items():
-        if role == SYNTHETIC:  # those of t − 1 and before it: the history's, which stands after y′ of t
-            values = np.concatenate([np.full(count, np.nan), values, np.full(len(triplets), np.nan)])[: len(triplets)]
+    for role, values in {SYNTHETIC: np.empty(0), **drawn, **iteration.known_reference}.items():
+        if role == SYNTHETIC:  # known are those of t − 1 and before it: the history's, which stands after y′ of t
+            newest, earlier = drawn.get(role, np.full(count, np.nan)), iteration.known_reference.get(role, np.empty(0))
+            values = np.concatenate([newest, earlier, np.full(len(triplets), np.nan)])[: len(triplets)]
         else:
             values = np.resize(values[:count], len(triplets))  # again for each y′ of the history
         known[role] = values
@@ -345,9 +347,9 @@ def canaries_of(
         known = scored_by_trainer(iteration, reference, places.tolist(), [LABELLED, *iteration.trained_roles])
     found = canaries.first_step(method, iteration.coefficients, first, known, arithmetic, same)
     if table is not None and SYNTHETIC in iteration.sampled:
-        # The table's are the sampler's own then.
-        if not same and SYNTHETIC in iteration.drawn_logps(iteration.policy, prompt_ids):
-            table = scored_by_trainer(iteration, reference, run.engine.watched(len(prompt_ids)), [SYNTHETIC])
+        if SYNTHETIC in iteration.drawn_logps(iteration.policy, prompt_ids):  # the table's are the sampler's own then
+            stored = None if same else reference
+            table = scored_by_trainer(iteration, stored, run.engine.watched(len(prompt_ids)), [SYNTHETIC])
         drawn = iteration.sampled[SYNTHETIC]
         by_engine = run.args.sampling_backend == "vllm" or run.args.sampling_dtype == "bfloat16"
         responses = zip(drawn.prompt_ids.tolist(), drawn.of(drawn.prompt_ids), strict=True)

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tspin.devices import flush_denormals, out_of_memory
+from tspin.devices import out_of_memory
 from tspin.errors import UserError, reason
 from tspin.hub.offline import model_folder
 from tspin.runs.files import fingerprint, folder_fingerprint
@@ -77,7 +77,6 @@ def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> Pr
     would fill them with random numbers.
     """
     refuse_pickles(Path(folder))
-    flush_denormals()  # whatever computes with a policy loads it, before PyTorch starts its threads
     arguments = {"dtype": torch.float32, "use_safetensors": True, **(model_arguments or {})}
     model, info = _load(AutoModelForCausalLM.from_pretrained, folder, {**arguments, "output_loading_info": True})
     if info["missing_keys"]:

@@ -13,7 +13,7 @@ from tspin.config import SelfPlayConfig
 from tspin.data.mapped import TypedRows, spread
 from tspin.data.responses import Response
 from tspin.data.turns import TurnEnd, stops, turn_end
-from tspin.devices import give_back
+from tspin.devices import give_back, without_denormals
 from tspin.engines import here
 from tspin.engines.launch import launch_training, trains_in_bfloat16
 from tspin.engines.scoring import score_in_processes, scoring_processes
@@ -48,6 +48,7 @@ class Engine:
         """What closes a response."""
         return turn_end(self.tokenizer, self.args.rendering)
 
+    @without_denormals()
     def sample(
         self, policy: Policy, prompts: Sequence[Sequence[int]], *, seed: int, description: str = "sampling"
     ) -> Sequence[Response]:
@@ -111,6 +112,7 @@ class Engine:
                 logps[role][rows] = np.where(np.isnan(logps[role][rows]), scored[role], logps[role][rows])
         return {role: values.tolist() for role, values in logps.items()}
 
+    @without_denormals()
     def _score(self, policy: Policy, triplets: Triplets, of: str, keep: bool) -> dict[str, list[float]]:
         check_stage(Path(policy.folder))
         loading, autocast = self._scoring
@@ -123,6 +125,7 @@ class Engine:
             self._kept = (policy, model)
         return here.score(model, triplets, scoring)
 
+    @without_denormals()
     def train(
         self,
         policy: Policy,

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from tspin.config import SelfPlayConfig
+from tspin.devices import without_denormals
 from tspin.engines.here import Scoring, score
 from tspin.engines.launch import TOKENIZER, TRIPLETS
 from tspin.engines.scoring import LOGPS
@@ -17,6 +18,7 @@ from tspin.runs.files import write_text
 from tspin.triplets import load_triplets
 
 
+@without_denormals()
 def main() -> None:
     folder = Path(sys.argv[1])
     job = read_job(folder)

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from tspin.config import SelfPlayConfig
+from tspin.devices import without_denormals
 from tspin.engines.here import Training, train
 from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS
 from tspin.engines.workers import FAILURE, read_job
@@ -32,6 +33,7 @@ def main() -> None:
         torch.distributed.destroy_process_group()
 
 
+@without_denormals()
 def _train(folder: Path) -> None:
     job = read_job(folder)
     args = SelfPlayConfig(**job["arguments"])

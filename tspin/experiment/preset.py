@@ -22,6 +22,7 @@ from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfP
 from tspin.data.mapped import spread
 from tspin.data.sources import Source, load_rows
 from tspin.data.turns import writes_date
+from tspin.devices import without_denormals
 from tspin.engines.launch import check_launcher
 from tspin.engines.vllm import Served, evaluate_folder, require_vllm
 from tspin.errors import UserError
@@ -294,6 +295,7 @@ class Evaluator:
         samples = pd.read_parquet(folder / "samples.parquet")
         return pd.read_csv(folder / "scores.csv"), problems_of(samples, self.suite)
 
+    @without_denormals()
     def _write(self, policy: Policy, target: Path) -> None:
         check_stage(Path(policy.folder))
         if self.settings.backend == "vllm":

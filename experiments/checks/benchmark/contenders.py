@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from tspin.devices import multiplies_bfloat16
+from tspin.logprobs import pad_rows
 from tspin.models import POCKET_MODEL, load_tokenizer
 from tspin.objectives import METHODS, spin_loss, tspin_loss
 from tspin.schema import LABELLED, ROLES, SYNTHETIC
 from tspin.trainer import TripletTrainer
-from tspin.triplets import Triplet, collator_for, pad_rows
+from tspin.triplets import Triplet, collator_for
 
 Step = Callable[[Sequence[Triplet]], None]
 MICRO_BATCH_TOKENS = 2048

@@ -42,7 +42,7 @@ from experiments.checks.benchmark.workload import (
 )
 from experiments.checks.evidence import measured_apart, write_evidence
 from tspin.cli.guard import quiet_libraries
-from tspin.devices import peak_bytes, reset_peak, resident
+from tspin.devices import peak_bytes, reset_peak, resident, without_denormals
 
 
 def matmul_rate(size: int) -> float:
@@ -124,6 +124,7 @@ def growth_rows(shape: str, sizes: Sizes) -> list[dict]:
     return rows
 
 
+@without_denormals()  # for all contenders: by themselves, TRL and the others would be slower on a CPU
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="default: results/benchmarks")
