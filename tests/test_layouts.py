@@ -8,9 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tspin.layouts import choose_layout, tried, why_not_shared
-from tspin.logprobs import flat_logps, pad_rows, sequence_logps
+from tspin.logprobs import flat_logps, flat_run, pad_rows, sequence_logps
 from tspin.segments import NAME, WHOLE, Segments, batches, pieces, spans
-from tspin.triplets import flat_run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 OWN_HEADS = ("gpt2", "falcon", "opt", "gpt_neox", "bloom")  # a key–value head for each query head, or their own setting
@@ -140,7 +139,7 @@ def test_a_model_that_looks_past_attention_is_found():
     """It adds the mean of all tokens to each: equal to a plain row's only by luck."""
     model = random_model("llama")
     model.model.layers[0].register_forward_hook(lambda layer, args, output: output + output.mean(1, keepdim=True))
-    assert tried(model).leak > 1e-3
+    assert tried(model).deviation > 1e-3
     assert "off by" in why_not_shared(model)
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tspin.layouts import choose_layout
-from tspin.logprobs import flat_logps, pad_rows, sequence_logps
-from tspin.triplets import flat_run
+from tspin.logprobs import flat_logps, flat_run, pad_rows, sequence_logps
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16], [17, 18]]
 RESPONSES = [[20, 21, 22, 1], [23], [24, 1], [25, 26, 27, 28, 29, 1]]  # 1 is the end token; [23] was cut

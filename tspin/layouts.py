@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tspin.devices import out_of_memory
-from tspin.logprobs import Ids, flat_logps, pad_rows, sequence_logps, unwrapped
+from tspin.logprobs import Ids, flat_logps, flat_run, pad_rows, sequence_logps, unwrapped
 from tspin.segments import NAME
 
 Layout = Literal["shared", "padded"]
@@ -70,14 +70,15 @@ class Trial(NamedTuple):
     """What came of a few random tokens in both layouts: the largest differences, in nats."""
 
     deviation: float  # of the flat layout from the plain definition
-    leak: float  # in the flat layout, by other tokens in the responses before one's own, which it must not see
+    leak: float  # in the flat layout, by the order of the responses before one's own, which it must not see
     context: float  # in the plain one, where these responses are part of the prompt: the size of a layer's mistake
     logp: float  # the largest log-probability
 
     def same(self, dtype: torch.dtype) -> bool:
         """Whether the differences are no more than rounding, in a model of this type."""
         nats, share = ROUNDING[dtype]
-        # Rows of one product do not know of each other: what does not leak is the same to the last digits.
+        # Rows of one product do not know of each other, and as many go to each expert: what does not leak is the same
+        # to the last digits, in any type.
         closed = self.leak <= 16 * torch.finfo(torch.float32).eps * self.logp
         return closed and self.deviation <= nats and self.deviation <= share * self.context
 
@@ -92,11 +93,10 @@ def tried(model: Any, longest: int = 0) -> Trial:
     device, was_training = next(model.parameters()).device, model.training
     generator, vocabulary = torch.Generator().manual_seed(0), len(model.get_input_embeddings().weight)
 
-    def drawn(lengths: Ids) -> list[list[int]]:
-        return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
-
-    examples = [drawn(lengths) for lengths in TRIED]
-    altered = [[example[0], *drawn([*map(len, example[1:-1])]), example[-1]] for example in examples]
+    examples = [
+        [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths] for lengths in TRIED
+    ]
+    swapped = [[prompt, second, first, third] for prompt, first, second, third in examples]
     rows = [(prompt, response) for prompt, *responses in examples for response in responses]
     within = [(sum(of[:number], []), of[number]) for of in examples for number in range(1, len(of))]
     padded = pad_rows([prompt for prompt, _ in rows + within], [response for _, response in rows + within], 0)
@@ -104,18 +104,17 @@ def tried(model: Any, longest: int = 0) -> Trial:
     try:
         with _reaches_shortened(model, longest):
             plain, inside = sequence_logps(model, **{k: v.to(device) for k, v in padded.items()}).chunk(2)
-            flat, other = (
-                flat_logps(model, torch.tensor(sum(map(_joined, of), [])).to(device), torch.tensor(TRIED))
-                for of in (examples, altered)
-            )
+            flat, other = (_flat(model, of) for of in (examples, swapped))
     finally:
         model.train(was_training)
     gaps = (flat.flatten() - plain, flat[:, -1] - other[:, -1], inside - plain, plain)
     return Trial(*(float(gap.abs().max()) for gap in gaps))
 
 
-def _joined(parts: Sequence[Ids]) -> list[int]:
-    return [token for part in parts for token in part]
+def _flat(model: Any, examples: Sequence[Sequence[Ids]]) -> Tensor:
+    prompts, *responses = zip(*examples, strict=True)
+    device = next(model.parameters()).device
+    return flat_logps(model, **{name: tensor.to(device) for name, tensor in flat_run(prompts, responses).items()})
 
 
 @contextmanager

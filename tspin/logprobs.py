@@ -52,9 +52,7 @@ def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     return _summed(token_logps, sequence, len(input_ids))
 
 
-def pad_rows(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int
-) -> dict[str, Tensor]:
+def pad_rows(prompts: Sequence[Ids], responses: Sequence[Ids], pad_token_id: int) -> dict[str, Tensor]:
     """Right-padded tensors for `sequence_logps`: input_ids, attention_mask (int64), response_mask (bool).
 
     Each has shape (len(prompts), longest prompt + response).
@@ -65,6 +63,15 @@ def pad_rows(
     real = position < torch.tensor([len(row) for row in rows])[:, None]
     response_mask = real & (position >= torch.tensor([len(prompt) for prompt in prompts])[:, None])
     return {"input_ids": input_ids, "attention_mask": real.long(), "response_mask": response_mask}
+
+
+def flat_run(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> dict[str, Tensor]:
+    """Tensors for `flat_logps`: of each i prompts[i], then responses[k][i] for every k."""
+    parts = [[prompt, *(role[i] for role in responses)] for i, prompt in enumerate(prompts)]
+    return {
+        "input_ids": torch.tensor([token for example in parts for part in example for token in part]),
+        "lengths": torch.tensor([[len(part) for part in example] for example in parts]),
+    }
 
 
 def flat_logps(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:

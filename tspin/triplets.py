@@ -27,10 +27,9 @@ from tspin.data.mapped import TypedRows, column, rows_at, without_bars
 from tspin.data.responses import Response, Responses
 from tspin.devices import out_of_memory
 from tspin.layouts import Layout, choose_layout
-from tspin.logprobs import flat_logps, pad_rows, sequence_logps
+from tspin.logprobs import flat_logps, flat_run, pad_rows, sequence_logps
 from tspin.schema import LABELLED
 
-Ids = Sequence[int]
 Tensors = dict[str, Tensor | int]
 
 IDLE = {"share": 0.0, "tokens": 0}  # a micro-batch that counts for nothing
@@ -202,15 +201,6 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     assert isinstance(token, int)
     return token
-
-
-def flat_run(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]]) -> dict[str, Tensor]:
-    """Tensors for `flat_logps`: of each i prompts[i], then responses[k][i] for every k."""
-    parts = [[prompt, *(role[i] for role in responses)] for i, prompt in enumerate(prompts)]
-    return {
-        "input_ids": torch.tensor([token for example in parts for part in example for token in part]),
-        "lengths": torch.tensor([[len(part) for part in example] for example in parts]),
-    }
 
 
 def tokens_of(triplet: Triplet) -> int:
