@@ -42,13 +42,11 @@ class Spans(NamedTuple):
 def spans(lengths: Sequence[Sequence[int]]) -> Spans:
     """lengths: of each example the tokens of its prompt and of each of its responses, as they stand."""
     counts = torch.tensor(lengths)
-    branches = torch.arange(counts.shape[1]).repeat(len(counts))
+    parts = counts.flatten()
     example = torch.arange(len(counts)).repeat_interleave(counts.sum(1))
-    branch = branches.repeat_interleave(counts.flatten())
-    first = torch.arange(len(example)) - (counts.flatten().cumsum(0) - counts.flatten()).repeat_interleave(
-        counts.flatten()
-    )
-    return Spans(example, branch, first + counts[:, 0][example] * (branch > 0))
+    branch = torch.arange(counts.shape[1]).repeat(len(counts)).repeat_interleave(parts)
+    within = torch.arange(len(example)) - (parts.cumsum(0) - parts).repeat_interleave(parts)
+    return Spans(example, branch, within + counts[:, 0][example] * (branch > 0))
 
 
 class Piece(NamedTuple):
@@ -100,9 +98,7 @@ def batches(of: Sequence[Piece]) -> list[list[Piece]]:
 class Batch(NamedTuple):
     """Pieces that are computed at once, as large as the largest of them."""
 
-    queries: (
-        Tensor  # int64 (pieces, most queries), into the flat run; a piece's last is repeated where others have more
-    )
+    queries: Tensor  # int64 (pieces, most queries), into the flat run; the last again where other pieces have more
     keys: Tensor  # int64 (pieces, most keys)
     mask: Tensor | None  # bool (pieces, 1, most queries, most keys); None: the causal kernel
     first: Tensor  # bool (pieces, most queries): not repeated
@@ -113,7 +109,8 @@ class Batch(NamedTuple):
         counts = torch.tensor([len(piece.queries) for piece in group])[:, None]
         offsets = torch.arange(int(counts.max()))
         queries = torch.tensor([piece.queries.start for piece in group])[:, None] + offsets.minimum(counts - 1)
-        keys = pad_sequence([torch.cat([*map(torch.tensor, piece.keys)]) for piece in group], True, -1)
+        ranges = ([torch.arange(part.start, part.stop) for part in piece.keys] for piece in group)
+        keys = pad_sequence([torch.cat(parts) for parts in ranges], batch_first=True, padding_value=-1)
         first, real, keys = offsets < counts, keys >= 0, keys.clamp(min=0)
         if group[0].causal and (window is None or window >= keys.shape[1]):
             return cls(queries, keys, None, first)

@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,8 @@ class Sizes:
 
 ARITHMETIC = torch.bfloat16 if multiplies_bfloat16() else torch.float32  # of every step
 FULL = Sizes(shapes=tuple(name for name in SHAPES if name != "tiny" and (DEVICE == "cuda" or "Mistral" not in name)))
+if ARITHMETIC == torch.float32:  # three times as slow, in twice the memory
+    FULL = replace(FULL, batch=4, memory_batch=8, batches=(1, 4, 16), lengths=(256, 1024, 4096))
 TINY = Sizes(
     shapes=("tiny",), matrix=256, tokens=16, batch=2, memory_batch=2, weighed=("tspin shared", "TRL DPO"), rounds=1,
     batches=(1, 2), lengths=(16, 32), fixed_tokens=64, head=(1024, 32, 64), prompts=4, pocket_batch=2, steps=5,
