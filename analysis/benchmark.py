@@ -47,25 +47,31 @@ DETAILS = {
 
 def ratios(tables: Mapping[str, pd.DataFrame], model: str) -> dict[str, float]:
     """The ratios of TARGETS, by name; those that were not measured are left out. tables: by their files' names."""
-    steps, memory, growth, balance = (tables[name] for name in ("steps", "memory", "growth", "balance"))
+    steps, memory = tables["steps"], tables["memory"]
     of_mix = {mix: rows.set_index("step") for mix, rows in steps[steps["model"] == model].groupby("mix")}
     even, heavy = of_mix["even 1:1"], of_mix["prompt-heavy 4:1"]["seconds"]
     time = even["seconds"]
     peak = memory[memory["model"] == model].set_index("step")["peak_bytes"]
-    lengths = growth[(growth["model"] == model) & (growth["grows"] == "length")].set_index("value")
     measured: list[float | None] = [
         time["tspin padded"] / time["tspin shared"],
         heavy["tspin padded"] / heavy["tspin shared"],
         time["tspin shared"] / time[REFERENCE] if REFERENCE in time else None,
         peak["tspin shared"] / peak[REFERENCE] if {"tspin shared", REFERENCE} <= set(peak.index) else None,
-        None,
+        _growth(tables["growth"], model),
         even["share_of_matmul_rate"]["tspin shared"],
-        balance.loc[balance["dealt"].str.contains("ours"), "share_of_ideal"].iloc[0],
+        _balance(tables["balance"]) if "balance" in tables else None,
     ]
-    if {256, 4096} <= set(lengths.index):
-        seconds = lengths["seconds_per_1000_tokens"]
-        measured[4] = seconds[4096] / seconds[256]
     return {name: value for name, value in zip(TARGETS, measured, strict=True) if value is not None}
+
+
+def _growth(growth: pd.DataFrame, model: str) -> float | None:
+    lengths = growth[(growth["model"] == model) & (growth["grows"] == "length")].set_index("value")
+    seconds = lengths["seconds_per_1000_tokens"]
+    return seconds[4096] / seconds[256] if {256, 4096} <= set(lengths.index) else None
+
+
+def _balance(balance: pd.DataFrame) -> float:
+    return float(balance.loc[balance["dealt"].str.contains("ours"), "share_of_ideal"].iloc[0])
 
 
 def report(folder: Path) -> list[Path]:
@@ -81,10 +87,12 @@ def picture(steps: pd.DataFrame, growth: pd.DataFrame) -> Figure:
     with new_figure(2, 2.6) as figure:
         bars, lines = figure.subplots(1, 2, width_ratios=[3, 2])
         _draw_speed(bars, steps[steps["model"] == steps["model"].iloc[0]])
-        for what, label, marker in (("batch", "batch, 1 to 64 triplets", "o"), ("length", "length, same tokens", "s")):
+        for what, label, marker in (("batch", "triplets in the batch", "o"), ("length", "length, same tokens", "s")):
             rows = growth[growth["grows"] == what]
             lines.plot(rows["value"], rows["seconds_per_1000_tokens"], marker=marker, label=label)
         lines.set_xscale("log", base=2)
+        ticks = [4**power for power in range(7)]
+        lines.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         lines.set_ylim(bottom=0)
         lines.set_xlabel("Triplets in the batch, or tokens in an example")
         lines.set_ylabel("Seconds per 1,000 tokens")
@@ -112,7 +120,7 @@ def _sections(tables: dict[str, pd.DataFrame], facts: dict[str, Any]) -> list[st
     rate = facts["matmul_flops_per_second"] / 1e12
     sections = [
         "# A training step, timed",
-        f"On {on}; {facts['arithmetic']} throughout, matrix product {rate:.2f} TFLOP/s; commit "
+        f"On {on}; {facts.get('arithmetic', 'bfloat16')} throughout, matrix product {rate:.2f} TFLOP/s; commit "
         f"`{facts['commit'][:10]}`, {facts['date']}. Medians of {facts['rounds']} rounds, contenders taking turns on "
         "the same triplets. Seconds are this "
         "machine's; compare ratios. Written by `make benchmark`.",
@@ -129,6 +137,8 @@ def _sections(tables: dict[str, pd.DataFrame], facts: dict[str, Any]) -> list[st
     sections += ["## Time", markdown(times, "left"), "## Peak memory"]
     sections.append(markdown(peaks.drop(columns="peak_bytes").astype(str), "left"))
     for name, title in DETAILS.items():
+        if name not in tables:
+            continue
         rounded = tables[name].map(lambda value: f"{value:.3g}" if isinstance(value, float) else str(value))
         sections += [f"## {title}", markdown(rounded, "left")]
     return sections

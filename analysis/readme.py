@@ -14,6 +14,7 @@ import pandas as pd
 
 FILES = ("README.md", "results/benchmarks/README.md")
 PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
+FLOAT32 = "cpu-float32"  # a benchmark's folder
 VERDICTS = ("replicated", "contradicted", "inconclusive at this scale")
 
 
@@ -50,16 +51,16 @@ def misaligned_spin(results: Path) -> str:
     return f"{share[1]} %"
 
 
-def steps(results: Path, step: str, over: str = "tspin shared") -> float:
+def steps(results: Path, step: str, over: str = "tspin shared", machine: str = "cpu") -> float:
     """Seconds of a training step of the benchmark's even mix, as a multiple of another's."""
-    table = pd.read_csv(results / "benchmarks" / "cpu" / "steps.csv")
+    table = pd.read_csv(results / "benchmarks" / machine / "steps.csv")
     seconds = table[table["mix"] == "even 1:1"].set_index("step")["seconds"]
     return float(seconds[step] / seconds[over])
 
 
-def memory_ratio(results: Path) -> str:
+def memory_ratio(results: Path, machine: str = "cpu") -> str:
     """T-SPIN's peak memory over that of TRL's trainer."""
-    peak = pd.read_csv(results / "benchmarks" / "cpu" / "memory.csv").set_index("step")["peak_bytes"]
+    peak = pd.read_csv(results / "benchmarks" / machine / "memory.csv").set_index("step")["peak_bytes"]
     return f"{peak['tspin shared'] / peak['TRL DPO']:.2f}"
 
 
@@ -100,6 +101,11 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "over_padded": lambda results: f"{steps(results, 'tspin padded'):.2f}",
     "over_concatenated": lambda results: f"{steps(results, 'tspin concatenated'):.1f}",
     "over_live": lambda results: f"{steps(results, 'tspin shared', 'SPIN, live reference'):.2f}",
+    "step_ratio_float32": lambda results: f"{steps(results, 'tspin shared', 'TRL DPO', FLOAT32):.2f}",
+    "memory_ratio_float32": lambda results: memory_ratio(results, FLOAT32),
+    "over_padded_float32": lambda results: f"{steps(results, 'tspin padded', machine=FLOAT32):.2f}",
+    "over_concatenated_float32": lambda results: f"{steps(results, 'tspin concatenated', machine=FLOAT32):.1f}",
+    "over_live_float32": lambda results: f"{steps(results, 'tspin shared', 'SPIN, live reference', FLOAT32):.2f}",
     "faults": faults,
 }
 

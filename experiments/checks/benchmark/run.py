@@ -3,10 +3,10 @@
     python -m experiments.checks.benchmark.run                  # about 20 minutes on two cores
     python -m experiments.checks.benchmark.run --tiny --out /tmp/benchmark    # every part, on a model of no use
 
-Writes results/benchmarks/<device>/: steps.csv, memory.csv, growth.csv, attention.csv, balance.csv, heads.csv,
-sampling.csv, profile.csv and provenance.json. All contenders of a table run in one process on the same triplets, warmed
-up, taking turns; memory is measured in a process of its own each. Every figure is a median over rounds; compare ratios,
-not seconds.
+Writes results/benchmarks/<cpu, cpu-float32 or gpu>/: steps.csv, memory.csv, growth.csv, attention.csv, balance.csv,
+heads.csv, sampling.csv, profile.csv and provenance.json. All contenders of a table run in one process on the same
+triplets, warmed up, taking turns; memory is measured in a process of its own each. Every figure is a median over
+rounds; compare ratios, not seconds.
 """
 
 import argparse
@@ -154,7 +154,8 @@ def main() -> None:
     tables["heads"] = head_rows(*sizes.head)
     tables["sampling"] = sampling_rows(sizes.prompts)
     tables["profile"] = profile_rows(first, sizes)
-    folder = (arguments.out or Path("results/benchmarks")) / ("gpu" if DEVICE == "cuda" else "cpu")
+    kind = "gpu" if DEVICE == "cuda" else "cpu" if ARITHMETIC == torch.bfloat16 else "cpu-float32"
+    folder = (arguments.out or Path("results/benchmarks")) / kind
     facts = {"matmul_flops_per_second": round(rate), "micro_batch_tokens": MICRO_BATCH_TOKENS, "rounds": sizes.rounds}
     facts["arithmetic"] = str(ARITHMETIC).removeprefix("torch.")
     write_evidence(folder, {name: pd.DataFrame(rows) for name, rows in tables.items()}, start, **facts)
