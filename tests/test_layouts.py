@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tspin.layouts import choose_layout, tried, why_not_shared
 from tspin.logprobs import flat_logps, flat_run, pad_rows, sequence_logps
-from tspin.segments import NAME, WHOLE, Segments, batches, pieces, spans
+from tspin.segments import NAME, WHOLE, Segments, batches, pieces, segment_attention, spans
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 OWN_HEADS = ("gpt2", "falcon", "opt", "gpt_neox", "bloom")  # a key–value head for each query head, or their own setting
@@ -141,6 +141,17 @@ def test_a_model_that_looks_past_attention_is_found():
     model.model.layers[0].register_forward_hook(lambda layer, args, output: output + output.mean(1, keepdim=True))
     assert tried(model).deviation > 1e-3
     assert "off by" in why_not_shared(model)
+
+
+@pytest.mark.parametrize("term", ["s_aux", "position_bias"])
+def test_a_term_that_segments_do_not_have_is_refused(term):
+    query = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=term):
+        segment_attention(None, query, query, query, Segments.of([[2, 1]], query.device), **{term: torch.zeros(2)})
+
+
+def test_a_model_in_double_precision_shares():
+    assert choose_layout(random_model("llama").double()) == "shared"
 
 
 def test_what_is_no_flat_run_is_computed_as_ever():

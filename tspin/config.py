@@ -51,7 +51,7 @@ class ModelSettings(Section):
     path: str = "pocket"  # a folder, a hub name, or the embedded "pocket"
     revision: str | None = None
     dtype: Dtype = "float32"  # of the weights; bf16 is of the arithmetic
-    attention: Literal["sdpa", "eager"] = "sdpa"  # eager: as the paper writes it, to compare; prompts are not shared
+    attention: Literal["sdpa", "eager"] = "sdpa"  # eager: written out, to compare; prompts are not shared then
     trust_remote_code: bool = False
 
 

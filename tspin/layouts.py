@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tspin.devices import out_of_memory
+from tspin.errors import reason
 from tspin.logprobs import Ids, flat_logps, flat_run, pad_rows, sequence_logps, unwrapped
 from tspin.segments import NAME
 
@@ -56,7 +57,7 @@ def why_not_shared(model: nn.Module, longest: int = 0) -> str | None:
     except Exception as error:  # a model is code of someone else's: what it cannot take shows as anything
         if isinstance(error, MemoryError) or out_of_memory(error):
             raise
-        refused = f"its code takes no flat run of tokens ({type(error).__name__}: {str(error).splitlines()[0]})"
+        refused = f"its code takes no flat run of tokens ({reason(error)})"
     else:
         if trial.same(inner.dtype):
             return None
@@ -76,7 +77,7 @@ class Trial(NamedTuple):
 
     def same(self, dtype: torch.dtype) -> bool:
         """Whether the differences are no more than rounding, in a model of this type."""
-        nats, share = ROUNDING[dtype]
+        nats, share = ROUNDING.get(dtype, ROUNDING[torch.float32])
         # Rows of one product do not know of each other, and as many go to each expert: what does not leak is the same
         # to the last digits, in any type.
         closed = self.leak <= 16 * torch.finfo(torch.float32).eps * self.logp

@@ -271,7 +271,7 @@ def segment_attention(
     """Transformers' SDPA attention, other where `attention_mask` is a flat run's Segments.
 
     Shapes as AttentionInterface has them: query (batch, heads, tokens, size), returns (batch, tokens, heads, size).
-    Raises NotImplementedError for what would be computed without it: sinks, and biases of positions.
+    Raises ValueError for a model whose attention has sinks or biases of positions: it does not share prompts.
     """
     if not isinstance(attention_mask, Segments):
         return sdpa_attention_forward(
@@ -279,7 +279,7 @@ def segment_attention(
         )
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"its attention has a term of its own ({name})")
+            raise ValueError(f"attention by segments has no such term: {name}")
     return attention_mask.attend(query, key, value, scaling, sliding_window).transpose(1, 2), None
 
 

@@ -30,8 +30,6 @@ from tspin.layouts import Layout, choose_layout
 from tspin.logprobs import flat_logps, flat_run, pad_rows, sequence_logps
 from tspin.schema import LABELLED
 
-Tensors = dict[str, Tensor | int]
-
 IDLE = {"share": 0.0, "tokens": 0}  # a micro-batch that counts for nothing
 REFERENCE_WINDOW = 256  # triplets planned into micro-batches together
 
