@@ -80,8 +80,9 @@ def held_out_questions(name: str, task: str) -> set[str]:
     return {problem.question for earlier in before for problem in pool(earlier, task, held_out[earlier])}
 
 
-def labelled_rows() -> list[dict[str, str]]:
-    """The full pool of clean labels in prompt–completion format, LABELS_PER_TASK a task, tasks in turn."""
-    pools = [pool("labels", task, LABELS_PER_TASK) for task in table_tasks()]
+def labelled_rows(name: str = "labels") -> list[dict[str, str]]:
+    """A full pool of clean labels in prompt–completion format, tasks in turn: "labels" or "validation"."""
+    size = {"labels": LABELS_PER_TASK, "validation": VALIDATION_PER_TASK}[name]
+    pools = [pool(name, task, size) for task in table_tasks()]
     problems = (problem for row in zip(*pools, strict=True) for problem in row)
     return [{"prompt": p.question, "completion": LABEL_FORMAT.format(answer=p.answer)} for p in problems]
