@@ -93,7 +93,7 @@ def compare(
 ) -> None:
     """Put two runs side by side: a table here, and one HTML page with everything in it.
 
-    Example: tspin compare results/pocket:spin:0 results/pocket:tspin:0
+    Example: tspin compare results/reference/pocket:spin:0 results/reference/pocket:tspin:0
     """
     from tspin.runs.files import write_text
 

@@ -280,7 +280,7 @@ def test_the_rule_of_choice(choice, expected):
 
 
 def test_the_pocket_sweeps_rule_chooses_what_the_preset_has():
-    old = pd.read_csv(REPOSITORY / "results" / "pocket" / "studies" / "sweep.csv")
+    old = pd.read_csv(REPOSITORY / "results" / "reference" / "pocket" / "studies" / "sweep.csv")
     if "avg" not in old:  # as the evidence of 2026-11 has it
         old = old.rename(columns={"validation_avg": "avg", "stderr": "avg_se"}).assign(seed=1000)
         old["temperature"] = old["temperature"].where(old["method"] != "sft")
