@@ -31,12 +31,17 @@ class Column(NamedTuple):
     metric: str
 
 
+def is_committed(folder: Path) -> bool:
+    """Whether a preset's results are the committed ones."""
+    return folder.resolve().parent.name == "reference"
+
+
 def reference_of(folder: Path) -> Path | None:
     """The committed results of the preset that `folder` holds results of: beside them, or in this checkout.
 
     None where there are none, and of the committed results themselves.
     """
-    if folder.resolve().parent.name == "reference":
+    if is_committed(folder):
         return None
     places = (root / folder.name for root in (folder.parent / "reference", COMMITTED))
     return next((place for place in places if place.is_dir()), None)
