@@ -92,6 +92,7 @@ OF_FIELDS = [  # the same in YAML and in Python
     ({"lora": {"rank": 0}}, "lora.rank: input should be greater than 0"),
     ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: set batch_size instead, 64 triplets"),
     ({"per_device_train_batch_size": 8}, "per_device_train_batch_size: set batch_size instead"),
+    ({"sft_weight": -1}, "sft_weight: input should be greater than or equal to 0"),
 ]
 OF_PRESETS = [
     ({"learning_rat": 1}, "learning_rat: unknown key .* did you mean 'learning_rate'"),
@@ -109,6 +110,7 @@ OF_PRESETS = [
     ({"methods": {"spin": {"top_p": 0}}}, "methods.spin.top_p: input should be greater than 0"),
     ({"methods": {"spin": 3}}, r"methods.spin: keys with values are expected \(got 3\)"),
     ({"alpha": 1}, "alpha: a coefficient of tspin, .*: write it as methods.tspin.alpha"),
+    ({"sft_weight": 1, "methods": {"sft": {}}}, "methods.sft.sft_weight: sft's loss is that term alone: set it in"),
     ({"seed": 1}, "seed: no part of a config: the command gives it, by --seed"),
     ({"methods": {"spin": {"output_dir": "x"}}}, "methods.spin.output_dir: no part of a config"),
     ({"hub_token": "hf_1"}, "hub_token: a secret is no setting"),

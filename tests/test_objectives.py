@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from tspin.objectives import METHODS, SequenceLogps, sft_loss, simpo_loss, space_loss, spin_loss, tspin_loss
+from tspin.objectives import (
+    METHODS,
+    SequenceLogps,
+    sft_loss,
+    simpo_loss,
+    space_loss,
+    spin_loss,
+    tspin_loss,
+    with_sft,
+)
 from tspin.schema import LABELLED, PROTO, ROLES, SYNTHETIC
 
 
@@ -121,7 +130,21 @@ def test_neighbours_by_hand():
     space = space_loss(tensor(0.5), tensor(-0.2), noise_ratio=3.0)
     sigma = [1 / (1 + 3 * math.exp(-u)) for u in (0.5, -0.2)]
     assert space.item() == pytest.approx(-math.log(sigma[0]) - 3 * math.log(1 - sigma[1]))
+    assert 1 - sigma[1] == pytest.approx(1 / (1 + math.exp(-0.2) / 3))  # σ_{1/μ}(0.2), as its authors write it
     assert METHODS["dpo"].reference == "initial" and METHODS["spin"].reference == "previous"
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.self_play])
+def test_an_sft_term_is_added_to_any_loss_of_pairs(name):
+    """Per token, every example alike; the reward is untouched, and no weight leaves the method itself."""
+    method, logps = METHODS[name], batch()
+    lengths = torch.tensor([1, 2, 3, 4])
+    logps = SequenceLogps(logps.policy, logps.reference, {**logps.lengths, LABELLED: lengths})
+    weighted, c = with_sft(method, 0.5), method.resolve({})
+    nll = -logps.policy[LABELLED] / lengths
+    torch.testing.assert_close(weighted.loss(logps, c), method.loss(logps, c) + 0.5 * nll)
+    assert weighted.reward is method.reward and weighted.coefficients == method.coefficients
+    assert with_sft(method, 0.0) is method
 
 
 def test_rewards_are_those_of_the_methods():

@@ -132,6 +132,21 @@ def test_the_first_step_is_what_the_objective_says(tmp_path, model_folder, rows)
     assert abs(first["reward/labelled"]) < 1e-5 and abs(first["advantage/current"]) < 1e-5
 
 
+def test_an_sft_term_is_in_the_training_and_in_its_canaries(tmp_path, model_folder, rows):
+    """Half of −log π(y) per token beside SPIN's log 2, at the first step of an iteration."""
+    settings = {"method": "spin", "batch_size": 12, "iterations": 1}
+    play(tmp_path / "run", model_folder, rows, sft_weight=0.5, **settings)
+    table = pd.read_parquet(tmp_path / "run" / "iteration-0" / "diagnostics.parquet")
+    labelled = table[table["role"] == "labelled"]
+    nll = -(labelled["before"] / labelled["tokens"]).mean()
+    assert steps_of(tmp_path / "run", 0).iloc[0]["loss"] == pytest.approx(np.log(2) + 0.5 * nll, abs=1e-4)
+    guards = json.loads((tmp_path / "run" / "iteration-0" / "guards.json").read_text())
+    assert guards["canaries"]["first loss"]["sound"]
+    play(tmp_path / "without", model_folder, rows, **settings)
+    again = pd.read_parquet(tmp_path / "without" / "iteration-0" / "diagnostics.parquet")
+    assert labelled["after"].mean() > again[again["role"] == "labelled"]["after"].mean()
+
+
 def test_beta_counts_from_iteration_1_on(tmp_path, model_folder, rows):
     for name, settings in {
         "history": {"method": "tspin", "beta": 0.5},

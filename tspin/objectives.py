@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from sys import float_info
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -158,8 +158,9 @@ def simpo_loss(
 def space_loss(labelled_ratio: Tensor, synthetic_ratio: Tensor, *, noise_ratio: float) -> Tensor:
     """SPACE (arXiv 2512.07175): −log σ_μ(r(y)) − μ log(1 − σ_μ(r(y′))), r = log(π_θ/π_θt).
 
-    σ_μ(u) = 1 / (1 + μ e^{−u}) = σ(u − log μ), with μ = noise_ratio. The two terms are its noise-contrastive
-    estimation as we read it. All tensors, and the result, have shape (batch,).
+    σ_μ(u) = 1 / (1 + μ e^{−u}) = σ(u − log μ), with μ = noise_ratio. The second term is −μ log σ_{1/μ}(−r(y′)), which
+    is how a summary of the paper has it. That μ weighs the one y′ of a prompt, where the paper draws more, is our
+    reading. All tensors, and the result, have shape (batch,).
     """
     shift = math.log(noise_ratio)
     return -log_sigmoid(labelled_ratio - shift) - noise_ratio * log_sigmoid(shift - synthetic_ratio)
@@ -210,6 +211,16 @@ class Method:
     def gradient_roles(self, coefficients: Coefficients) -> tuple[str, ...]:
         """The roles that carry gradient under these coefficients: y0 only where β is not 0."""
         return tuple(role for role in self.trains_on if role != PROTO or coefficients.get("beta") != 0)
+
+
+def with_sft(method: Method, weight: float) -> Method:
+    """`method` with weight · (−log π_θ(y) per token of y) added to its loss; its reward stays what it is.
+
+    Per token and example, as in Iterative RPO (arXiv 2404.19733), whose weight is 1.
+    """
+    if weight == 0:
+        return method
+    return replace(method, loss=lambda logps, c: method.loss(logps, c) + weight * _sft(logps, c))
 
 
 def _sft(logps: SequenceLogps, _: Coefficients) -> Tensor:
@@ -269,7 +280,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "space", _space, lambda logps, c, role: logps.log_ratio(role), PAIR,
-            (Coefficient("noise_ratio", 1.0, "μ of SPACE: synthetic responses per labelled one", "as many here"),),
+            (Coefficient("noise_ratio", 1.0, "μ of SPACE, the weight of y′ against y", "arXiv 2512.07175"),),
             reference="previous",
         ),
     )

@@ -28,7 +28,6 @@ from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.devices import peak_bytes, reset_peak
 from tspin.engines.callbacks import AtTrainBegin, KeepState, LogLastStep, StepBar
 from tspin.errors import UserError
-from tspin.objectives import METHODS
 from tspin.runs.files import atomic_path, write_json
 from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import Stopped, stopping_when_asked
@@ -127,7 +126,7 @@ def changed_share(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.
 
 
 def _trainer(model: PreTrainedModel, training: Training, callbacks: list[TrainerCallback]) -> TripletTrainer:
-    method = METHODS[training.args.method]
+    method = training.args.objective
     trainer = TripletTrainer(
         model,
         training.arguments,
