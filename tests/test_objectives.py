@@ -162,6 +162,9 @@ def test_beta_is_zero_at_iteration_0_and_without_history():
         c = method.resolve(beta)
         assert method.coefficients_at(0, c) == {**c, **dict.fromkeys(beta, 0.0)}
         assert method.coefficients_at(1, c) == c and c.get("beta") == beta.get("beta")
+    listed = METHODS["tspin"].resolve({"alpha": [1, 0.5], "beta": [0.1, 0.2, 0.3]})
+    at = [METHODS["tspin"].coefficients_at(number, listed) for number in range(4)]
+    assert [(c["alpha"], c["beta"]) for c in at] == [(1.0, 0.0), (0.5, 0.2), (0.5, 0.3), (0.5, 0.3)]
     tspin, c = METHODS["tspin"], METHODS["tspin"].resolve({"beta": 0.5})
     assert PROTO not in tspin.gradient_roles(tspin.coefficients_at(0, c))
     assert PROTO in tspin.gradient_roles(tspin.coefficients_at(1, c))

@@ -128,7 +128,7 @@ def setting(default: Any, meaning: str, operational: bool = False) -> Any:
     return field(default=default, metadata={"help": meaning, "operational": operational})
 
 
-def coefficients_of(training: Any) -> dict[str, float | str]:
+def coefficients_of(training: Any) -> dict[str, float | str | list[float]]:
     """The coefficients of a SelfPlayConfig's method: those that are given, and the defaults. Raises UserError."""
     given = {name: getattr(training, name) for name in COEFFICIENTS if getattr(training, name) is not None}
     return find_method(training.method).resolve(given)
@@ -148,9 +148,9 @@ else:
 class SelfPlayConfig(_WithCoefficients):
     """Settings of a self-play run: transformers.TrainingArguments and what self-play adds.
 
-    The coefficients of tspin.objectives are fields too: None stands for the method's default, and one that the method
-    does not have is refused. Defaults are the paper's where it states one: RMSProp without weight decay, 10 % warm-up,
-    64 triplets per step. Raises UserError.
+    The coefficients of tspin.objectives are fields too: None stands for the method's default, a list has one number per
+    iteration, the last going on, and one that the method does not have is refused. Defaults are the paper's where it
+    states one: RMSProp without weight decay, 10 % warm-up, 64 triplets per step. Raises UserError.
     """
 
     method: str = setting("tspin", "a key of tspin.objectives.METHODS")
@@ -232,7 +232,7 @@ class SelfPlayConfig(_WithCoefficients):
         return min(super().n_gpu, 1)
 
     @property
-    def coefficients(self) -> dict[str, float | str]:
+    def coefficients(self) -> dict[str, float | str | list[float]]:
         """See `coefficients_of`."""
         return coefficients_of(self)
 
