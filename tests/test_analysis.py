@@ -294,6 +294,17 @@ def test_every_method_has_a_look_and_one_without_gets_one_from_its_name() -> Non
     assert not {(new.colour, new.marker)} & {(look.colour, look.marker) for look in style.METHODS.values()}
 
 
+@pytest.mark.parametrize("method", style.METHODS)
+def test_colours_can_be_read_on_white(method: str) -> None:
+    """Contrast by WCAG 2. Okabe and Ito's orange and sky blue are lighter than the others: markers help there."""
+    colour = style.METHODS[method].colour
+    shares = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    luminance = sum(weight * value for weight, value in zip([0.2126, 0.7152, 0.0722], linear, strict=True))
+    assert 1.05 / (luminance + 0.05) >= (2 if method in ("dpo", "tspin_no_history") else 3)
+    assert [look.colour for look in style.METHODS.values()].count(colour) == 1
+
+
 @pytest.mark.parametrize(("value", "form", "text"), [
     (1.005, ".1f", "1.0"), (-0.001, ".2f", "0.00"), (-0.001, "+.2f", "+0.00"), (-0.0001, ".1%", "0.0%"),
     (-0.01, "+.2f", "-0.01"), (-1200.4, ",.0f", "-1,200"), (None, ".2f", "–"), (float("nan"), "+.2f", "–"),
