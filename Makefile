@@ -2,6 +2,8 @@
 PYTHON  ?= python3
 PRESET  ?= pocket
 SEEDS   ?= 0
+# Where results go and are drawn from. RESULTS=results/reference refreshes what is committed.
+RESULTS ?= results
 VENV    := .venv
 READY   := $(VENV)/.ready
 VLLM    := .venv-vllm
@@ -9,6 +11,7 @@ AUDIT   := .venv-audit
 
 ALL     := base,sft,spin,tspin,tspin_no_history,tspin_reference
 TSPIN   := $(VENV)/bin/tspin
+OF      := --preset $(PRESET) --results $(RESULTS)
 
 # What each table and figure of the paper is made from: METHODS on the command line replaces it.
 table1 table4 figure2 figure6: NEEDS = base,sft,spin,tspin
@@ -23,8 +26,8 @@ SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
 $(SCORES): $(READY)
-	$(TSPIN) run --preset $(PRESET) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(NEEDS))"
-	$(TSPIN) $(if $(filter table%,$@),table,figure) $(patsubst figure%,%,$(patsubst table%,%,$@)) --preset $(PRESET)
+	$(TSPIN) run $(OF) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(NEEDS))"
+	$(TSPIN) $(if $(filter table%,$@),table,figure) $(patsubst figure%,%,$(patsubst table%,%,$@)) $(OF)
 
 reproduce-figure4: reproduce-figure4a reproduce-figure4b reproduce-figure4c
 
@@ -36,19 +39,19 @@ reproduce-figure4c: $(READY)
 
 # Everything that the paper shows, from every method, and the verdicts on its claims.
 reproduce-all: $(READY)
-	$(TSPIN) run --preset $(PRESET) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(ALL))"
+	$(TSPIN) run $(OF) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(ALL))"
 	$(MAKE) reproduce-figure4a reproduce-figure4c
-	set -e; for n in 1 2 4 5; do $(TSPIN) table $$n --preset $(PRESET); done
-	set -e; for n in 2 3 4b 5 6 7; do $(TSPIN) figure $$n --preset $(PRESET); done
+	set -e; for n in 1 2 4 5; do $(TSPIN) table $$n $(OF); done
+	set -e; for n in 2 3 4b 5 6 7; do $(TSPIN) figure $$n $(OF); done
 	$(MAKE) claims
 
 claims: $(READY)
-	$(TSPIN) claims --preset $(PRESET)
+	$(TSPIN) claims $(OF)
 
 # STUDY: a file of experiments/studies/, drawn as the figure of its name (or FIGURE).
 study: $(READY)
-	$(TSPIN) sweep experiments/studies/$(STUDY).yaml
-	$(TSPIN) figure $(or $(FIGURE),$(STUDY)) --preset $(PRESET)
+	$(TSPIN) sweep experiments/studies/$(STUDY).yaml --results $(RESULTS)
+	$(TSPIN) figure $(or $(FIGURE),$(STUDY)) $(OF)
 
 studies: $(READY)
 	set -e; for name in base decoding neighbours scale ten; do $(MAKE) study STUDY=$$name; done
@@ -57,7 +60,7 @@ notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab
 
 sweep: $(READY)
-	$(TSPIN) sweep experiments/studies/sweep.yaml
+	$(TSPIN) sweep experiments/studies/sweep.yaml --results $(RESULTS)
 
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python -m experiments.checks.benchmark.run
@@ -87,7 +90,7 @@ plan-check: $(READY)
 
 # The committed evidence again, for one seed and iteration; each average within 3 standard errors.
 regenerate: $(READY)
-	$(TSPIN) rerun results/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1 --out runs/regenerated
+	$(TSPIN) rerun results/reference/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1 --out runs/regenerated
 
 # WORKERS: pytest's processes, one thread each; one that is done takes over tests of another.
 WORKERS ?= 2

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FULL_WIDTH = 130  # characters: ten benchmarks fit from here on
-TEXTS = ["Method", "Avg", "Paper's Avg"]  # the columns of a table of scores that are no benchmark
+COMMITTED_WIDTH = 26  # what the committed results take beside them
+TEXTS = ["Method", "Avg", "Committed", "Agrees", "Paper's Avg"]  # the columns of scores that are no benchmark
 
 Preset = Annotated[str, typer.Option(help="Preset whose results are drawn.")]
 Results = Annotated[Path, typer.Option(help="Folder that holds one folder of results a preset.")]
@@ -22,7 +23,7 @@ def table(
     results: Results = Path("results"),
     prompt: Annotated[int | None, typer.Option(help="Table 5: which training prompt.")] = None,
 ) -> None:
-    """Draw a table of the paper from a preset's results: ours beside the paper's; Markdown, CSV and LaTeX.
+    """Draw a table of the paper from a preset's results: yours, the committed, the paper's; Markdown, CSV and LaTeX.
 
     Example: tspin table 1 --preset pocket
     """
@@ -93,7 +94,7 @@ def compare(
 ) -> None:
     """Put two runs side by side: a table here, and one HTML page with everything in it.
 
-    Example: tspin compare results/pocket:spin:0 results/pocket:tspin:0
+    Example: tspin compare results/reference/pocket:spin:0 results/reference/pocket:tspin:0
     """
     from tspin.runs.files import write_text
 
@@ -120,24 +121,31 @@ def _texts(folder: Path, prompt: int | None) -> None:
 def _scores(folder: Path, number: str) -> None:
     from rich.console import Console
 
+    from .agreement import beside
     from .reading import read_scores
     from .tables import LAYOUTS, score_caption, score_cells, score_table
     from .writing import write_figure, write_table
 
     scores, layout = read_scores(folder), LAYOUTS[number]
-    table = score_table(folder, layout, scores)
-    cells, caption = score_cells(table), score_caption(table, folder, layout, scores)
-    written = write_table(folder / f"table{number}", table, cells, caption)
+    ours = score_table(folder, layout, scores)
+    caption = score_caption(ours, folder, layout, scores)
+    table, agreement = beside(ours, folder, layout)
+    cells = score_cells(table)
+    written = write_table(folder / f"table{number}", table, cells, f"{caption} {agreement}".strip())
     if number == "1":
         from .curves import average_by_iteration
 
         written += write_figure(average_by_iteration(table, folder.name), folder / "average_by_iteration")
     console = Console(highlight=False)
-    full = console.width >= FULL_WIDTH
-    _print(cells if full else cells[TEXTS], benchmarks=[str(name) for name in cells if name not in TEXTS], padding=0)
+    texts = [name for name in TEXTS if name in cells]
+    width = FULL_WIDTH + COMMITTED_WIDTH * ("Committed" in texts)
+    full = console.width >= width
+    _print(cells if full else cells[texts], benchmarks=[str(name) for name in cells if name not in texts], padding=0)
     console.print(f"\n{caption}", markup=False)
+    if agreement:
+        console.print(f"\n{agreement}", markup=False)
     if not full:
-        console.print(f"Every benchmark: in {written[1]}, and here from {FULL_WIDTH} columns on.", markup=False)
+        console.print(f"Every benchmark: in {written[1]}, and here from {width} columns on.", markup=False)
     _wrote(written)
 
 
@@ -156,8 +164,9 @@ def _print(cells: "pd.DataFrame", benchmarks: list[str] | None = None, padding: 
     view = Table(box=None, padding=(0, 1, padding, 0), pad_edge=False, header_style="bold")
     for position, name in enumerate(map(str, cells)):
         scores, label = benchmarks is not None, benchmarks is not None and name in benchmarks
-        view.add_column(Text(_short(name) if label else name), justify="right" if scores and position else "left",
-                        vertical="bottom" if scores else "top", overflow="fold", no_wrap=scores and not label,
+        number = scores and position > 0
+        view.add_column(Text(_short(name) if label else name), justify="right" if number else "left",
+                        vertical="bottom" if scores else "top", overflow="fold", no_wrap=number and not label,
                         min_width=5 if label else None)  # fmt: skip
     for line in cells.to_numpy().tolist():
         view.add_row(*(Text(str(cell)) for cell in line))

@@ -1,4 +1,7 @@
-"""The files of a preset's results, `results/<preset>/`, checked as they are read; and the paper's numbers."""
+"""The files of a preset's results, `results/<preset>/`, checked as they are read; and the paper's numbers.
+
+What is committed is in `results/reference/<preset>/`, apart from what a user's runs leave.
+"""
 
 import json
 from pathlib import Path
@@ -10,6 +13,7 @@ from tspin.errors import UserError
 from tspin.schema import EVALUATION_COLUMNS, ONCE, RUN
 
 PAPER = Path(__file__).parent / "paper"
+COMMITTED = Path(__file__).resolve().parents[1] / "results" / "reference"  # in a checkout; a wheel has none
 PUBLISHED = {
     "Zephyr-7B": ["table1_zephyr", "table2_without_historical_advantage"],
     "Mistral-7B": ["table4_mistral"],
@@ -27,9 +31,27 @@ class Column(NamedTuple):
     metric: str
 
 
+def is_committed(folder: Path) -> bool:
+    """Whether a preset's results are the committed ones."""
+    return folder.resolve().parent.name == "reference"
+
+
+def reference_of(folder: Path) -> Path | None:
+    """The committed results of the preset that `folder` holds results of: beside them, or in this checkout.
+
+    None where there are none, and of the committed results themselves.
+    """
+    if is_committed(folder):
+        return None
+    places = (root / folder.name for root in (folder.parent / "reference", COMMITTED))
+    return next((place for place in places if place.is_dir()), None)
+
+
 def unusable(path: Path, problem: str) -> UserError:
     """The error that names a file of `results/<preset>/`, what is wrong with it and the command that makes it."""
-    return UserError(f"{path}: {problem}; make it with: make reproduce-table1 PRESET={path.parent.name}")
+    root = path.parent.parent
+    elsewhere = "" if root == Path("results") else f" RESULTS={root}"
+    return UserError(f"{path}: {problem}; make it with: make reproduce-table1 PRESET={path.parent.name}{elsewhere}")
 
 
 def read_suite(folder: Path) -> list[Column]:
@@ -106,9 +128,12 @@ def read_paper(model: str) -> pd.DataFrame:
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise unusable(path, "no such file")
-    return path
+    if path.is_file():
+        return path
+    error, reference = unusable(path, "no such file"), reference_of(path.parent)
+    if reference is None or not (reference / path.name).is_file():
+        raise error
+    raise UserError(f"{error}; or take the committed results: --results {reference.parent}")
 
 
 def _one_line(error: Exception) -> str:

@@ -14,13 +14,14 @@ import pandas as pd
 
 FILES = ("README.md", "results/benchmarks/README.md")
 PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
+POCKET = Path("reference", "pocket")  # the committed results
 FLOAT32 = "cpu-float32"  # a benchmark's folder
 VERDICTS = ("replicated", "contradicted", "inconclusive at this scale")
 
 
 def average(results: Path, method: str, iteration: int | None = None) -> str:
     """The average of a method at an iteration with its interval, such as 40.8 [39.7, 41.9]."""
-    table = pd.read_csv(results / "pocket" / "intervals.csv", dtype={"iteration": "Int64"})
+    table = pd.read_csv(results / POCKET / "intervals.csv", dtype={"iteration": "Int64"})
     table = table[(table["benchmark"] == "Avg") & (table["method"] == method)]
     row = table[table["iteration"].isna() if iteration is None else table["iteration"] == iteration].iloc[0]
     return f"{row['mean']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
@@ -37,14 +38,14 @@ def averages(results: Path) -> str:
 
 def verdicts(results: Path) -> str:
     """How many of the claims have which verdict, in words."""
-    claims = pd.read_json(results / "pocket" / "claims.json")["claims"].map(lambda claim: claim["verdict"])
+    claims = pd.read_json(results / POCKET / "claims.json")["claims"].map(lambda claim: claim["verdict"])
     counts = [f"{(claims == verdict).sum()} {verdict}" for verdict in VERDICTS]
     return f"{counts[0]}, {counts[1]} in at least one part, {counts[2]}"
 
 
 def misaligned_spin(results: Path) -> str:
     """The share of SPIN's samples at iteration 1 that have the higher reward and the lower likelihood."""
-    claims = pd.read_json(results / "pocket" / "claims.json")["claims"]
+    claims = pd.read_json(results / POCKET / "claims.json")["claims"]
     ours = next(claim["ours"][0] for claim in claims if claim["claim"] == "C3")
     share = re.search(r"share ([\d.]+)%", ours)
     assert share is not None, ours

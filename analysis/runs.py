@@ -49,7 +49,7 @@ class Run:
 
 
 def load_run(spec: str) -> Run:
-    """A run by its folder, or `<results folder>:<method>:<seed>`, such as results/pocket:spin:0. Raises UserError."""
+    """A run by its folder, or `<results folder>:<method>:<seed>`: results/reference/pocket:spin:0. Raises UserError."""
     folder = Path(spec)
     parts = spec.rsplit(":", 2)
     try:
@@ -64,7 +64,7 @@ def load_run(spec: str) -> Run:
         ) from error
     raise UserError(
         f"{spec}: no run; give a run's folder, such as runs/pocket/seed-0/spin, or a result, such as "
-        "results/pocket:spin:0"
+        "results/reference/pocket:spin:0"
     )
 
 

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 
 class Look(NamedTuple):
-    """Display name, Okabe–Ito colour (told apart by colour-blind readers) and Matplotlib marker of a method."""
+    """Display name, colour (told apart by colour-blind readers) and Matplotlib marker of a method.
+
+    The colours are Okabe and Ito's but for their yellow, which white paper swallows.
+    """
 
     label: str
     colour: str
@@ -21,7 +24,7 @@ METHODS = {
     "tspin_no_history": Look("T-SPIN w/o H-A", "#56B4E9", "v"),
     "tspin_reference": Look("T-SPIN_ref", "#CC79A7", "P"),
     "dpo": Look("DPO", "#E69F00", "X"),
-    "simpo": Look("SimPO", "#F0E442", "<"),
+    "simpo": Look("SimPO", "#661100", "<"),
     "space": Look("SPACE", "#7F7F7F", ">"),
 }
 SPARE = [("#882255", "*"), ("#44AA99", "p"), ("#999933", "h"), ("#332288", "d"), ("#AA4499", "8")]

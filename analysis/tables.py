@@ -102,21 +102,36 @@ def _row(scores: pd.DataFrame, labels: list[str], policy: Policy) -> dict[str, A
 
 
 def score_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """`score_table` as text: the row's name, the benchmarks, "Avg" and "Paper's Avg" with their changes."""
+    """`score_table` as text: the row's name, the benchmarks, "Avg" and "Paper's Avg" with their changes.
+
+    Between the two, of a table that `agreement.beside` completed, the committed Avg and whether ours agrees with it.
+    """
     names = list(table.columns)
     labels = names[names.index("seeds") + 1 : names.index("avg")]
     cells = []
     for row in table.to_dict("records"):
-        ours, paper = MISSING, number(row["paper_avg"])
-        if pd.notna(row["avg"]):
-            ours = f"{number(row['avg'])} [{number(row['avg_low'], '.1f')}, {number(row['avg_high'], '.1f')}]"
+        ours, paper = _interval(row, "avg"), number(row["paper_avg"])
         if pd.notna(row["iteration"]):
             paper += f" ({number(row['paper_change'], '+.2f')})"
             if pd.notna(row["avg"]):
                 ours += f" ({number(row['avg_change'], '+.2f')})"
         scores = {label: number(row[label]) for label in labels}
-        cells.append({"Method": _name(row), **scores, "Avg": ours, "Paper's Avg": paper})
+        cells.append({"Method": _name(row), **scores, "Avg": ours, **_committed(row), "Paper's Avg": paper})
     return pd.DataFrame(cells)
+
+
+def _committed(row: dict[Any, Any]) -> dict[str, str]:
+    """The texts of what `agreement.beside` put beside a row; none where it put nothing."""
+    if "agrees" not in row:
+        return {}
+    agrees = MISSING if pd.isna(row["agrees"]) else "yes" if row["agrees"] else "no"
+    return {"Committed": _interval(row, "committed"), "Agrees": agrees}
+
+
+def _interval(row: dict[Any, Any], name: str) -> str:
+    if pd.isna(row[name]):
+        return MISSING
+    return f"{number(row[name])} [{number(row[f'{name}_low'], '.1f')}, {number(row[f'{name}_high'], '.1f')}]"
 
 
 def score_caption(

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from tspin.errors import UserError
 from tspin.schema import ONCE
 from tspin_analysis import commands, curves, style, tables, writing
-from tspin_analysis.reading import read_paper, read_suite
+from tspin_analysis.reading import COMMITTED, read_paper, read_suite, reference_of
 
 LABELS = ["Chain sum", "Syllogism"]
 HEADER = "preset,method,seed,iteration,benchmark,metric,value,stderr,n"
@@ -186,7 +186,7 @@ def test_a_bad_evaluations_file_is_named_in_one_line(tmp_path: Path, rows: list[
         tables.score_table(write_results(tmp_path, rows))
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/pocket/evaluations.csv: {problem}")
-    assert message.endswith("make it with: make reproduce-table1 PRESET=pocket")
+    assert message.endswith(f"make it with: make reproduce-table1 PRESET=pocket RESULTS={tmp_path}")
     assert "\n" not in message
 
 
@@ -204,8 +204,23 @@ def test_missing_files_and_columns_are_named(results: Path) -> None:
         (results / "suite.json").write_text(content)
         with pytest.raises(UserError, match=rf"suite\.json: {problem}; make it with"):
             read_suite(results)
-    with pytest.raises(UserError, match=r"absent/suite\.json: no such file; .* PRESET=absent$"):
+    with pytest.raises(UserError, match=r"absent/suite\.json: no such file; .* PRESET=absent RESULTS=\S+$"):
         tables.score_table(results.parent / "absent")
+
+
+def test_who_has_no_results_is_told_what_to_run_and_where_the_committed_ones_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_results(Path("results/reference"), scores("base", 0, "", 1, 2))
+    with pytest.raises(UserError) as caught:
+        tables.score_table(Path("results/pocket"))
+    assert str(caught.value) == (
+        "results/pocket/suite.json: no such file; make it with: make reproduce-table1 PRESET=pocket; "
+        "or take the committed results: --results results/reference"
+    )
+    assert reference_of(Path("results/pocket")) == Path("results/reference/pocket")
+    assert reference_of(Path("results/reference/pocket")) is None  # nothing is beside the committed results
+    assert reference_of(Path("runs/pocket")) == COMMITTED / "pocket"
+    assert reference_of(Path("results/absent")) is None
 
 
 PAPER_LABELS = ["GSM8K", "MATH", "MuSR", "MMLU", "MMLU-Pro", "GPQA", "HellaSwag", "WinoGrande", "BBH", "IFEval"]
@@ -277,6 +292,17 @@ def test_every_method_has_a_look_and_one_without_gets_one_from_its_name() -> Non
     new = style.look("zpo")
     assert new.label == "zpo" and new == style.look("zpo")
     assert not {(new.colour, new.marker)} & {(look.colour, look.marker) for look in style.METHODS.values()}
+
+
+@pytest.mark.parametrize("method", style.METHODS)
+def test_colours_can_be_read_on_white(method: str) -> None:
+    """Contrast by WCAG 2. Okabe and Ito's orange and sky blue are lighter than the others: markers help there."""
+    colour = style.METHODS[method].colour
+    shares = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    luminance = sum(weight * value for weight, value in zip([0.2126, 0.7152, 0.0722], linear, strict=True))
+    assert 1.05 / (luminance + 0.05) >= (2 if method in ("dpo", "tspin_no_history") else 3)
+    assert [look.colour for look in style.METHODS.values()].count(colour) == 1
 
 
 @pytest.mark.parametrize(("value", "form", "text"), [

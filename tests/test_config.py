@@ -92,6 +92,7 @@ OF_FIELDS = [  # the same in YAML and in Python
     ({"lora": {"rank": 0}}, "lora.rank: input should be greater than 0"),
     ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: set batch_size instead, 64 triplets"),
     ({"per_device_train_batch_size": 8}, "per_device_train_batch_size: set batch_size instead"),
+    ({"sft_weight": -1}, "sft_weight: input should be greater than or equal to 0"),
 ]
 OF_PRESETS = [
     ({"learning_rat": 1}, "learning_rat: unknown key .* did you mean 'learning_rate'"),
@@ -105,10 +106,13 @@ OF_PRESETS = [
     ({"methods": {"spin": {"num_epochs": 1}}}, "methods.spin.num_epochs: .* did you mean 'num_train_epochs'"),
     ({"methods": {"spin": {"data": {"lables": 1}}}}, "methods.spin.data.lables: .* did you mean 'labels'"),
     ({"methods": {"tspin": {"beta": -1}}}, "methods.tspin.beta: a non-negative number is expected .got -1"),
+    ({"methods": {"spin": {"lam": [0.1, 0]}}}, "methods.spin.lam: a positive number is expected .got 0"),
+    ({"methods": {"spin": {"lam": []}}}, r"methods.spin.lam: a positive number is expected .got \[\]"),
     ({"methods": {"tspin": {"loss_type": "logistik"}}}, "methods.tspin.loss_type: .* did you mean 'logistic'"),
     ({"methods": {"spin": {"top_p": 0}}}, "methods.spin.top_p: input should be greater than 0"),
     ({"methods": {"spin": 3}}, r"methods.spin: keys with values are expected \(got 3\)"),
     ({"alpha": 1}, "alpha: a coefficient of tspin, .*: write it as methods.tspin.alpha"),
+    ({"sft_weight": 1, "methods": {"sft": {}}}, "methods.sft.sft_weight: sft's loss is that term alone: set it in"),
     ({"seed": 1}, "seed: no part of a config: the command gives it, by --seed"),
     ({"methods": {"spin": {"output_dir": "x"}}}, "methods.spin.output_dir: no part of a config"),
     ({"hub_token": "hf_1"}, "hub_token: a secret is no setting"),
@@ -138,6 +142,7 @@ def test_mistakes_are_named_the_same_in_python(fields, line):
 def test_coefficients_are_the_methods():
     assert SelfPlayConfig(method="tspin", alpha=0.3).coefficients["alpha"] == 0.3
     assert SelfPlayConfig(method="sft").coefficients == {}
+    assert SelfPlayConfig(method="spin", lam=[1, 5]).coefficients["lam"] == [1.0, 5.0]
     with pytest.raises(UserError, match="^alpha: unknown coefficient of spin 'alpha': .*known: lam, loss_type"):
         SelfPlayConfig(method="spin", alpha=0.3)
     with pytest.raises(UserError, match="^unknown method 'tspn': did you mean 'tspin'"):
@@ -223,8 +228,8 @@ def test_a_tree_is_what_decides_numbers():
 
 
 def test_the_committed_results_can_be_added_to():
-    """In a fresh clone `make reproduce-table1` puts its rows beside the committed ones: no setting stands between."""
-    found = read_json(REPOSITORY / "results" / "pocket" / "config.json")
+    """No setting stands between them and a run of their preset, which Table 1 holds beside them."""
+    found = read_json(REPOSITORY / "results" / "reference" / "pocket" / "config.json")
     found.pop("checksum", None)
     wanted = Evaluator(load_config("pocket"), load_suite("pocket")).results_config()
     assert found == json.loads(json.dumps(wanted, default=str))
@@ -232,8 +237,29 @@ def test_the_committed_results_can_be_added_to():
 
 @pytest.mark.parametrize("preset", ["pocket", "smollm2"])
 def test_the_committed_results_are_those_of_their_preset(preset):
-    recorded = load_recorded(REPOSITORY / "results" / preset / "provenance.json", None, None, None)
+    recorded = load_recorded(REPOSITORY / "results" / "reference" / preset / "provenance.json", None, None, None)
     assert recorded.config.tree() == load_config(preset).tree()
+
+
+def test_spins_preset_is_its_authors_release():
+    """Every value says which of their files it is from, or that it is ours."""
+    name = "zephyr-7b-spin-released"
+    config = load_config(name)
+    spin = config.for_method("spin")
+    training, data = spin.training, spin.data
+    assert (data.path, data.generated, data.history) == ("UCLA-AGI/SPIN_iter0", True, 1)
+    assert config.model.revision == "ac6e600eefcce74f5e8bae1035d4f66019e93190" and config.model.dtype == "float32"
+    assert (training.temperature, training.max_new_tokens, training.sampling_backend) == (0, 256, "transformers")
+    assert training.max_prompt_length + training.max_completion_length == 1024
+    assert (training.iterations, training.num_train_epochs, training.batch_size) == (4, 6, 64)
+    assert training.learning_rate == [5e-7, 5e-7, 1e-7] and training.warmup_steps == 0.1
+    spins = METHODS["spin"]
+    lam = [spins.coefficients_at(number, coefficients_of(training))["lam"] for number in range(4)]
+    assert lam == [0.1, 0.1, 0.1, 5.0]
+    lines = (REPOSITORY / "experiments" / "presets" / f"{name}.yaml").read_text().splitlines()
+    values = [line for line in lines if ": " in line.split("#")[0]]
+    sources = ("README.md:", ".yaml", ".py", ".sh", "ours", "README.md;")
+    assert len(values) > 25 and all(any(source in line.split("#")[1] for source in sources) for line in values)
 
 
 @pytest.mark.parametrize("name", ["zephyr-7b", "mistral-7b"])

@@ -111,6 +111,23 @@ def test_ultrachats_first_rounds_become_the_papers_prompts(preset, offline, stan
     assert len(every) == ROWS and {e.prompt_id for e in examples} <= set(every["number"])
 
 
+def test_spins_own_rows_bring_its_first_synthetic_responses(tmp_path, stand_in, conversations):
+    """Rows of UCLA-AGI/SPIN_iter0: both conversations, as messages; y′ of iteration 0 is theirs."""
+    file = tmp_path / "spin.jsonl"
+    sides = [
+        {"real": row["messages"][:2], "generated": [row["messages"][0], row["messages"][3]]} for row in conversations
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in sides))
+    settings = load_config("zephyr-7b-spin-released", [*HERE, f"data.path={file}"]).for_method("spin")
+    examples = encode_dataset(load_dataset(settings.data), stand_in, training_arguments(settings, tmp_path, seed=42))
+    assert len(examples) == ROWS and examples.generated is not None
+    for example, drawn in zip(examples, examples.generated, strict=True):
+        said = conversations[example.prompt_id]["messages"]
+        assert example.prompt == f"### Instruction: {said[0]['content']}\n\n### Response:"
+        assert (example.labelled.text, drawn.text) == (said[1]["content"], said[3]["content"])
+        assert drawn.finished and drawn.ids[-1] == stand_in.eos_token_id
+
+
 @pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize(("preset", "method", "layers"), [("zephyr-7b", "tspin", 2), ("mistral-7b", "spin", 1)])
 def test_one_step_at_7b_width(preset, method, layers, offline, stand_in):

@@ -234,7 +234,7 @@ def test_responses(model, place, content):
     holds("responses", place, "diagnose", *own, made=out)
 
 
-RESULTS = Path(__file__).parents[1] / "results" / "pocket"
+RESULTS = Path(__file__).parents[1] / "results" / "reference" / "pocket"
 DAMAGE = st.tuples(
     st.integers(0, 30), st.sampled_from(["cell", "column", "bytes", "row twice", "cut"]), st.integers(0, 8)
 )
@@ -329,6 +329,6 @@ def test_a_damaged_run_is_not_compared(tmp_path, name, model_folder, data_file):
     assert call("run", *own).exit_code == 0
     path = tmp_path / "run" / "sft" / name
     path.write_bytes(path.read_bytes()[:20])
-    refused = call("compare", tmp_path / "run" / "sft", "results/pocket:spin:0", "--out", tmp_path / "page.html")
+    refused = call("compare", tmp_path / "run" / "sft", f"{RESULTS}:spin:0", "--out", tmp_path / "page.html")
     assert_refused(refused, "damaged")
     assert not (tmp_path / "page.html").exists()

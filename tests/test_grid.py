@@ -17,7 +17,7 @@ from tspin.errors import UserError
 from tspin.experiment import gathering
 from tspin.experiment.grid import Cell, Choice, load_sweep
 from tspin.experiment.jobs import prepare, run_sweep
-from tspin.runs.files import read_json
+from tspin.runs.files import read_json, write_json
 from tspin.schema import RUN, STUDY_MEASURES
 from tspin.yaml_files import find_yaml
 from tspin_analysis import studies
@@ -171,6 +171,18 @@ def test_finished_cells_are_skipped_and_failed_ones_retried_on_demand(tmp_path, 
     assert run(sweep, retry=True)[0] == {"finished": 2}
 
 
+def test_a_cell_is_finished_where_its_results_went(tmp_path):
+    """So that results/reference is refreshed by a study whose runs have left their results in results/."""
+    roots = [tmp_path / "results", tmp_path / "results" / "reference"]
+    mine, committed = (load_sweep(Path("zephyr-7b"), None, tmp_path / "runs", root).cells[0] for root in roots)
+    assert mine.folder == committed.folder
+    for cell in (mine, committed):
+        cell.results_folder.mkdir(parents=True)
+        (cell.results_folder / "evaluations.csv").touch()
+    write_json(mine.note, {"results": mine.results})
+    assert mine.finished and not committed.finished
+
+
 def test_an_error_that_is_nobodys_fault_is_shown_whole_and_the_next_cell_runs(tmp_path, monkeypatch):
     sweep = load(tmp_path, seeds=[0, 1])
     monkeypatch.setattr("tspin.experiment.grid.run_cell", lambda cell: 1 / 0)
@@ -280,7 +292,7 @@ def test_the_rule_of_choice(choice, expected):
 
 
 def test_the_pocket_sweeps_rule_chooses_what_the_preset_has():
-    old = pd.read_csv(REPOSITORY / "results" / "pocket" / "studies" / "sweep.csv")
+    old = pd.read_csv(REPOSITORY / "results" / "reference" / "pocket" / "studies" / "sweep.csv")
     if "avg" not in old:  # as the evidence of 2026-11 has it
         old = old.rename(columns={"validation_avg": "avg", "stderr": "avg_se"}).assign(seed=1000)
         old["temperature"] = old["temperature"].where(old["method"] != "sft")

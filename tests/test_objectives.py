@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from tspin.objectives import METHODS, SequenceLogps, sft_loss, simpo_loss, space_loss, spin_loss, tspin_loss
+from tspin.objectives import (
+    METHODS,
+    SequenceLogps,
+    sft_loss,
+    simpo_loss,
+    space_loss,
+    spin_loss,
+    tspin_loss,
+    with_sft,
+)
 from tspin.schema import LABELLED, PROTO, ROLES, SYNTHETIC
 
 
@@ -121,7 +130,21 @@ def test_neighbours_by_hand():
     space = space_loss(tensor(0.5), tensor(-0.2), noise_ratio=3.0)
     sigma = [1 / (1 + 3 * math.exp(-u)) for u in (0.5, -0.2)]
     assert space.item() == pytest.approx(-math.log(sigma[0]) - 3 * math.log(1 - sigma[1]))
+    assert 1 - sigma[1] == pytest.approx(1 / (1 + math.exp(-0.2) / 3))  # σ_{1/μ}(0.2), as its authors write it
     assert METHODS["dpo"].reference == "initial" and METHODS["spin"].reference == "previous"
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.self_play])
+def test_an_sft_term_is_added_to_any_loss_of_pairs(name):
+    """Per token, every example alike; the reward is untouched, and no weight leaves the method itself."""
+    method, logps = METHODS[name], batch()
+    lengths = torch.tensor([1, 2, 3, 4])
+    logps = SequenceLogps(logps.policy, logps.reference, {**logps.lengths, LABELLED: lengths})
+    weighted, c = with_sft(method, 0.5), method.resolve({})
+    nll = -logps.policy[LABELLED] / lengths
+    torch.testing.assert_close(weighted.loss(logps, c), method.loss(logps, c) + 0.5 * nll)
+    assert weighted.reward is method.reward and weighted.coefficients == method.coefficients
+    assert with_sft(method, 0.0) is method
 
 
 def test_rewards_are_those_of_the_methods():
@@ -139,6 +162,9 @@ def test_beta_is_zero_at_iteration_0_and_without_history():
         c = method.resolve(beta)
         assert method.coefficients_at(0, c) == {**c, **dict.fromkeys(beta, 0.0)}
         assert method.coefficients_at(1, c) == c and c.get("beta") == beta.get("beta")
+    listed = METHODS["tspin"].resolve({"alpha": [1, 0.5], "beta": [0.1, 0.2, 0.3]})
+    at = [METHODS["tspin"].coefficients_at(number, listed) for number in range(4)]
+    assert [(c["alpha"], c["beta"]) for c in at] == [(1.0, 0.0), (0.5, 0.2), (0.5, 0.3), (0.5, 0.3)]
     tspin, c = METHODS["tspin"], METHODS["tspin"].resolve({"beta": 0.5})
     assert PROTO not in tspin.gradient_roles(tspin.coefficients_at(0, c))
     assert PROTO in tspin.gradient_roles(tspin.coefficients_at(1, c))

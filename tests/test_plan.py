@@ -51,6 +51,20 @@ def test_the_papers_presets_fit_its_hardware(name):
     assert found.disk == (1 + 4 * 5) * 4 * found.shape.parameters  # SFT once, four methods five times
 
 
+def test_spin_as_released_fits_its_hardware():
+    """Iterations 1 to 3 train on the pairs before them too, six times."""
+    name, rows = "zephyr-7b-spin-released", 49_792
+    found = plan(load_config(name), Hardware(8, "a100"), Data(rows=rows))
+    assert found.problem is None and found.shape.parameters == 7_241_732_096
+    training, scoring, sampling = found.stages
+    assert training.tokens == 6 * (1 + 3 * 2) * rows * (256 + 256 + 2 * 128)
+    assert scoring.tokens == 4 * (5_000 * (512 + 2 * 128) + rows * 256) + 7 * rows * (256 + 128)
+    assert sampling.tokens == 4 * rows * (256 + 128)  # y′ of iterations 1 to 3, and y0: the first y′ come with the data
+    assert found.disk == 4 * 4 * found.shape.parameters
+    result = CliRunner().invoke(app, ["plan", name, "--gpus", "8", "--rows", str(rows)])
+    assert result.exit_code == 0 and "Everything fits." in result.output, result.output
+
+
 def test_what_does_not_fit_is_named():
     found = plan(load_config("mistral-7b"), Hardware(1, "rtx4090"), ROWS)
     assert found.problem and found.problem.startswith("training needs") and "weights" in found.problem

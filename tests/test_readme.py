@@ -13,6 +13,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "experiments/README.md",
     "results/README.md",
+    "results/ledger.md",
     "results/benchmarks/README.md",
 ]
 

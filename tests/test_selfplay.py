@@ -132,6 +132,35 @@ def test_the_first_step_is_what_the_objective_says(tmp_path, model_folder, rows)
     assert abs(first["reward/labelled"]) < 1e-5 and abs(first["advantage/current"]) < 1e-5
 
 
+def test_an_sft_term_is_in_the_training_and_in_its_canaries(tmp_path, model_folder, rows):
+    """Half of −log π(y) per token beside SPIN's log 2, at the first step of an iteration."""
+    settings = {"method": "spin", "batch_size": 12, "iterations": 1}
+    play(tmp_path / "run", model_folder, rows, sft_weight=0.5, **settings)
+    table = pd.read_parquet(tmp_path / "run" / "iteration-0" / "diagnostics.parquet")
+    labelled = table[table["role"] == "labelled"]
+    nll = -(labelled["before"] / labelled["tokens"]).mean()
+    assert steps_of(tmp_path / "run", 0).iloc[0]["loss"] == pytest.approx(np.log(2) + 0.5 * nll, abs=1e-4)
+    guards = json.loads((tmp_path / "run" / "iteration-0" / "guards.json").read_text())
+    assert guards["canaries"]["first loss"]["sound"]
+    play(tmp_path / "without", model_folder, rows, **settings)
+    again = pd.read_parquet(tmp_path / "without" / "iteration-0" / "diagnostics.parquet")
+    assert labelled["after"].mean() > again[again["role"] == "labelled"]["after"].mean()
+
+
+def test_a_coefficient_by_iteration(tmp_path, model_folder, rows):
+    """Training, step log and diagnostics of an iteration have its own λ."""
+    play(tmp_path / "listed", model_folder, rows, method="spin", lam=[0.1, 5.0])
+    play(tmp_path / "one", model_folder, rows, method="spin", lam=0.1)
+    for iteration, lam in enumerate([0.1, 5.0]):
+        table = pd.read_parquet(tmp_path / "listed" / f"iteration-{iteration}" / "diagnostics.parquet")
+        labelled = table[table["role"] != "proto"]
+        wanted = lam * (labelled["after"] - labelled["reference"])
+        np.testing.assert_allclose(labelled["reward_after"], wanted, rtol=1e-3, atol=1e-4)
+    pd.testing.assert_frame_equal(steps_of(tmp_path / "listed", 0), steps_of(tmp_path / "one", 0))
+    second = [steps_of(tmp_path / run, 1)["grad_norm"].iloc[0] for run in ("listed", "one")]
+    assert second[0] == pytest.approx(50 * second[1], rel=1e-3)  # λ/2 times that of the gap, while the rewards are 0
+
+
 def test_beta_counts_from_iteration_1_on(tmp_path, model_folder, rows):
     for name, settings in {
         "history": {"method": "tspin", "beta": 0.5},

@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 from tspin.devices import multiplies_bfloat16
 from tspin.errors import UserError
 from tspin.names import COEFFICIENTS, SECTIONS, preset_fields, read_preset, refusal
-from tspin.objectives import METHODS, find_method
+from tspin.objectives import METHODS, Method, find_method, with_sft
 from tspin.options import refuse, try_out
 from tspin.sections import Section, mapping, read
 from tspin.yaml_files import REPOSITORY as REPOSITORY
@@ -130,7 +130,7 @@ def setting(default: Any, meaning: str, operational: bool = False) -> Any:
     return field(default=default, metadata={"help": meaning, "operational": operational})
 
 
-def coefficients_of(training: Any) -> dict[str, float | str]:
+def coefficients_of(training: Any) -> dict[str, float | str | list[float]]:
     """The coefficients of a SelfPlayConfig's method: those that are given, and the defaults. Raises UserError."""
     given = {name: getattr(training, name) for name in COEFFICIENTS if getattr(training, name) is not None}
     return find_method(training.method).resolve(given)
@@ -150,9 +150,9 @@ else:
 class SelfPlayConfig(_WithCoefficients):
     """Settings of a self-play run: transformers.TrainingArguments and what self-play adds.
 
-    The coefficients of tspin.objectives are fields too: None stands for the method's default, and one that the method
-    does not have is refused. Defaults are the paper's where it states one: RMSProp without weight decay, 10 % warm-up,
-    64 triplets per step. Raises UserError.
+    The coefficients of tspin.objectives are fields too: None stands for the method's default, a list has one number per
+    iteration, the last going on, and one that the method does not have is refused. Defaults are the paper's where it
+    states one: RMSProp without weight decay, 10 % warm-up, 64 triplets per step. Raises UserError.
     """
 
     method: str = setting("tspin", "a key of tspin.objectives.METHODS")
@@ -180,6 +180,9 @@ class SelfPlayConfig(_WithCoefficients):
 
     history: Annotated[int, Field(ge=0, lt=128)] = setting(
         0, "earlier iterations whose y′ an iteration trains on too; SPIN's released code takes 1"
+    )
+    sft_weight: NonNegative = setting(
+        0.0, "of −log π(y) per token, added to any loss of pairs; Iterative RPO (arXiv 2404.19733) takes 1"
     )
     learning_rate: Positive | Annotated[list[Positive], Field(min_length=1)] = setting(  # type: ignore[assignment]
         5e-7, "one, or a list with one per iteration, the last going on"
@@ -232,9 +235,14 @@ class SelfPlayConfig(_WithCoefficients):
         return min(super().n_gpu, 1)
 
     @property
-    def coefficients(self) -> dict[str, float | str]:
+    def coefficients(self) -> dict[str, float | str | list[float]]:
         """See `coefficients_of`."""
         return coefficients_of(self)
+
+    @property
+    def objective(self) -> Method:
+        """The method, with −log π(y) in its loss where sft_weight is not 0."""
+        return with_sft(METHODS[self.method], self.sft_weight)
 
     @property
     def learning_rates(self) -> list[float]:
@@ -355,8 +363,11 @@ def complete(training: Any) -> Any:
     for name, right in {"per_device_train_batch_size": (None, size), "gradient_accumulation_steps": (1,)}.items():
         if getattr(training, name) not in right:
             raise UserError(f"{name}: set batch_size instead, {size} triplets per optimizer step on any hardware")
+    self_play = METHODS[training.method].self_play
+    if training.sft_weight and not self_play:
+        raise UserError(f"sft_weight: {training.method}'s loss is that term alone: set it in methods.<name> of others")
     # A method without self-play is one round of training.
-    iterations = training.iterations if METHODS[training.method].self_play else 1
+    iterations = training.iterations if self_play else 1
     return training.model_copy(update={"per_device_train_batch_size": size, "iterations": iterations})
 
 

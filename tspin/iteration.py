@@ -35,7 +35,7 @@ from tspin.engines.here import FIRST_STEP, Training
 from tspin.engines.launch import trains_in_bfloat16
 from tspin.errors import tell
 from tspin.models import Policy
-from tspin.objectives import METHODS, Coefficients, Method
+from tspin.objectives import Coefficients, Method
 from tspin.runs.files import read_json, sha256, write_json
 from tspin.runs.unfinished import Unfinished
 from tspin.schema import LABELLED, PROTO, SYNTHETIC
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def method(self) -> Method:
-        return METHODS[self.args.method]
+        return self.args.objective
 
     @property
     def iterations(self) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from sys import float_info
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +37,8 @@ Coefficients = Mapping[str, Any]  # a method's, name → value
 class Coefficient:
     """A number or a choice that an objective is parametrised by.
 
-    name: its key in YAML and `--set`, its field of SelfPlayConfig. source: the default's. allowed: numbers, or choices.
+    name: its key in YAML and `--set`, its field of SelfPlayConfig. source: the default's. allowed: numbers, of which a
+    list has one per iteration, the last going on; or choices.
     """
 
     name: str
@@ -46,12 +47,15 @@ class Coefficient:
     source: str
     allowed: Literal["positive", "non-negative"] | tuple[str, ...] = "positive"
 
-    def read(self, value: Any) -> float | str:
-        """`value` as a float, or one of the choices. Raises UserError."""
+    def read(self, value: Any) -> float | str | list[float]:
+        """`value` as a float, a list of some, or one of the choices. Raises UserError."""
         if isinstance(self.allowed, tuple):
             if value not in self.allowed:
                 raise UserError(f"{self.name}: {unknown('choice', str(value), self.allowed)}")
             return str(value)
+        return [self._number(one) for one in value] if isinstance(value, list) and value else self._number(value)
+
+    def _number(self, value: Any) -> float:
         smallest = float_info.min if self.allowed == "positive" else 0.0
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number and smallest <= value <= float_info.max):
@@ -80,6 +84,11 @@ class SequenceLogps:
     def log_ratio(self, role: str) -> Tensor:
         """log(π_θ / π_θt) of one role's responses, shape (batch,)."""
         return self.policy[role] - self.reference[role]
+
+
+def of_iteration(values: Any, iteration: int) -> Any:
+    """What holds at an iteration (0-based): of a list its own entry, the last going on; else what there is."""
+    return values[min(iteration, len(values) - 1)] if isinstance(values, list) else values
 
 
 def log_sigmoid(u: Tensor) -> Tensor:
@@ -158,8 +167,9 @@ def simpo_loss(
 def space_loss(labelled_ratio: Tensor, synthetic_ratio: Tensor, *, noise_ratio: float) -> Tensor:
     """SPACE (arXiv 2512.07175): −log σ_μ(r(y)) − μ log(1 − σ_μ(r(y′))), r = log(π_θ/π_θt).
 
-    σ_μ(u) = 1 / (1 + μ e^{−u}) = σ(u − log μ), with μ = noise_ratio. The two terms are its noise-contrastive
-    estimation as we read it. All tensors, and the result, have shape (batch,).
+    σ_μ(u) = 1 / (1 + μ e^{−u}) = σ(u − log μ), with μ = noise_ratio. The second term is −μ log σ_{1/μ}(−r(y′)), which
+    is how a summary of the paper has it. That μ weighs the one y′ of a prompt, where the paper draws more, is our
+    reading. All tensors, and the result, have shape (batch,).
     """
     shift = math.log(noise_ratio)
     return -log_sigmoid(labelled_ratio - shift) - noise_ratio * log_sigmoid(shift - synthetic_ratio)
@@ -195,7 +205,7 @@ class Method:
         """Whether the method needs responses sampled from a policy."""
         return SYNTHETIC in self.trains_on
 
-    def resolve(self, given: Mapping[str, Any]) -> dict[str, float | str]:
+    def resolve(self, given: Mapping[str, Any]) -> dict[str, float | str | list[float]]:
         """All coefficients of the method: those given, checked, and the defaults of the others. Raises UserError."""
         names = [coefficient.name for coefficient in self.coefficients]
         for name in given:
@@ -205,11 +215,22 @@ class Method:
 
     def coefficients_at(self, iteration: int, coefficients: Coefficients) -> Coefficients:
         """Those in force at an iteration (0-based): β is 0 at iteration 0, whose y′ and y0 are of one policy."""
-        return {**coefficients, "beta": 0.0} if BETA in self.coefficients and iteration == 0 else coefficients
+        now = {name: of_iteration(value, iteration) for name, value in coefficients.items()}
+        return {**now, "beta": 0.0} if BETA in self.coefficients and iteration == 0 else now
 
     def gradient_roles(self, coefficients: Coefficients) -> tuple[str, ...]:
         """The roles that carry gradient under these coefficients: y0 only where β is not 0."""
         return tuple(role for role in self.trains_on if role != PROTO or coefficients.get("beta") != 0)
+
+
+def with_sft(method: Method, weight: float) -> Method:
+    """`method` with weight · (−log π_θ(y) per token of y) added to its loss; its reward stays what it is.
+
+    Per token and example, as in Iterative RPO (arXiv 2404.19733), whose weight is 1.
+    """
+    if weight == 0:
+        return method
+    return replace(method, loss=lambda logps, c: method.loss(logps, c) + weight * _sft(logps, c))
 
 
 def _sft(logps: SequenceLogps, _: Coefficients) -> Tensor:
@@ -269,7 +290,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "space", _space, lambda logps, c, role: logps.log_ratio(role), PAIR,
-            (Coefficient("noise_ratio", 1.0, "μ of SPACE: synthetic responses per labelled one", "as many here"),),
+            (Coefficient("noise_ratio", 1.0, "μ of SPACE, the weight of y′ against y", "arXiv 2512.07175"),),
             reference="previous",
         ),
     )

@@ -26,6 +26,7 @@ from tspin.runs.files import write_text
 TSPIN = ["-c", "from tspin.cli import main; main()"]
 IMPORTS = "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer"
 BAR = b"%|"
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "reference" / "pocket"
 
 
 class Command(NamedTuple):
@@ -79,7 +80,7 @@ def timed(command: Command, tree: Path) -> tuple[float, float]:
     """(seconds, CPU seconds) of a command of the checkout `tree`, in a folder of its own with the committed results."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shutil.copytree(tree / "results" / "pocket", folder / "results" / "pocket")
+        shutil.copytree(RESULTS, folder / "results" / "pocket")
         (folder / "my.jsonl").write_text('{"prompt": "What is 3 + 4?", "completion": "The answer is 7."}\n' * 8)
         (folder / "packages").mkdir()
         (folder / "packages" / "tspin_analysis").symlink_to(tree / "analysis")  # the tree's, whichever is installed

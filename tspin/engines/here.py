@@ -28,7 +28,7 @@ from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.devices import peak_bytes, reset_peak
 from tspin.engines.callbacks import AtTrainBegin, KeepState, LogLastStep, StepBar
 from tspin.errors import UserError
-from tspin.objectives import METHODS
+from tspin.objectives import of_iteration
 from tspin.runs.files import atomic_path, write_json
 from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import Stopped, stopping_when_asked
@@ -60,8 +60,7 @@ class Training:
         arguments = copy.copy(self.args)
         arguments.output_dir = str(self.log_folder)
         arguments.seed = stage_seed(self.args.seed, "training", self.iteration)
-        rates = self.args.learning_rates
-        arguments.learning_rate = rates[min(self.iteration, len(rates) - 1)]
+        arguments.learning_rate = of_iteration(self.args.learning_rates, self.iteration)
         arguments.dataloader_pin_memory = torch.cuda.is_available()
         arguments.report_to = [target for target in self.args.report_to if target != "tensorboard"]
         return arguments
@@ -128,7 +127,7 @@ def changed_share(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.
 
 
 def _trainer(model: PreTrainedModel, training: Training, callbacks: list[TrainerCallback]) -> TripletTrainer:
-    method = METHODS[training.args.method]
+    method = training.args.objective
     trainer = TripletTrainer(
         model,
         training.arguments,

@@ -22,7 +22,7 @@ from tspin.config import load_config
 from tspin.errors import UserError, unknown
 from tspin.evaluation.suites import load_suite
 from tspin.objectives import METHODS
-from tspin.runs.files import fingerprint, write_json
+from tspin.runs.files import fingerprint, read_json, write_json
 from tspin.runs.redaction import redacted
 from tspin.runs.signals import stopping_at_once
 from tspin.schema import BASE, CELL, RUN, STUDY_MEASURES
@@ -130,7 +130,7 @@ class Cell(Checkpointable):
             raise
         settings = [redacted(text) for text in self.overrides]
         note = {"preset": self.preset, "method": self.method, "seed": self.seed, "overrides": settings}
-        write_json(Path(self.folder, "finished.json"), note)
+        write_json(self.note, {**note, "results": self.results})
 
     @property
     def name(self) -> str:
@@ -146,9 +146,15 @@ class Cell(Checkpointable):
         return Path(self.results, Path(self.preset).stem)
 
     @property
+    def note(self) -> Path:
+        """What it leaves at its good end."""
+        return Path(self.folder, "finished.json")
+
+    @property
     def finished(self) -> bool:
-        """Whether it came to a good end and its results are still there."""
-        return Path(self.folder, "finished.json").exists() and (self.results_folder / "evaluations.csv").exists()
+        """Whether it came to a good end, with its results in this folder, and they are still there."""
+        there = self.note.exists() and (self.results_folder / "evaluations.csv").exists()
+        return there and read_json(self.note).get("results") == self.results
 
 
 @dataclass(frozen=True)

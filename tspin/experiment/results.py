@@ -1,5 +1,7 @@
 """results/<preset>/: the small tidy files that tables, figures and claims are made from.
 
+What is committed is apart, in results/reference/<preset>/: nothing is written there unless `--results` names it.
+
 evaluations.csv      preset, method, seed, iteration, benchmark, metric, value, stderr, n
 problems.parquet     method, seed, iteration, benchmark, doc_id, value: the tabulated metric of each problem
 steps.parquet        method, seed, iteration, and what training logged at each optimizer step

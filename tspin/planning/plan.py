@@ -151,9 +151,7 @@ def _stages(settings: RunSettings, shape: Shape, lengths: Lengths, hardware: Har
     method, device, gpus = METHODS[settings.method], GPUS[hardware.gpu], hardware.gpus
     speed = gpus * device.flops * hardware.utilisation
     prompt, _, response = lengths
-    # Each iteration sees its own pairs, and with a history those of iterations before it.
-    rounds = sum(1 + min(t, settings.data.history) for t in range(settings.training.iterations))
-    seen = rounds * labels * _row_tokens(settings, lengths)
+    seen = _rounds(settings) * labels * _row_tokens(settings, lengths)
 
     def stage(name: str, tokens: float, per_token: int, seconds: float = 0.0, used: int = gpus) -> Stage:
         flops = tokens * per_token * shape.parameters
@@ -165,7 +163,7 @@ def _stages(settings: RunSettings, shape: Shape, lengths: Lengths, hardware: Har
     scored = _scored_tokens(settings, lengths, labels)
     stages.append(stage("scoring", scored, 2, used=min(settings.training.engine.data_parallel, gpus)))
     if method.self_play:
-        drawn = (settings.training.iterations + 1) * labels  # y′ of every iteration, and y0
+        drawn = (settings.training.iterations + (not settings.data.generated)) * labels  # y′ and, once, y0
         together = _together(settings)
         steps = drawn * response / (gpus * together)
         read = 2 * shape.parameters + together * (prompt + response) * peaks.cache_bytes(shape, 2)
@@ -182,14 +180,20 @@ def _scored_tokens(settings: RunSettings, lengths: Lengths, labels: int) -> int:
     shown = min(labels, training.diagnostics_prompts) if training.diagnostics else 0
     tokens = shown * training.iterations * _row_tokens(settings, lengths)  # after each training
     if method.uses_reference:  # y′ in each iteration; y in the first, and where not all of the earlier ones are known
-        again = training.iterations if method.reference == "previous" and shown < labels else 1
-        tokens += labels * (training.iterations * (prompt + response) + again * labelled)
+        anew = method.reference == "previous" and shown < labels  # y too then, and the y′ of a history
+        rounds = _rounds(settings) if anew else training.iterations
+        tokens += labels * (rounds * (prompt + response) + (training.iterations if anew else 1) * labelled)
     if method.reference != "previous" and shown:  # under the policy: y in the first iteration, y′ in another arithmetic
         own_type = training.bf16 is False and training.sampling_dtype in (None, settings.model.dtype)
         apart = training.sampling_backend == "vllm" or not own_type
         drawn = training.iterations * (prompt + response) if method.self_play and apart else 0
         tokens += shown * (prompt + labelled + drawn)
     return tokens
+
+
+def _rounds(settings: RunSettings) -> int:
+    """How often all iterations see the labels: each its own pairs, and with a history those of iterations before it."""
+    return sum(1 + min(t, settings.data.history) for t in range(settings.training.iterations))
 
 
 def _row_tokens(settings: RunSettings, lengths: Lengths) -> int:
