@@ -32,8 +32,13 @@ class Problem(NamedTuple):
 
 @cache
 def task_settings() -> dict[str, dict[str, Any]]:
-    """Name → {group, generator settings} of every task that the base model was pre-trained on."""
+    """Name → {group, generator settings} of every task."""
     return yaml.safe_load((files("tspin.pocket") / "tasks.yaml").read_text())["tasks"]
+
+
+def seen_tasks() -> list[str]:
+    """The twelve tasks that the base model was pre-trained on."""
+    return [name for name, settings in task_settings().items() if not settings.get("unseen")]
 
 
 def table_tasks() -> list[str]:
