@@ -4,20 +4,21 @@ Runs are permuted between cells within a seed. The cells of one α share their i
 by more than their settings: whole rows of the grid are permuted, and then the cells of each row.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-DRAWS = 2000
+DRAWS = 1000
 SCALES = np.linspace(0, 3, 301)  # multiples of the observed cell means that are tried as true ones
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Best − worst of the true cell means. seeds; cells; observed: best − worst as measured; noise: what equal cells
-    would span by noise alone, on average; spread: the observed one without the noise; low, high: its 95 % interval;
-    p: of equal cells."""
+class Spread(NamedTuple):
+    """How far the true means of cells are apart: their standard deviation, as the range that so many normal ones span.
+
+    observed: best − worst as measured. noise: what equal cells would span by noise alone, on average.
+    spread: of the true means, with its 95 % interval, low and high. p: of equal cells.
+    """
 
     seeds: int
     cells: int
@@ -40,34 +41,51 @@ def grid_of(table: pd.DataFrame) -> np.ndarray:
 def spread_of(values: np.ndarray, seeds: int | None = None) -> Spread:
     """The spread of a grid (seeds, α, β), two seeds at least; `seeds`: as it would be with so many of them.
 
-    The interval holds every multiple of the observed cell means that, were it the truth, would lead to a variance of
-    cell means like the observed one; the noise around it is what cells and seeds leave of the runs, permuted. It speaks
-    of these problems: all cells answer the same.
+    The interval holds every multiple of the observed cell means that, were it the truth, would lead to a ratio of the
+    cells' variance to the noise's like the observed one (F); noise is what cells and seeds leave of the runs, permuted.
+    It speaks of these problems: all cells answer the same.
     """
-    count, seeds = len(values), seeds or len(values)
-    cells = values.mean(0)
+    count, cells = len(values), values.mean(0)
+    planned = seeds or count
     shape = cells - cells.mean()
-    left = values - values.mean((1, 2), keepdims=True) - shape
-    noise = permuted_means(left * np.sqrt(count / (count - 1))) * np.sqrt(count / seeds)
-    own, added = float(shape.var()), noise.var((1, 2))
-    true = max(own - float(added.mean()) * seeds / count, 0.0)  # the variance of the true cell means
-    observed = own if seeds == count else true + float(added.mean())
-    # The variance of cell means, were a multiple of `shape` the truth: (SCALES, DRAWS).
-    possible = SCALES[:, None] ** 2 * own + 2 * SCALES[:, None] * (noise * shape).mean((1, 2)) + added
-    inside = SCALES[((possible >= observed).mean(1) > 0.025) & ((possible <= observed).mean(1) > 0.025)]
-    low, high = (inside.min(), inside.max()) if len(inside) else (0.0, 0.0)
+    left = (values - values.mean((1, 2), keepdims=True) - shape) * np.sqrt(count / (count - 1))
+    noise = permuted_means(left)
+    added, error = noise.var((1, 2)), float((left**2).mean())
+    around = (error - added) * count / (count - 1)  # what permuted runs vary by around their own cells
+    own = float(shape.var())
+    true = max(own - error / count, 0.0)
+    scale = np.sqrt(count / planned)
+    # The variance of the cell means, were a multiple of the observed ones the truth: (SCALES, DRAWS).
+    possible = (
+        SCALES[:, None] ** 2 * own + 2 * SCALES[:, None] * scale * (noise * shape).mean((1, 2)) + scale**2 * added
+    )
+    observed = own if planned == count else true + error / planned
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios, ratio = possible / around, np.divide(observed, error)
+    inside = SCALES[((ratios >= ratio).mean(1) > 0.025) & ((ratios <= ratio).mean(1) > 0.025)]
+    if error == 0:  # nothing but the cells: they are known
+        inside = np.ones(1)
+    low, high = (float(inside.min()), float(inside.max())) if len(inside) else (0.0, 0.0)
     equal = permuted_means(values - values.mean((1, 2), keepdims=True)).var((1, 2))
-    width = float(np.ptp(cells))
+    span = expected_range(cells.size) * float(shape.std(ddof=1))
     return Spread(
-        seeds=seeds,
+        seeds=planned,
         cells=cells.size,
-        observed=width,
-        noise=float(np.ptp(noise, axis=(1, 2)).mean()),
-        spread=width * float(np.sqrt(true / own)) if own > 0 else 0.0,
-        low=width * float(low),
-        high=width * float(high),
+        observed=float(np.ptp(cells)),
+        noise=float(np.ptp(noise, axis=(1, 2)).mean() * scale),
+        spread=span * float(np.sqrt(true / own)) if own > 0 else 0.0,
+        low=span * low,
+        high=span * high,
         p=float((1 + (equal >= own * (1 - 1e-9)).sum()) / (1 + DRAWS)),  # rounding breaks no tie
     )
+
+
+def expected_range(count: int) -> float:
+    """Expected best − worst of so many standard normal numbers."""
+    from scipy.special import ndtr
+
+    x = np.linspace(-10, 10, 4001)
+    return float(np.trapezoid(1 - ndtr(x) ** count - ndtr(-x) ** count, x))
 
 
 def permuted_means(values: np.ndarray) -> np.ndarray:

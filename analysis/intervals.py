@@ -22,7 +22,6 @@ scipy.stats takes longer to import than all of this takes to compute: its distri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -125,7 +124,7 @@ def estimate(values: np.ndarray) -> Estimate:
     return replace(narrow, wide=_crossed(means[..., None, :], means))  # benchmarks are drawn as problems are
 
 
-def of_seeds(values: Sequence[float]) -> Estimate:
+def of_seeds(values: ArrayLike) -> Estimate:
     """The mean of one number per seed, with its t interval (one seed: no interval)."""
     numbers = np.asarray(values, dtype=float)
     return Estimate(float(numbers.mean()), len(numbers), _seed_variance(numbers) if len(numbers) > 1 else inf, 0.0)

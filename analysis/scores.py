@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -43,17 +43,11 @@ class Scores:
         self.labels = [column.label for column in columns]
         table = read_table(folder, "problems")
         position = {column.benchmark: number for number, column in enumerate(columns)}
-        table = table.assign(benchmark=table["benchmark"].map(position), iteration=table["iteration"].fillna(-1))
+        table = table.assign(benchmark=table["benchmark"].map(position))
         self._means: dict[Policy, dict[str, Estimate]] = {}
-        shape = len(position), 1 + int(table["doc_id"].max())
         self._values: dict[Policy, dict[int, np.ndarray]] = {}  # by policy and seed, both in order
-        for key, rows in table.groupby(["method", "iteration", "seed"]):
-            method, iteration, seed = map(str, tuple(key))  # type: ignore[arg-type]
-            values = np.full(shape, np.nan)
-            values[rows["benchmark"].to_numpy(int), rows["doc_id"].to_numpy(int)] = rows["value"].to_numpy(float)
-            if not np.isnan(values).all(-1).any():  # a run without one of the benchmarks has no average
-                policy = method, None if int(iteration) < 0 else int(iteration)
-                self._values.setdefault(policy, {})[int(seed)] = values
+        for (method, iteration, seed), values in outcomes(table, ["method", "iteration", "seed"]).items():
+            self._values.setdefault((method, iteration), {})[seed] = values
 
     def policies(self) -> list[Policy]:
         """What there is, by method and iteration."""
@@ -118,6 +112,24 @@ class Scores:
             elif level >= CEILING:
                 reasons[label] = f"all at {level:.0f} % or more"
         return reasons
+
+
+def outcomes(table: pd.DataFrame, keys: list[str]) -> dict[tuple[Any, ...], np.ndarray]:
+    """(benchmarks, problems) of each run, NaN where there is none; by the run's `keys`, an iteration of NA as None.
+
+    table: keys, iteration among them, then benchmark (its number), doc_id, value. A run without one of the benchmarks
+    has no average, and is left out.
+    """
+    shape = 1 + int(table["benchmark"].max()), 1 + int(table["doc_id"].max())
+    found = {}
+    for key, rows in table.assign(iteration=table["iteration"].fillna(-1)).groupby(keys):
+        values = np.full(shape, np.nan)
+        values[rows["benchmark"].to_numpy(int), rows["doc_id"].to_numpy(int)] = rows["value"].to_numpy(float)
+        if not np.isnan(values).all(-1).any():
+            named: dict[str, Any] = dict(zip(keys, tuple(key), strict=True))  # type: ignore[arg-type]
+            named["iteration"] = None if named["iteration"] < 0 else int(named["iteration"])
+            found[tuple(named.values())] = values
+    return found
 
 
 def minus(first: Policy, second: Policy) -> Weights:
