@@ -71,9 +71,9 @@ CLAIMS = [
           f"contradicted where a paired difference is surely below 0 (corrected); replicated where none is and their "
           f"mean from iteration 1 on is surely above −{MARGIN}", questions=rules.c7),
     Claim("C8", "the average at iteration 1 varies little over α, β ∈ {0.1, 0.3, 0.5, 1}²", "Fig. 4c", "a heat map",
-          f"best − worst of the true cell means surely below {LITTLE:g} points; contradicted where the cells differ "
-          f"(permutation p < {SIGNIFICANT}) and it is surely above. Not tested where equal cells would span {LITTLE:g} "
-          "points by noise alone", parts=rules.c8),
+          "spread of the true cell means, their standard deviation as the range that so many normal ones span, surely "
+          f"below {LITTLE:g} points; contradicted where the cells differ (permutation p < {SIGNIFICANT}) and it is "
+          f"surely above. Not tested where equal cells would span {LITTLE:g} points by noise alone", parts=rules.c8),
     Claim("C9", "an iteration of T-SPIN costs about what one of SPIN costs", "text", "about equal",
           f"ratio of time (sampling, reference pass, training) and of peak memory surely within {ABOUT_THE_SAME}; "
           "contradicted where surely outside", parts=rules.c9),
@@ -122,6 +122,8 @@ def answer(question: Question, evidence: Evidence) -> Part:
     """A part about Avg; where some benchmarks cannot move, also by the others. Raises Missing."""
     found = {name: evidence.contrast(weights) for name, weights in question.contrasts.items()}
     part = judge(question.words, found, question.rule, tested=question.tested)
+    if len(found) == 1 and (wide := next(iter(found.values())).wide):
+        part = part._replace(text=f"{part.text}, benchmarks drawn too [{wide.low:+.2f}, {wide.high:+.2f}]")
     if still := evidence.scores.still(question.policies):
         moving = [label for label in evidence.scores.labels if label not in still]
         part = part._replace(text=f"{part.text}; {_of_moving(question, evidence, moving)}")

@@ -69,7 +69,7 @@ class Estimate:
         from scipy.special import stdtrit  # Student's t
 
         reach = stdtrit(self.df, (1 + LEVEL) / 2) * self.error
-        return np.where(np.isfinite(self.error), reach, inf)[()]
+        return np.where(np.isinf(self.error), inf, reach)[()]
 
     @property
     def low(self) -> Any:

@@ -193,8 +193,8 @@ def c8(evidence: Evidence) -> list[Part]:
         raise Missing("the α × β grid has fewer than two seeds with every cell")
     found = spread_of(values)
     text = (
-        f"best − worst of {found.cells} cells {found.observed:.2f} points, without noise {found.spread:.2f} "
-        f"[{found.low:.2f}, {found.high:.2f}], permutation p {found.p:.2g}, {found.seeds} seeds"
+        f"spread of the true means of {found.cells} cells {found.spread:.2f} [{found.low:.2f}, {found.high:.2f}] "
+        f"points (measured, with noise: {found.observed:.2f}), permutation p {found.p:.2g}, {found.seeds} seeds"
     )
     if reason := noise_too_wide(found):
         return [Part(text, NOT_TESTED, reason)]

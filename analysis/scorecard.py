@@ -16,7 +16,8 @@ number of comparisons in their part (Holm). {decoding} Written by `tspin claims`
 RULES = """## The rules
 
 "Surely above x": the 95 % interval lies above x. "Needs n seeds": so many would make the interval narrow enough, with \
-the means and variances seen here; "more problems": no number of seeds would."""
+the means and variances seen here; "more problems": no number of seeds would. One seed decides nothing. "Benchmarks \
+drawn too": the interval if these benchmarks are a sample of the tasks there are."""
 CHANCES = """## What the rules can decide
 
 How often each rule comes to which verdict, simulated with the variances and the number of seeds of these results, if \
