@@ -1,6 +1,6 @@
 """The paper's claims C1–C9 against a preset's results: what the paper says, how it is judged, and the verdicts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,22 +71,22 @@ CLAIMS = [
           f"contradicted where a paired difference is surely below 0 (corrected); replicated where none is and their "
           f"mean from iteration 1 on is surely above −{MARGIN}", questions=rules.c7),
     Claim("C8", "the average at iteration 1 varies little over α, β ∈ {0.1, 0.3, 0.5, 1}²", "Fig. 4c", "a heat map",
-          "spread of the true cell means, their standard deviation as the range that so many normal ones span, surely "
-          f"below {LITTLE:g} points; contradicted where the cells differ (permutation p < {SIGNIFICANT}) and it is "
-          f"surely above. Not tested where equal cells would span {LITTLE:g} points by noise alone", parts=rules.c8),
+          f"best − worst of the true cell means, without noise, surely below {LITTLE:g} points; contradicted where the "
+          f"cells differ (permutation p < {SIGNIFICANT}) and it is surely above. Not tested where equal cells would "
+          f"span {LITTLE:g} points by noise alone", parts=rules.c8),
     Claim("C9", "an iteration of T-SPIN costs about what one of SPIN costs", "text", "about equal",
           f"ratio of time (sampling, reference pass, training) and of peak memory surely within {ABOUT_THE_SAME}; "
           "contradicted where surely outside", parts=rules.c9),
 ]  # fmt: skip
 
 
-def scorecard(folder: Path) -> list[dict[str, Any]]:
+def scorecard(folder: Path, claims: Sequence[Claim] = CLAIMS) -> list[dict[str, Any]]:
     """A row per claim: claim, statement, where, paper, rule, fixed, seen; ours (a text per part), parts (a verdict per
     part), why (a reason or "" per part), verdict (of all); still (benchmarks that cannot move, and why) and chances
     (what the rule can decide), of claims about Avg."""
     evidence = Evidence(folder)
     rows = []
-    for claim in CLAIMS:
+    for claim in claims:
         parts, extra = judged(claim, evidence)
         fields = ("statement", "where", "paper", "rule", "fixed", "seen")
         rows.append(

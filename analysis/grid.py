@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 
 DRAWS = 1000
-SCALES = np.linspace(0, 3, 301)  # multiples of the observed cell means that are tried as true ones
+SCALES = np.linspace(0, 3, 31)  # multiples of the observed cell means that are tried as true ones
 
 
 class Spread(NamedTuple):
-    """How far the true means of cells are apart: their standard deviation, as the range that so many normal ones span.
+    """Best − worst of the true cell means, with its 95 % interval: spread, low, high.
 
-    observed: best − worst as measured. noise: what equal cells would span by noise alone, on average.
-    spread: of the true means, with its 95 % interval, low and high. p: of equal cells.
+    observed: best − worst as measured, which noise makes larger. noise: what equal cells would span by noise alone, on
+    average. p: of equal cells.
     """
 
     seeds: int
@@ -29,6 +29,12 @@ class Spread(NamedTuple):
     high: float
     p: float
 
+    def at(self, seeds: int) -> "Spread":
+        """The same cells as they would be with so many seeds: noise and interval shrink with their root."""
+        scale = (self.seeds / seeds) ** 0.5
+        low, high = (self.spread + scale * (end - self.spread) for end in (self.low, self.high))
+        return self._replace(seeds=seeds, noise=scale * self.noise, low=low, high=high)
+
 
 def grid_of(table: pd.DataFrame) -> np.ndarray:
     """(seeds, α, β): averages at iteration 1, where β acts first, of the seeds that have every cell."""
@@ -38,54 +44,33 @@ def grid_of(table: pd.DataFrame) -> np.ndarray:
     return cells.to_numpy(float).reshape(-1, len(alphas), len(betas))
 
 
-def spread_of(values: np.ndarray, seeds: int | None = None) -> Spread:
-    """The spread of a grid (seeds, α, β), two seeds at least; `seeds`: as it would be with so many of them.
+def spread_of(values: np.ndarray) -> Spread:
+    """The spread of a grid (seeds, α, β) of two seeds at least.
 
-    The interval holds every multiple of the observed cell means that, were it the truth, would lead to a ratio of the
-    cells' variance to the noise's like the observed one (F); noise is what cells and seeds leave of the runs, permuted.
-    It speaks of these problems: all cells answer the same.
+    Noise is what cells and seeds leave of the runs, permuted. The interval holds every multiple of the observed cell
+    means that, were it the truth, would lead to a studentized range (best − worst over the noise's standard deviation)
+    like the observed one; the spread is the multiple at which half of the draws exceed it. It speaks of these problems:
+    all cells answer the same.
     """
     count, cells = len(values), values.mean(0)
-    planned = seeds or count
-    shape = cells - cells.mean()
-    left = (values - values.mean((1, 2), keepdims=True) - shape) * np.sqrt(count / (count - 1))
-    noise = permuted_means(left)
-    added, error = noise.var((1, 2)), float((left**2).mean())
-    around = (error - added) * count / (count - 1)  # what permuted runs vary by around their own cells
-    own = float(shape.var())
-    true = max(own - error / count, 0.0)
-    scale = np.sqrt(count / planned)
-    # The variance of the cell means, were a multiple of the observed ones the truth: (SCALES, DRAWS).
-    possible = (
-        SCALES[:, None] ** 2 * own + 2 * SCALES[:, None] * scale * (noise * shape).mean((1, 2)) + scale**2 * added
-    )
-    observed = own if planned == count else true + error / planned
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios, ratio = possible / around, np.divide(observed, error)
-    inside = SCALES[((ratios >= ratio).mean(1) > 0.025) & ((ratios <= ratio).mean(1) > 0.025)]
+    shape, width = cells - cells.mean(), float(np.ptp(cells))
+    centred = values - values.mean((1, 2), keepdims=True)
+    left = (centred - shape) * np.sqrt(count / (count - 1))
+    noise, error = permuted_means(left), float((left**2).mean())
+    around = np.sqrt((error - noise.var((1, 2))) * count / (count - 1))  # of permuted runs, around their own cells
     if error == 0:  # nothing but the cells: they are known
-        inside = np.ones(1)
-    low, high = (float(inside.min()), float(inside.max())) if len(inside) else (0.0, 0.0)
-    equal = permuted_means(values - values.mean((1, 2), keepdims=True)).var((1, 2))
-    span = expected_range(cells.size) * float(shape.std(ddof=1))
-    return Spread(
-        seeds=planned,
-        cells=cells.size,
-        observed=float(np.ptp(cells)),
-        noise=float(np.ptp(noise, axis=(1, 2)).mean() * scale),
-        spread=span * float(np.sqrt(true / own)) if own > 0 else 0.0,
-        low=span * low,
-        high=span * high,
-        p=float((1 + (equal >= own * (1 - 1e-9)).sum()) / (1 + DRAWS)),  # rounding breaks no tie
-    )
+        return Spread(count, cells.size, width, 0.0, width, width, width, _p_of_equal(centred, shape))
+    ranges = np.ptp(SCALES[:, None, None, None] * shape + noise, axis=(2, 3))  # (SCALES, DRAWS)
+    # The share of draws that exceed the observed one, by the multiple: rising, from near 0 to 1.
+    exceeding = np.maximum.accumulate((ranges * np.sqrt(error) >= width * around).mean(1))
+    low, middle, high = (width * float(np.interp(share, exceeding, SCALES)) for share in (0.025, 0.5, 0.975))
+    return Spread(count, cells.size, width, float(ranges[0].mean()), middle, low, high, _p_of_equal(centred, shape))
 
 
-def expected_range(count: int) -> float:
-    """Expected best − worst of so many standard normal numbers."""
-    from scipy.special import ndtr
-
-    x = np.linspace(-10, 10, 4001)
-    return float(np.trapezoid(1 - ndtr(x) ** count - ndtr(-x) ** count, x))
+def _p_of_equal(centred: np.ndarray, shape: np.ndarray) -> float:
+    """How often permuted runs have a variance of cell means as large as the observed one."""
+    permuted = permuted_means(centred).var((1, 2))
+    return float((1 + (permuted >= shape.var() * (1 - 1e-9)).sum()) / (1 + DRAWS))  # rounding breaks no tie
 
 
 def permuted_means(values: np.ndarray) -> np.ndarray:

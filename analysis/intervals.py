@@ -121,7 +121,9 @@ def estimate(values: np.ndarray) -> Estimate:
     narrow = _crossed(values, means)
     if means.shape[-1] < 2:
         return narrow
-    return replace(narrow, wide=_crossed(means[..., None, :], means))  # benchmarks are drawn as problems are
+    wide = _crossed(means[..., None, :], means)  # benchmarks are drawn as problems are
+    most = np.maximum(wide.problem_variance, narrow.problem_variance)  # those that happen to agree have problems still
+    return replace(narrow, wide=replace(wide, problem_variance=most, problem_df=means.shape[-1] - 1.0))
 
 
 def of_seeds(values: ArrayLike) -> Estimate:

@@ -193,13 +193,13 @@ def c8(evidence: Evidence) -> list[Part]:
         raise Missing("the α × β grid has fewer than two seeds with every cell")
     found = spread_of(values)
     text = (
-        f"spread of the true means of {found.cells} cells {found.spread:.2f} [{found.low:.2f}, {found.high:.2f}] "
-        f"points (measured, with noise: {found.observed:.2f}), permutation p {found.p:.2g}, {found.seeds} seeds"
+        f"best − worst of {found.cells} cells {found.spread:.2f} [{found.low:.2f}, {found.high:.2f}] points without "
+        f"noise ({found.observed:.2f} with it), permutation p {found.p:.2g}, {found.seeds} seeds"
     )
     if reason := noise_too_wide(found):
         return [Part(text, NOT_TESTED, reason)]
     verdict = varies_little(found)
-    return [Part(text, verdict, _grid_needs(values) if verdict == UNDECIDED else "")]
+    return [Part(text, verdict, _grid_needs(found) if verdict == UNDECIDED else "")]
 
 
 def noise_too_wide(found: Spread) -> str | None:
@@ -213,9 +213,9 @@ def varies_little(found: Spread) -> str:
     return str(decided(found.high < LITTLE, found.p < SIGNIFICANT and found.low > LITTLE))
 
 
-def _grid_needs(values: np.ndarray) -> str:
+def _grid_needs(found: Spread) -> str:
     for count in COUNTS:
-        if count > len(values) and varies_little(spread_of(values, count)) != UNDECIDED:
+        if count > found.seeds and varies_little(found.at(count)) != UNDECIDED:
             return f"needs {count} seeds"
     return f"needs more than {COUNTS[-1]} seeds"
 

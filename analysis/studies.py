@@ -57,19 +57,19 @@ class Study:
         if not self.path.is_file():
             raise UserError(f"{self.path}: not run; {self.again}")
         self.table = pd.read_csv(self.path)
-        problems = self.path.with_name(f"{name}_problems.parquet")
+        self.problems = self.path.with_name(f"{name}_problems.parquet")
         if absent := NEEDED - set(self.table):
             raise UserError(f"{self.path}: lacks the columns {', '.join(sorted(absent))}; {self.again}")
-        if not problems.is_file():
-            raise UserError(f"{problems}: no such file, and no interval without it; {self.again}")
-        rows = pd.read_parquet(problems)
+        if not self.problems.is_file():
+            raise UserError(f"{self.problems}: no such file, and no interval without it; {self.again}")
+        rows = pd.read_parquet(self.problems)
         self._outcomes = outcomes(rows.assign(benchmark=pd.factorize(rows["benchmark"])[0]), ["cell", "iteration"])
 
     def values(self, rows: pd.DataFrame) -> np.ndarray:
         """(seeds, benchmarks, problems) in percent of some rows of `table`, each of another seed."""
         keys = [(cell, None if pd.isna(t) else int(t)) for cell, t in zip(rows["cell"], rows["iteration"], strict=True)]
         if absent := [key for key in keys if key not in self._outcomes]:
-            raise UserError(f"{self.path.stem}_problems.parquet lacks the outcomes of {absent[0][0]}; {self.again}")
+            raise UserError(f"{self.problems}: lacks {absent[0][0]}; {self.again}")
         return np.stack([self._outcomes[key] for key in keys])
 
     def averaged(self, keys: list[str], rows: pd.DataFrame | None = None) -> pd.DataFrame:
