@@ -57,7 +57,9 @@ def spread_of(values: np.ndarray) -> Spread:
     centred = values - values.mean((1, 2), keepdims=True)
     left = (centred - shape) * np.sqrt(count / (count - 1))
     noise, error = permuted_means(left), float((left**2).mean())
-    around = np.sqrt((error - noise.var((1, 2))) * count / (count - 1))  # of permuted runs, around their own cells
+    around = np.sqrt(
+        np.maximum(error - noise.var((1, 2)), 0) * count / (count - 1)
+    )  # of permuted runs, around their own cells
     if error == 0:  # nothing but the cells: they are known
         return Spread(count, cells.size, width, 0.0, width, width, width, _p_of_equal(centred, shape))
     ranges = np.ptp(SCALES[:, None, None, None] * shape + noise, axis=(2, 3))  # (SCALES, DRAWS)

@@ -20,7 +20,7 @@ class Variation:
     """How the averages of some policies vary: between seeds, and with the problems that all seeds share."""
 
     def __init__(self, scores: Scores, policies: Sequence[Policy]):
-        """Raises ValueError where they share fewer than two seeds: nothing tells the spread between them."""
+        """Raises ValueError where they share fewer than two seeds: one tells no spread."""
         seeds = scores.common_seeds(policies)
         if len(seeds) < 2:
             raise ValueError("one seed tells no spread")

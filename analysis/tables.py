@@ -137,16 +137,13 @@ def score_caption(
     if others := [f"{_name(row)} ({_seeds(row['seeds'])})" for row in ran if row["seeds"] != every]:
         sentences.append(f"Rows with fewer seeds: {', '.join(others)}.")
     sentences.append(_problems(columns, read_scores(folder) if scores is None else scores))
-    averaged = [row for row in ran if pd.notna(row["avg"])]
+    averaged, known = [row for row in ran if pd.notna(row["avg"])], (folder / "problems.parquet").is_file()
     if averaged:
-        sentences.append(
-            "Avg is the mean of the columns, in square brackets its 95 % interval, seeds and problems crossed."
-        )
+        how = "seeds and problems crossed" if known else "by seeds, and problems' errors as if all seeds shared them"
+        sentences.append(f"Avg is the mean of the columns, in square brackets its 95 % interval, {how}.")
     if any(" " not in row["seeds"] and row["method"] != BASE for row in averaged):
-        sentences.append(
-            "In rows with one seed it is that of the problems: nothing is known of the spread between seeds."
-        )
-    if (folder / "problems.parquet").is_file():
+        sentences.append("In rows with one seed it is that of the problems: nothing is known of the seeds' spread.")
+    if known:
         policies = [(row["method"], None if pd.isna(row["iteration"]) else row["iteration"]) for row in averaged]
         sentences += what_rows_tell(scores_of(folder), policies)
     sentences.append("In round brackets: change over the previous iteration, at iteration 0 over base.")

@@ -131,8 +131,8 @@ def test_caption(results: Path) -> None:
         "Table 1 (pocket): scores in percent, seeds 0, 1.",
         "Rows with fewer seeds: base (seed 0), SFT (seed 0), SPIN 0 (seed 0).",
         "Problems per benchmark: 200; metric: em.",
-        "in square brackets its 95 % interval, seeds and problems crossed.",
-        "In rows with one seed it is that of the problems: nothing is known of the spread between seeds.",
+        "in square brackets its 95 % interval, by seeds, and problems' errors as if all seeds shared them.",
+        "In rows with one seed it is that of the problems: nothing is known of the seeds' spread.",
         "compare shapes, not levels",
         "–: not there yet.",
     ):

@@ -188,6 +188,8 @@ def test_benchmarks_that_cannot_move(results):
     third = known.difference(("tspin", 4), ("spin", 4), ["B2"])
     assert f"over the 1 benchmarks that can move: {third:+.2f}" in row["ours"][0] and set(row["still"]) == {"B0", "B1"}
     caption = " ".join(tables.what_rows_tell(known, [("tspin", 4), ("spin", 4)]))
+    least = known.difference(("tspin", 4), ("spin", 4)).detectable
+    assert f"With 5 seeds a difference between two rows below {least:.1f} points" in caption
     assert "Columns that cannot tell these rows apart: B0 (all at 98 % or more), B1 (100%" in caption
 
 

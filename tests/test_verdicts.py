@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import nctdtr, stdtrit
 
 from tspin_analysis import grid, power, rules
 from tspin_analysis.intervals import Estimate
@@ -125,8 +126,6 @@ def test_chances_are_those_of_the_t_test(measured):
     assert nothing[REPLICATED] == pytest.approx(0.025, abs=0.01) and nothing[CONTRADICTED] == pytest.approx(
         0.025, abs=0.01
     )
-    from scipy.special import nctdtr, stdtrit
-
     gain = dict.fromkeys(POLICIES, 0.0) | {POLICIES[1]: 2.0}
     wanted = 1 - nctdtr(4, 2 / (spread / 5) ** 0.5, stdtrit(4, 0.975))
     assert power.chances(variation, step, above(0), gain)[REPLICATED] == pytest.approx(wanted, abs=0.02)
