@@ -113,14 +113,15 @@ def draw_ours(axes: Axes, scores: Scores, methods: tuple[str, ...], label: str) 
     """Means over seeds with their 95 % intervals, against the iteration; base and SFT as lines."""
     for method, shift in zip(methods, beside(len(methods)), strict=True):
         course = [t for name, t in scores.policies() if name == method and t is not None]
-        means, lows, highs = np.array([scores.mean((method, t), label)[:3] for t in course]).reshape(-1, 3).T
-        draw_means(axes, np.array(course) + shift, means, [means - lows, highs - means], look(method))
+        means = [scores.mean((method, t), label) for t in course]
+        draw_means(axes, np.array(course) + shift, [each.mean for each in means], [each.half for each in means],
+                   look(method))  # fmt: skip
     for method in ("sft", "base"):
         if scores.has((method, None)):
-            mean, low, high, _ = scores.mean((method, None), label)
-            draw_level(axes, method, mean)
+            mean = scores.mean((method, None), label)
+            draw_level(axes, method, mean.mean)
             if method == "sft":
-                draw_band(axes, method, low, high)
+                draw_band(axes, method, mean.low, mean.high)
     bottom, top = axes.get_ylim()
     if bottom < 0:  # no score is
         axes.set_ylim(0, max(top, 1))

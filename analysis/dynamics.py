@@ -13,6 +13,7 @@ from tspin.errors import UserError
 from tspin.schema import LABELLED, RUN, SYNTHETIC, gaps
 
 from .drawing import new_figure
+from .intervals import of_seeds
 from .reading import read_table
 from .style import look
 
@@ -138,12 +139,13 @@ def _draw_roles(axes: Axes, steps: pd.DataFrame, kind: str, method: str) -> None
 
 
 def _draw_band(axes: Axes, steps: pd.DataFrame, column: str, colour: str, line: str, label: str) -> None:
-    """The mean over seeds and its 95 % interval (bootstrap over seeds, seaborn's)."""
-    import seaborn  # seconds, which other figures do without
-
-    many = steps["seed"].nunique() > 1
-    seaborn.lineplot(steps, x="step", y=column, ax=axes, color=colour, linestyle=line, label=label, legend=False,
-                     errorbar=("ci", 95) if many else None, seed=0, linewidth=1.2)  # fmt: skip
+    """The mean over seeds and its 95 % interval (Student's t over seeds; of one seed, none)."""
+    by_step = steps.groupby("step")[column]
+    axes.plot(by_step.mean(), color=colour, linestyle=line, label=label, linewidth=1.2)
+    if steps["seed"].nunique() > 1:
+        found = by_step.agg(of_seeds)
+        axes.fill_between(found.index, [mean.low for mean in found], [mean.high for mean in found], color=colour,
+                          alpha=0.2, linewidth=0)  # fmt: skip
     axes.set(xlabel="", ylabel="")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 

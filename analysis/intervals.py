@@ -4,31 +4,103 @@ Scores come as an array (seeds, benchmarks, problems) of values in percent, NaN 
 than another. A mean is over problems, then benchmarks, then seeds. Differences are arrays of that shape too: methods
 share their problems, so that a difference is taken problem by problem before anything is averaged.
 
-scipy.stats takes longer to import than all of this takes to compute: its distributions are in scipy.special too, which
-tables do without.
+All seeds answer the same problems. What one drew of them, all did, and more seeds do not average it away: seeds and
+problems are crossed, and the variance of a mean is that of its seeds plus that of its problems,
+
+    s² / n  +  1 / K² · Σ_k (v_k − r_k / n) / m_k ,
+
+s² between the n seeds' means; v_k between the means (over seeds) of benchmark k's m_k problems; r_k what seeds and
+problems leave unexplained, which s² / n holds already. Degrees of freedom are Welch's and Satterthwaite's, so that the
+interval is Student's of n − 1 where seeds decide and normal where problems do. Coverage of 95 % intervals, simulated
+(tests/test_statistics.py, scores and differences of right and wrong answers included): 94 to 96 % from five seeds on,
+92.5 to 95.5 % with three, where s² alone decides how long the Student's tail is.
+
+With one seed the interval is that of the problems alone: nothing is known of the spread between seeds.
+
+scipy.stats takes longer to import than all of this takes to compute: its distributions are in scipy.special too.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 from math import inf
-from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-RESAMPLES = 2000
-BATCH = 100  # resamples that are picked at once: little memory, and quicker than all of them
-MANY = 30  # seeds: what drawing their problems again adds is a normal error then, within a hundredth of a point
 LEVEL = 0.95
-NORMAL = NormalDist()
+POWER = 0.8  # with which a minimum detectable difference is detected
 
 
-class Estimate(NamedTuple):
-    """A mean with its 95 % interval and the number of seeds behind it; a format applies to all of its numbers."""
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, and the variance that seeds and problems give it. Every number may be an array of many estimates.
 
-    mean: float
-    low: float
-    high: float
+    seed_variance, problem_variance: of the mean, see above; problem_df: degrees of freedom of the second.
+    wide: the same mean where the benchmarks are drawn too, as a sample of the tasks there are; a mean over one
+    benchmark has none. A format applies to all of its numbers.
+    """
+
+    mean: Any
     seeds: int
+    seed_variance: Any
+    problem_variance: Any
+    problem_df: Any = inf
+    wide: Estimate | None = None
+
+    @property
+    def error(self) -> Any:
+        """Standard error of the mean."""
+        return np.sqrt(self.seed_variance + self.problem_variance)
+
+    @property
+    def df(self) -> Any:
+        """Degrees of freedom of the standard error; infinite where nothing varies."""
+        total = np.add(self.seed_variance, self.problem_variance)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            seeds, problems = self.seed_variance / total, self.problem_variance / total
+            df = 1 / (seeds**2 / max(self.seeds - 1, 1) + problems**2 / self.problem_df)  # max: of one seed, 0 / 1
+        return np.where(total > 0, df, inf)[()]
+
+    @property
+    def half(self) -> Any:
+        """Half of the 95 % interval."""
+        from scipy.special import stdtrit  # Student's t
+
+        reach = stdtrit(self.df, (1 + LEVEL) / 2) * self.error
+        return np.where(np.isinf(self.error), inf, reach)[()]
+
+    @property
+    def low(self) -> Any:
+        """Lower end of the 95 % interval."""
+        return self.mean - self.half
+
+    @property
+    def high(self) -> Any:
+        """Upper end of the 95 % interval."""
+        return self.mean + self.half
+
+    @property
+    def p(self) -> Any:
+        """Two-sided p of a true mean of zero: below 0.05 where the interval is without zero."""
+        from scipy.special import stdtr
+
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = np.where(np.equal(self.mean, 0), 0.0, np.abs(self.mean) / self.error)
+        return 2 * stdtr(self.df, -t)
+
+    @property
+    def detectable(self) -> Any:
+        """The minimum detectable difference: a true mean of that size has p < 0.05 with a probability of POWER."""
+        from scipy.special import stdtrit
+
+        return (stdtrit(self.df, (1 + LEVEL) / 2) + stdtrit(self.df, POWER)) * self.error
+
+    def at(self, seeds: float) -> Estimate:
+        """The same mean and variances as they would be with so many seeds; infinitely many leave the problems'."""
+        count = int(seeds) if np.isfinite(seeds) else 10**9
+        return replace(self, seeds=count, seed_variance=self.seed_variance * self.seeds / count, wide=None)
 
     def __format__(self, form: str) -> str:
         form = form or ".2f"
@@ -39,132 +111,92 @@ class Estimate(NamedTuple):
 
 
 def estimates(values: np.ndarray) -> list[Estimate]:
-    """The mean of each benchmark, and last that of all of them, with their intervals.
-
-    Bootstrap percentiles: seeds are drawn again, and within each drawn seed the problems of every benchmark (of more
-    than MANY seeds: the means of the drawn ones, each with the normal error of its problems). With one
-    seed, whose spread nothing tells, the interval is that of the problems alone (normal).
-    """
-    means = _with_all(_benchmark_means(values).mean(0))
-    if len(values) < 2:
-        errors = np.append(np.sqrt(_variances(values)[0]), _problem_error(values))
-        half = NORMAL.inv_cdf((1 + LEVEL) / 2) * errors
-        lows, highs = means - half, means + half
-    else:
-        resampled = (_normal_means if len(values) > MANY else _drawn_means)(values, np.random.default_rng(0))
-        lows, highs = np.quantile(_with_all(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    numbers = np.stack([means, lows, highs], axis=-1).tolist()
-    return [Estimate(mean, low, high, len(values)) for mean, low, high in numbers]
+    """The mean of each benchmark, and last that of all of them."""
+    return [*(estimate(values[:, [k]]) for k in range(values.shape[1])), estimate(values)]
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """The mean of all benchmarks and its interval, see `estimates`."""
-    return estimates(values)[-1]
+    """The mean of all benchmarks. values: (…, seeds, benchmarks, problems): an estimate for each of the first."""
+    means = _means(values, -1)  # (…, seeds, benchmarks)
+    narrow = _crossed(values, means)
+    if means.shape[-1] < 2:
+        return narrow
+    wide = _crossed(means[..., None, :], means)  # benchmarks are drawn as problems are
+    most = np.maximum(wide.problem_variance, narrow.problem_variance)  # those that happen to agree have problems still
+    return replace(narrow, wide=replace(wide, problem_variance=most, problem_df=means.shape[-1] - 1.0))
 
 
-def seed_means(values: np.ndarray) -> np.ndarray:
-    """The mean of each seed: over problems, then benchmarks."""
-    return _benchmark_means(values).mean(-1)
+def of_seeds(values: ArrayLike) -> Estimate:
+    """The mean of one number per seed, with its t interval (one seed: no interval)."""
+    numbers = np.asarray(values, dtype=float)
+    return Estimate(float(numbers.mean()), len(numbers), _seed_variance(numbers) if len(numbers) > 1 else inf, 0.0)
 
 
-def _benchmark_means(values: np.ndarray) -> np.ndarray:
-    """(seeds, benchmarks): over problems."""
-    means: np.ndarray = np.nanmean(values, axis=-1)
+def of_errors(means: ArrayLike, errors: ArrayLike) -> Estimate:
+    """The mean of one number per seed, each with the standard error of its problems, where outcomes are not known.
+
+    How much of an error all seeds share is not known either: all of it is taken to be shared, which is too much rather
+    than too little. An unknown error leaves the interval unknown.
+    """
+    numbers = np.asarray(means, dtype=float)
+    shared = float(np.square(np.asarray(errors, dtype=float)).mean())
+    return Estimate(float(numbers.mean()), len(numbers), _seed_variance(numbers), shared)
+
+
+def corrected(p_values: Any) -> np.ndarray:
+    """p-values corrected for their number (Holm). p_values: (tests, …); every column is corrected by itself."""
+    values = np.asarray(p_values, dtype=float)
+    order = np.argsort(values, axis=0)
+    factors = np.arange(len(values), 0, -1).reshape(-1, *[1] * (values.ndim - 1))
+    each = np.take_along_axis(values, order, 0) * factors  # the smallest by their number, the largest by 1
+    found = np.empty_like(values)
+    np.put_along_axis(found, order, np.maximum.accumulate(each, axis=0).clip(max=1), 0)
+    return found
+
+
+def _crossed(values: np.ndarray, means: np.ndarray) -> Estimate:
+    """The estimate of values (…, seeds, benchmarks, problems) by the formula above. means: (…, seeds, benchmarks)."""
+    whole, count = means.mean(-1), values.shape[-2]
+    shared, all_of_it, dfs = _problem_variances(values)
+    squares = (all_of_it**2 / dfs).sum(-1)
+    df = np.divide(all_of_it.sum(-1) ** 2, squares, out=np.full_like(squares, inf), where=squares > 0)
+    problem = np.maximum(shared.sum(-1), 0) / count**2
+    return Estimate(whole.mean(-1), whole.shape[-1], _seed_variance(whole), problem, df)
+
+
+def _means(values: np.ndarray, axis: int) -> np.ndarray:
+    """Means of what is there; NaN where nothing is."""
+    there = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        means: np.ndarray = np.where(there, values, 0).sum(axis) / there.sum(axis)
     return means
 
 
-def _with_all(means: np.ndarray) -> np.ndarray:
-    """(…, benchmarks) → (…, benchmarks + 1): the mean of all benchmarks beside theirs."""
-    return np.concatenate([means, means.mean(-1, keepdims=True)], axis=-1)
+def _seed_variance(means: np.ndarray) -> np.ndarray:
+    """Of the mean of seeds' means (…, seeds); 0 of one seed, whose spread nothing tells."""
+    count = means.shape[-1]
+    return means.var(-1, ddof=1) / count if count > 1 else np.zeros(means.shape[:-1])[()]
 
 
-def _normal_means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Means of seeds that are drawn again, each with the normal error of its problems: (RESAMPLES, benchmarks)."""
-    times = generator.multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES)  # each seed is drawn
-    errors = np.sqrt(times @ _variances(values))
-    noise = errors * generator.standard_normal(errors.shape)
-    return (times @ _benchmark_means(values) + noise) / len(values)
+def _problem_variances(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each benchmark's mean, by its problems: without what s² / n holds already, with it, and degrees of freedom.
 
-
-def _drawn_means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Means of seeds that are drawn again, and within each of them of problems: (RESAMPLES, benchmarks)."""
-    drawn = generator.integers(len(values), size=(RESAMPLES, len(values)))
-    means = np.empty((*drawn.shape, values.shape[1]))
-    for number, seed in enumerate(values):
-        places = drawn == number
-        count = int(places.sum())
-        again = [_means_again(problems[~np.isnan(problems)], count, generator) for problems in seed]
-        means[places] = np.stack(again, axis=-1)
-    return means.mean(1)
-
-
-def _means_again(problems: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    """`count` means of problems that are drawn again from these, as many as there are.
-
-    Where few values are different, as those of right and wrong answers are, what is drawn is how often each occurs.
+    The first may be below zero. A problem that some seeds lack weighs by its part of the seeds' means.
     """
-    size, (distinct, times) = len(problems), np.unique(problems, return_counts=True)
-    if 10 * len(distinct) < size:  # beyond, picking problem by problem is quicker
-        again: np.ndarray = generator.multinomial(size, times / size, count) @ distinct / size
-    else:
-        parts = [min(BATCH, count - done) for done in range(0, count, BATCH)]
-        again = np.concatenate([problems.take(generator.integers(size, size=(n, size))).mean(-1) for n in parts])
-    return again
-
-
-def _variances(values: np.ndarray) -> np.ndarray:
-    """(seeds, benchmarks): of each mean, from its problems."""
-    counts = (~np.isnan(values)).sum(-1)
-    variances: np.ndarray = np.nanvar(values, axis=-1, ddof=1) / counts
-    return variances
-
-
-def _problem_error(values: np.ndarray) -> float:
-    """Standard error of the mean over benchmarks and seeds, from problems within them."""
-    variances = _variances(values)
-    return float(np.sqrt(variances.sum()) / variances.size)
-
-
-def p_value(differences: np.ndarray) -> float:
-    """Two-sided p of a mean difference of zero: a t test over seeds, or with fewer than three of them over problems.
-
-    1 where every difference is zero.
-    """
-    from scipy.special import stdtr  # Student's t
-
-    means = seed_means(differences)
-    if not differences[~np.isnan(differences)].any():
-        return 1.0
-    if len(means) >= 3 and means.std() > 0:
-        t = means.mean() / _seed_error(means)
-        return float(2 * stdtr(len(means) - 1, -abs(t)))
-    error = _problem_error(differences)
-    return 2 * NORMAL.cdf(-abs(means.mean()) / error) if error > 0 else 0.0
-
-
-def corrected(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm)."""
-    order = np.argsort(p_values)
-    each = np.sort(p_values) * np.arange(len(p_values), 0, -1)  # the smallest by their number, the largest by 1
-    found = np.empty(len(p_values))
-    found[order] = np.maximum.accumulate(each).clip(max=1)
-    return [float(p) for p in found]
-
-
-def of_seeds(values: Sequence[float]) -> Estimate:
-    """The mean of one number per seed, with its t interval (one seed: no interval)."""
-    from scipy.special import stdtrit
-
-    array = np.asarray(values, dtype=float)
-    mean = float(array.mean())
-    if len(array) < 2:
-        return Estimate(mean, -inf, inf, len(array))
-    if array.std() == 0:
-        return Estimate(mean, mean, mean, len(array))
-    half = float(stdtrit(len(array) - 1, (1 + LEVEL) / 2) * _seed_error(array))
-    return Estimate(mean, mean - half, mean + half, len(array))
-
-
-def _seed_error(means: np.ndarray) -> float:
-    """Standard error of a mean over seeds."""
-    return float(means.std(ddof=1) / np.sqrt(len(means)))
+    seeds, there = values.shape[-3], ~np.isnan(values)
+    counts = there.sum(-3)  # (…, benchmarks, problems): seeds that have it
+    present = counts > 0
+    problems = present.sum(-1)
+    means = _means(values, -3)
+    centred = np.where(present, means - _means(means, -1)[..., None], 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (centred**2).sum(-1) / np.where(problems > 1, problems - 1, np.nan)
+        inverse = np.where(present, 1 / counts, 0.0).sum(-1) / problems  # 1 / seeds, where none lacks a problem
+    residual = np.zeros_like(between)
+    if seeds > 1:
+        left = np.where(there, values - _means(values, -1)[..., None] - centred[..., None, :, :], 0.0)
+        free = there.sum((-3, -1)) - problems - (seeds - 1)
+        residual = (left**2).sum((-3, -1)) / np.maximum(free, 1)
+    weights = (there / there.sum(-1)[..., None]).mean(-3)
+    squares = (weights**2).sum(-1)  # 1 / problems, likewise
+    return (between - residual * inverse) * squares, between * squares, np.maximum(problems - 1.0, 1.0)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from .verdicts import VERDICTS
+
 FILES = ("README.md", "results/benchmarks/README.md")
 PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
 POCKET = Path("reference", "pocket")  # the committed results
 FLOAT32 = "cpu-float32"  # a benchmark's folder
-VERDICTS = ("replicated", "contradicted", "inconclusive at this scale")
 
 
 def average(results: Path, method: str, iteration: int | None = None) -> str:
@@ -37,17 +38,18 @@ def averages(results: Path) -> str:
 
 
 def verdicts(results: Path) -> str:
-    """How many of the claims have which verdict, in words."""
-    claims = pd.read_json(results / POCKET / "claims.json")["claims"].map(lambda claim: claim["verdict"])
-    counts = [f"{(claims == verdict).sum()} {verdict}" for verdict in VERDICTS]
-    return f"{counts[0]}, {counts[1]} in at least one part, {counts[2]}"
+    """How many parts of the claims have which verdict, in words."""
+    claims = pd.read_json(results / POCKET / "claims.json")["claims"]
+    parts = [part for claim in claims for part in claim["parts"] if part in VERDICTS]
+    counts = ", ".join(f"{parts.count(verdict)} {verdict}" for verdict in VERDICTS)
+    return f"of {len(parts)} parts {counts}"
 
 
 def misaligned_spin(results: Path) -> str:
     """The share of SPIN's samples at iteration 1 that have the higher reward and the lower likelihood."""
     claims = pd.read_json(results / POCKET / "claims.json")["claims"]
     ours = next(claim["ours"][0] for claim in claims if claim["claim"] == "C3")
-    share = re.search(r"share ([\d.]+)%", ours)
+    share = re.search(r"share: ([\d.]+)%", ours)
     assert share is not None, ours
     return f"{share[1]} %"
 

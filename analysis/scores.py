@@ -1,19 +1,23 @@
 """Scores problem by problem, and what follows from them: intervals of means and of paired differences."""
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from tspin.schema import BASE
 
-from .intervals import Estimate, corrected, estimate, estimates, p_value
+from .intervals import Estimate, corrected, estimate, estimates
 from .reading import read_suite, read_table
 
 Policy = tuple[str, int | None]  # method and iteration; None for base and sft
+Weights = Mapping[Policy, float]  # of a contrast: a sum of policies' scores
 AVG = "Avg"
+CEILING = 97.0  # percent: nothing is left to gain
+CONSTANT = 0.98  # share of a benchmark's problems that all policies and seeds answer alike
 
 
 class Comparison(NamedTuple):
@@ -39,17 +43,11 @@ class Scores:
         self.labels = [column.label for column in columns]
         table = read_table(folder, "problems")
         position = {column.benchmark: number for number, column in enumerate(columns)}
-        table = table.assign(benchmark=table["benchmark"].map(position), iteration=table["iteration"].fillna(-1))
+        table = table.assign(benchmark=table["benchmark"].map(position))
         self._means: dict[Policy, dict[str, Estimate]] = {}
-        shape = len(position), 1 + int(table["doc_id"].max())
         self._values: dict[Policy, dict[int, np.ndarray]] = {}  # by policy and seed, both in order
-        for key, rows in table.groupby(["method", "iteration", "seed"]):
-            method, iteration, seed = map(str, tuple(key))  # type: ignore[arg-type]
-            values = np.full(shape, np.nan)
-            values[rows["benchmark"].to_numpy(int), rows["doc_id"].to_numpy(int)] = rows["value"].to_numpy(float)
-            if not np.isnan(values).all(-1).any():  # a run without one of the benchmarks has no average
-                policy = method, None if int(iteration) < 0 else int(iteration)
-                self._values.setdefault(policy, {})[int(seed)] = values
+        for (method, iteration, seed), values in outcomes(table, ["method", "iteration", "seed"]).items():
+            self._values.setdefault((method, iteration), {})[seed] = values
 
     def policies(self) -> list[Policy]:
         """What there is, by method and iteration."""
@@ -77,22 +75,66 @@ class Scores:
             self._means[policy] = dict(zip(columns, estimates(self.values(policy)), strict=True))
         return self._means[policy][label]
 
-    def differences(self, first: Policy, second: Policy, label: str = AVG) -> np.ndarray:
-        """first − second problem by problem, over the seeds that both have."""
-        seeds = [s for s in self.seeds(first) if second[0] == BASE or s in self.seeds(second)]
-        if first[0] == BASE:
-            seeds = self.seeds(second)
-        return self._column(self.values(first, seeds) - self.values(second, seeds), label)
+    def common_seeds(self, policies: Sequence[Policy]) -> list[int]:
+        """The seeds that all of them have; the base has every seed."""
+        trained = [set(self.seeds(policy)) for policy in policies if policy[0] != BASE]
+        return sorted(set.intersection(*trained)) if trained else self.seeds(policies[0])
 
-    def compare(self, pairs: list[tuple[Policy, Policy]], label: str = AVG) -> list[Comparison]:
+    def contrast(self, weights: Weights, labels: Sequence[str] = ()) -> np.ndarray:
+        """(seeds, benchmarks, problems): the weighted sum of policies problem by problem, over the seeds they share.
+
+        labels: the benchmarks; all of them where none is named.
+        """
+        seeds = self.common_seeds(list(weights))
+        whole = np.sum([weight * self.values(policy, seeds) for policy, weight in weights.items()], axis=0)
+        return whole[:, [self.labels.index(label) for label in labels or self.labels]]
+
+    def difference(self, first: Policy, second: Policy, labels: Sequence[str] = ()) -> Estimate:
+        """first − second, paired by seed and problem."""
+        return estimate(self.contrast(minus(first, second), labels))
+
+    def compare(self, pairs: Sequence[tuple[Policy, Policy]], label: str = AVG) -> list[Comparison]:
         """Paired differences with p-values corrected for their number."""
-        differences = [self.differences(first, second, label) for first, second in pairs]
-        p_values = corrected([p_value(values) for values in differences])
-        rows = zip(pairs, differences, p_values, strict=True)
-        return [Comparison(*pair, estimate(values), p) for pair, values, p in rows]
+        found = [self.difference(*pair, [] if label == AVG else [label]) for pair in pairs]
+        p_values = corrected([difference.p for difference in found])
+        return [Comparison(*pair, difference, p) for pair, difference, p in zip(pairs, found, p_values, strict=True)]
 
-    def _column(self, values: np.ndarray, label: str) -> np.ndarray:
-        return values if label == AVG else values[:, [self.labels.index(label)]]
+    def still(self, policies: Sequence[Policy]) -> dict[str, str]:
+        """The benchmarks that cannot tell these policies apart, and why: label → reason."""
+        reasons = {}
+        values = np.concatenate([self.values(policy) for policy in policies])  # (runs, benchmarks, problems)
+        levels = np.stack([np.nanmean(self.values(policy), axis=(0, -1)) for policy in policies])
+        alike = (np.nanmax(values, 0, initial=-np.inf) == np.nanmin(values, 0, initial=np.inf)).sum(-1)
+        problems = (~np.isnan(values)).any(0).sum(-1)
+        for label, level, share in zip(self.labels, levels.min(0), alike / problems, strict=True):
+            if share >= CONSTANT:
+                reasons[label] = f"{share:.0%} of its problems are answered alike by all"
+            elif level >= CEILING:
+                reasons[label] = f"all at {level:.0f} % or more"
+        return reasons
+
+
+def outcomes(table: pd.DataFrame, keys: list[str]) -> dict[tuple[Any, ...], np.ndarray]:
+    """(benchmarks, problems) of each run, NaN where there is none; by the run's `keys`, an iteration of NA as None.
+
+    table: keys, iteration among them, then benchmark (its number), doc_id, value. A run without one of the benchmarks
+    has no average, and is left out.
+    """
+    shape = 1 + int(table["benchmark"].max()), 1 + int(table["doc_id"].max())
+    found = {}
+    for key, rows in table.assign(iteration=table["iteration"].fillna(-1)).groupby(keys):
+        values = np.full(shape, np.nan)
+        values[rows["benchmark"].to_numpy(int), rows["doc_id"].to_numpy(int)] = rows["value"].to_numpy(float)
+        if not np.isnan(values).all(-1).any():
+            named: dict[str, Any] = dict(zip(keys, tuple(key), strict=True))  # type: ignore[arg-type]
+            named["iteration"] = None if named["iteration"] < 0 else int(named["iteration"])
+            found[tuple(named.values())] = values
+    return found
+
+
+def minus(first: Policy, second: Policy) -> Weights:
+    """The contrast of two policies."""
+    return {first: 1.0, second: -1.0}
 
 
 @lru_cache(maxsize=8)
@@ -102,11 +144,12 @@ def scores_of(folder: Path) -> Scores:
 
 
 def means(scores: Scores) -> pd.DataFrame:
-    """Every mean: method, iteration, benchmark, mean, low, high, seeds."""
-    rows = [
-        {"method": method, "iteration": iteration, "benchmark": label}
-        | scores.mean((method, iteration), label)._asdict()
-        for method, iteration in scores.policies()
-        for label in [*scores.labels, AVG]
-    ]
+    """Every mean: method, iteration, benchmark, mean, low, high, wide_low, wide_high (of Avg), seeds."""
+    rows = []
+    for method, iteration in scores.policies():
+        for label in [*scores.labels, AVG]:
+            found = scores.mean((method, iteration), label)
+            ends = {"mean": found.mean, "low": found.low, "high": found.high, "seeds": found.seeds}
+            wide = {"wide_low": found.wide.low, "wide_high": found.wide.high} if found.wide else {}
+            rows.append({"method": method, "iteration": iteration, "benchmark": label, **ends, **wide})
     return pd.DataFrame(rows).astype({"iteration": "Int64"})

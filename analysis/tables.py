@@ -1,14 +1,17 @@
 """The paper's tables of scores, 1, 2 and 4, from `results/<preset>/`."""
 
+from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from tspin.schema import BASE, ONCE, unit
 
+from .intervals import POWER, of_errors
 from .reading import Column, read_paper, read_scores, read_suite
-from .scores import Policy, scores_of
+from .scores import Policy, Scores, scores_of
 from .style import MISSING, look
 from .writing import number
 
@@ -42,7 +45,7 @@ def score_table(folder: Path, layout: Layout = LAYOUTS["1"], scores: pd.DataFram
 
     After method, iteration, seeds and the benchmarks (named by label) come
 
-    avg, avg_se, avg_low, avg_high: the benchmarks' mean, its standard error and its 95 % interval
+    avg, avg_se, avg_low, avg_high: the benchmarks' mean, its standard error and its 95 % interval (`intervals`)
     avg_change: over the previous iteration, at iteration 0 over base; NA where the two rest on different seeds
     paper_avg, paper_change: the same in the paper
 
@@ -52,16 +55,13 @@ def score_table(folder: Path, layout: Layout = LAYOUTS["1"], scores: pd.DataFram
     """
     labels = [column.label for column in read_suite(folder)]
     scores, paper = read_scores(folder) if scores is None else scores, read_paper(layout.model)
-    with_problems = (folder / "problems.parquet").is_file()
+    outcomes = scores_of(folder) if (folder / "problems.parquet").is_file() else None
     iterations = [None if pd.isna(t) else t for t in paper["iteration"]]
     printed = dict(zip(zip(paper["method"], iterations, strict=True), paper["Avg"], strict=True))
     rows: dict[Policy, dict[str, Any]] = {}
     for policy in dict.fromkeys([(BASE, None), *layout.rows]):
         method, iteration = policy
-        row = _row(scores, labels, policy)
-        row["avg_low"], row["avg_high"] = row["avg"] - 1.96 * row["avg_se"], row["avg"] + 1.96 * row["avg_se"]
-        if with_problems and row["seeds"] and row["seeds"] == " ".join(map(str, scores_of(folder).seeds(policy))):
-            _, row["avg_low"], row["avg_high"], _ = scores_of(folder).mean(policy)
+        row = _row(scores, labels, policy, outcomes)
         row |= {"avg_change": NAN, "paper_avg": printed.get(policy, NAN), "paper_change": NAN}
         if iteration is not None:
             before: Policy = (method, iteration - 1) if iteration > 0 else (BASE, None)
@@ -73,7 +73,7 @@ def score_table(folder: Path, layout: Layout = LAYOUTS["1"], scores: pd.DataFram
     return pd.DataFrame([rows[policy] for policy in layout.rows]).astype({"iteration": "Int64"})
 
 
-def _row(scores: pd.DataFrame, labels: list[str], policy: Policy) -> dict[str, Any]:
+def _row(scores: pd.DataFrame, labels: list[str], policy: Policy, outcomes: Scores | None) -> dict[str, Any]:
     method, iteration = policy
     at = scores["iteration"].isna() if iteration is None else scores["iteration"].eq(iteration).fillna(False)
     runs = scores[(scores["method"] == method) & at.astype(bool)]
@@ -82,22 +82,25 @@ def _row(scores: pd.DataFrame, labels: list[str], policy: Policy) -> dict[str, A
     complete = values.dropna()
     if method == BASE:  # one model, evaluated once: its seeds are copies, with no spread to report
         values, complete = values.iloc[:1], complete.iloc[:1]
-    averages = complete.mean(axis=1)
-    if len(complete) > 1:
-        error = averages.sem(ddof=1)
-    elif len(complete) == 1:
+    seeds = list(complete.index)
+    if seeds and outcomes is not None and seeds == outcomes.seeds(policy):
+        found = outcomes.mean(policy)
+    elif seeds:
         # The benchmarks are independent samples; a stderr that lm-eval does not give leaves the whole unknown.
-        error = (stderrs.loc[complete.index[0]] ** 2).sum(skipna=False) ** 0.5 / len(labels)
+        errors = (stderrs.loc[seeds] ** 2).sum(axis=1, skipna=False) ** 0.5 / len(labels)
+        found = of_errors(complete.mean(axis=1), errors)
     else:
-        error = NAN
+        found = of_errors([NAN], [NAN])
     shown = values if complete.empty else complete
     return {
         "method": method,
         "iteration": iteration,
         "seeds": " ".join(str(seed) for seed in sorted(shown.index)),
         **dict(zip(labels, shown.mean(), strict=True)),
-        "avg": averages.mean(),
-        "avg_se": error,
+        "avg": complete.mean(axis=1).mean(),
+        "avg_se": found.error,
+        "avg_low": found.low,
+        "avg_high": found.high,
     }
 
 
@@ -149,15 +152,15 @@ def score_caption(
     if others := [f"{_name(row)} ({_seeds(row['seeds'])})" for row in ran if row["seeds"] != every]:
         sentences.append(f"Rows with fewer seeds: {', '.join(others)}.")
     sentences.append(_problems(columns, read_scores(folder) if scores is None else scores))
-    counts = {len(row["seeds"].split()) for row in ran if pd.notna(row["avg"])}
-    if (folder / "problems.parquet").is_file():
-        errors = ["by bootstrap over seeds and, within a seed, problems"] if max(counts, default=0) > 1 else []
-        if 1 in counts:
-            errors.append(("in rows with one seed " if errors else "") + "over problems alone")
-    else:
-        errors = ["1.96 standard errors"]
-    if counts:
-        sentences.append(f"Avg is the mean of the columns, in square brackets its 95 % interval, {'; '.join(errors)}.")
+    averaged, known = [row for row in ran if pd.notna(row["avg"])], (folder / "problems.parquet").is_file()
+    if averaged:
+        how = "seeds and problems crossed" if known else "by seeds, and problems' errors as if all seeds shared them"
+        sentences.append(f"Avg is the mean of the columns, in square brackets its 95 % interval, {how}.")
+    if any(" " not in row["seeds"] and row["method"] != BASE for row in averaged):
+        sentences.append("In rows with one seed it is that of the problems: nothing is known of the seeds' spread.")
+    if known:
+        policies = [(row["method"], None if pd.isna(row["iteration"]) else row["iteration"]) for row in averaged]
+        sentences += what_rows_tell(scores_of(folder), policies)
     sentences.append("In round brackets: change over the previous iteration, at iteration 0 over base.")
     same = [column.label for column in columns] == SUITE
     sentences.append(
@@ -167,6 +170,26 @@ def score_caption(
     if table.drop(columns=["iteration", "avg_change", "paper_change"]).isna().to_numpy().any():
         sentences.append(f"{MISSING}: not there yet.")
     return " ".join(sentences)
+
+
+def what_rows_tell(scores: Scores, policies: list[Policy]) -> list[str]:
+    """Which difference between two rows can be told from none, and which columns cannot tell the rows apart."""
+    ran = [policy for policy in policies if scores.has(policy)]
+    pairs = [pair for pair in combinations(ran, 2) if len(scores.common_seeds(pair)) > 1]
+    found = [each for each in (scores.difference(*pair) for pair in pairs) if each.error > 0]  # not of two equal rows
+    sentences = []
+    if found:
+        counts = " or ".join(map(str, sorted({each.seeds for each in found})))
+        sizes = sorted(each.detectable for each in found)
+        sentences.append(
+            f"With {counts} seeds a difference between two rows below {median(sizes):.1f} points (median of all pairs "
+            f"of rows; {sizes[0]:.1f} to {sizes[-1]:.1f}) cannot be told from none (two-sided 5 %, {100 * POWER:.0f} % "
+            "power)."
+        )
+    if len(ran) > 1 and (still := scores.still(ran)):
+        marks = ", ".join(f"{label} ({why})" for label, why in still.items())
+        sentences.append(f"Columns that cannot tell these rows apart: {marks}.")
+    return sentences
 
 
 def _seeds(seeds: str) -> str:

@@ -82,8 +82,8 @@ def test_rows_averages_changes_and_errors(results: Path) -> None:
     first, second = row(table, "tspin", 0), row(table, "tspin", 1)
     assert (first["Chain sum"], first["Syllogism"], first["avg"], first["seeds"]) == (23, 31, 27, "0 1")
     assert first["avg_change"] == 27 - 15
-    # Averages by seed: 25 and 29, whose standard deviation (ddof = 1) is 8 ** 0.5.
-    assert first["avg_se"] == pytest.approx(8**0.5 / 2**0.5)
+    # Averages by seed: 25 and 29, whose variance (ddof = 1) is 8; each has a problems' variance of (1 + 1) / 4.
+    assert first["avg_se"] == pytest.approx((8 / 2 + 0.5) ** 0.5)
     assert (second["avg"], second["avg_change"]) == (32, 5)
     assert (second["paper_avg"], second["paper_change"]) == (42.56, pytest.approx(42.56 - 39.75))
     assert row(table, "tspin", 0)["paper_change"] == pytest.approx(39.75 - 38.56)
@@ -99,8 +99,9 @@ def test_what_was_not_run_is_missing(results: Path) -> None:
     cells = tables.score_cells(table).set_index("Method")
     assert cells.loc["SPIN 4", LABELS].tolist() == ["–", "–"]
     assert cells.loc["SPIN 4", "Avg"] == "–"
-    assert cells.loc["SPIN 1", "Avg"] == "20.00 [20.0, 20.0] (–)"
-    assert cells.loc["T-SPIN 1", "Avg"] == "32.00 [28.1, 35.9] (+5.00)"
+    assert cells.loc["SPIN 1", "Avg"] == "20.00 [18.6, 21.4] (–)"
+    # Two seeds, 30 and 34: variance 4 of them and 0.5 of problems, Student's t of 1 · (4.5 / 4)² = 1.27 degrees.
+    assert cells.loc["T-SPIN 1", "Avg"] == "32.00 [15.3, 48.7] (+5.00)"
     assert cells.loc["T-SPIN 1", "Paper's Avg"] == "42.56 (+2.81)"
     assert cells.loc["base", "Avg"] == "15.00 [10.8, 19.2]"
 
@@ -130,7 +131,8 @@ def test_caption(results: Path) -> None:
         "Table 1 (pocket): scores in percent, seeds 0, 1.",
         "Rows with fewer seeds: base (seed 0), SFT (seed 0), SPIN 0 (seed 0).",
         "Problems per benchmark: 200; metric: em.",
-        "in square brackets its 95 % interval, 1.96 standard errors",
+        "in square brackets its 95 % interval, by seeds, and problems' errors as if all seeds shared them.",
+        "In rows with one seed it is that of the problems: nothing is known of the seeds' spread.",
         "compare shapes, not levels",
         "–: not there yet.",
     ):

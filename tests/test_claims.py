@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from tspin.cli import app
 from tspin.errors import UserError
-from tspin_analysis import claims, curves, dynamics, scores, tables
+from tspin_analysis import benchmarks, claims, curves, dynamics, evidence, scores, tables, verdicts
 from tspin_analysis.reading import read_paper
+from tspin_analysis.verdicts import BY_DEFINITION, CONTRADICTED, NOT_TESTED, REPLICATED, UNDECIDED
 
 PROBLEMS, BENCHMARKS = 40, 3
 LEVELS = {  # percent; the shapes that the paper prints
@@ -40,18 +41,22 @@ def made(levels: dict[str, list[int]], seeds: int) -> pd.DataFrame:
     return pd.concat(rows).astype({"iteration": "Int8"})
 
 
-def diagnostics(seeds: int) -> pd.DataFrame:
-    """After every iteration SPIN's y has the higher reward and the lower log-likelihood; T-SPIN's has both."""
+def diagnostics(seeds: int, tokens: int = 10) -> pd.DataFrame:
+    """After every iteration SPIN's y has the higher reward and the lower log-likelihood; T-SPIN's has both.
+
+    tokens: of y; every y′ has 10.
+    """
     rows = []
     for method, gap in (("spin", -2.0), ("tspin", 3.0)):
         for seed in range(seeds):
             for iteration in range(5):
-                for role, value in (("labelled", gap), ("synthetic", 0.0), ("proto", 0.0)):
+                for role, value in (("labelled", gap - 5), ("synthetic", -5.0), ("proto", -5.0)):
                     reward = {"labelled": 1.0}.get(role, 0.0)
                     noise = np.random.default_rng(seed).normal(0, 0.1, 20)
                     rows.append(pd.DataFrame({
                         "method": method, "seed": seed, "iteration": iteration, "prompt_id": range(20), "role": role,
                         "after": value + noise * (role == "labelled"), "reward_after": reward,
+                        "tokens": tokens if role == "labelled" else 10,
                     }))  # fmt: skip
     return pd.concat(rows).astype({"iteration": "Int8"})
 
@@ -67,15 +72,17 @@ def steps(seeds: int) -> pd.DataFrame:
 
 @pytest.fixture
 def results(tmp_path):
-    def write(levels=LEVELS, seeds=5):
+    def write(levels=LEVELS, seeds=5, tokens=10):
         scores.scores_of.cache_clear()
         folder = tmp_path / "pocket"
         folder.mkdir(exist_ok=True)
         columns = [{"benchmark": f"b{i}", "label": f"B{i}", "group": f"g{i}", "metric": "em"} for i in range(3)]
         (folder / "suite.json").write_text(json.dumps({"columns": columns}))
         made(levels, seeds).to_parquet(folder / "problems.parquet")
-        diagnostics(seeds).to_parquet(folder / "diagnostics.parquet")
+        diagnostics(seeds, tokens).to_parquet(folder / "diagnostics.parquet")
         steps(seeds).to_parquet(folder / "steps.parquet")
+        settings = {"model": {"fine_tuned": True}, "temperature": 1.0, "top_p": 1.0}
+        (folder / "config.json").write_text(json.dumps({"config": settings}))
         facts = {"training_seconds": 10.0, "sampling_seconds": 5.0, "peak_memory_bytes": 1000}
         runs = [(m, s, t) for m in ("spin", "tspin") for s in range(seeds) for t in range(5)]
         costs = [{"method": m, "seed": s, "iteration": t, **facts} for m, s, t in runs]
@@ -85,28 +92,105 @@ def results(tmp_path):
     return write
 
 
-def verdicts(results) -> dict[str, str]:
-    return {row["claim"]: row["verdict"] for row in claims.scorecard(results / "pocket")}
+def judged(root: Path, *names: str) -> dict[str, dict]:
+    asked = [claim for claim in claims.CLAIMS if not names or claim.name in names]
+    return {row["claim"]: row for row in claims.scorecard(root / "pocket", asked)}
 
 
 def test_the_papers_shapes_replicate(results):
-    judged = verdicts(results())
-    assert judged.pop("C8") == claims.OPEN  # the grid is a study of its own
-    assert set(judged.values()) == {claims.REPLICATED}, judged
+    rows = judged(results())
+    assert rows.pop("C8")["verdict"] == NOT_TESTED  # the grid is a study of its own
+    assert {name: row["verdict"] for name, row in rows.items()} == dict.fromkeys(rows, REPLICATED)
+    assert rows["C3"]["parts"] == [REPLICATED] * 3 + [BY_DEFINITION]
 
 
 def test_the_opposite_is_contradicted(results):
     swapped = {**LEVELS, "spin": LEVELS["tspin"], "tspin": LEVELS["spin"], "tspin_reference": [60] * 5}
-    judged = verdicts(results({**swapped, "tspin_no_history": [35, 45, 45, 45, 65]}))
-    contradicted = {name for name, verdict in judged.items() if verdict == claims.CONTRADICTED}
+    rows = judged(results({**swapped, "tspin_no_history": [35, 45, 45, 45, 65]}))
+    contradicted = {name for name, row in rows.items() if row["verdict"] == CONTRADICTED}
     assert contradicted == {"C1", "C2", "C5", "C6", "C7"}
 
 
+def test_a_claim_is_not_contradicted_because_a_part_is(results):
+    rows = judged(results({**LEVELS, "sft": [80]}), "C2")
+    assert rows["C2"]["parts"] == [REPLICATED, CONTRADICTED]
+    assert rows["C2"]["verdict"] == "1 of 2 parts replicated, 1 contradicted"
+
+
 def test_what_was_not_run_is_said(results):
-    root = results({name: LEVELS[name] for name in ("base", "spin", "tspin")})
-    rows = {row["claim"]: row for row in claims.scorecard(root / "pocket")}
-    assert rows["C5"]["verdict"] == claims.OPEN and "--methods sft" in rows["C5"]["ours"][0]
+    rows = judged(results({name: LEVELS[name] for name in ("base", "spin", "tspin")}))
+    assert rows["C5"]["verdict"] == NOT_TESTED and "--methods sft" in rows["C5"]["ours"][0]
+    assert rows["C2"]["parts"] == [REPLICATED, NOT_TESTED]
     assert "tspin_no_history" in rows["C6"]["ours"][0] and "STUDY=grid" in rows["C8"]["ours"][0]
+
+
+def test_one_seed_decides_nothing(results):
+    rows = judged(results(seeds=1))
+    assert set(rows["C1"]["parts"] + rows["C2"]["parts"] + rows["C4"]["parts"] + rows["C9"]["parts"]) == {UNDECIDED}
+    assert "needs 2 seeds at least" in rows["C2"]["why"][0] and rows["C1"]["chances"] == []
+
+
+def test_preconditions_of_the_claim_about_labels(results):
+    root = results()
+    path = root / "pocket" / "config.json"
+    for settings in ({"model": {"fine_tuned": False}}, {"model": {}}):
+        path.write_text(json.dumps({"config": settings}))
+        row = judged(root, "C5")["C5"]
+        assert (row["parts"], row["why"]) == ([NOT_TESTED], ["π_θ0 was not fine-tuned on the labels"])
+        assert "+15.00" in row["ours"][0]  # what was measured is shown
+    row = judged(results({**LEVELS, "sft": [20]}), "C5")["C5"]
+    assert row["parts"] == [NOT_TESTED] and "does not surely gain over π_θ0" in row["why"][0]
+
+
+def test_sums_over_responses_of_other_lengths_are_no_test(results):
+    """y is twice as long as y′ at the same sum: sums and pairs of like length say nothing, means per token do."""
+    rows = judged(results(tokens=20), "C3", "C4")
+    assert rows["C3"]["parts"] == [NOT_TESTED, NOT_TESTED, CONTRADICTED, BY_DEFINITION]
+    assert "2.00 at iteration 1" in rows["C3"]["why"][0] and "0 pairs of like length" in rows["C3"]["ours"][1]
+    assert rows["C4"]["parts"] == [NOT_TESTED, CONTRADICTED, NOT_TESTED, REPLICATED]  # SPIN's y has −7/20 a token
+    assert rows["C3"]["verdict"] == "1 of 3 parts contradicted, 2 not tested here"
+
+
+def test_per_token(results):
+    table = evidence.Evidence(results(tokens=20) / "pocket").pairs("spin", 1)
+    assert table["log_likelihood"].mean() == pytest.approx(-2, abs=0.1)
+    assert table["log_likelihood_per_token"].mean() == pytest.approx(-7 / 20 + 5 / 10, abs=0.01)
+    assert table["reward_per_token"].unique() == pytest.approx([1 / 20])
+
+
+def test_how_responses_were_decoded_is_said(results):
+    root = results()
+    path = root / "pocket" / "config.json"
+    for settings, said in (
+        ({"temperature": 0.0, "top_p": 1.0}, "decoded greedily"),
+        ({"temperature": 0.7, "top_p": 0.9}, "at temperature 0.7, top-p 0.9"),
+        ({}, "not recorded"),
+    ):
+        path.write_text(json.dumps({"config": settings}))
+        assert said in evidence.decoding(evidence.Evidence(root / "pocket"))
+
+
+def test_benchmarks_that_cannot_move(results):
+    """The first is solved by all, the second is answered alike by all; the third says what Avg says, three times."""
+    root = results()
+    path = root / "pocket" / "problems.parquet"
+    table = pd.read_parquet(path)
+    solved, alike = table["benchmark"] == "b0", (table["benchmark"] == "b1") & (table["method"] != "base")
+    table["value"] = table["value"].mask(solved, 100.0 * (table["doc_id"] != table["seed"]))
+    table["value"] = table["value"].mask(alike, 100.0 * (table["doc_id"] < 10))
+    table.to_parquet(path)
+    scores.scores_of.cache_clear()
+    known = scores.Scores(root / "pocket")
+    assert known.still([("tspin", 4), ("spin", 4)]) == {
+        "B0": "all at 98 % or more", "B1": "100% of its problems are answered alike by all"}  # fmt: skip
+    assert set(known.still([("tspin", 4), ("base", None)])) == {"B0"}
+    row = judged(root, "C2")["C2"]
+    third = known.difference(("tspin", 4), ("spin", 4), ["B2"])
+    assert f"over the 1 benchmarks that can move: {third:+.2f}" in row["ours"][0] and set(row["still"]) == {"B0", "B1"}
+    caption = " ".join(tables.what_rows_tell(known, [("tspin", 4), ("spin", 4)]))
+    least = known.difference(("tspin", 4), ("spin", 4)).detectable
+    assert f"With 5 seeds a difference between two rows below {least:.1f} points" in caption
+    assert "Columns that cannot tell these rows apart: B0 (all at 98 % or more), B1 (100%" in caption
 
 
 def test_a_method_that_was_not_run_leaves_room_for_the_other(results):
@@ -118,11 +202,16 @@ def test_a_method_that_was_not_run_leaves_room_for_the_other(results):
 def test_paired_differences(results):
     known = scores.Scores(results() / "pocket")
     assert known.seeds(("base", None)) == [0] and known.seeds(("spin", 1)) == [0, 1, 2, 3, 4]
-    difference = known.differences(("tspin", 4), ("base", None))
+    weights = {("tspin", 4): 1.0, ("base", None): -1.0}
+    difference = known.contrast(weights)
     assert difference.shape == (5, 3, PROBLEMS) and set(np.unique(difference)) <= {0.0, 100.0}
+    assert known.contrast(weights, ["B2", "B0"]).shape == (5, 2, PROBLEMS)
     (step,) = known.compare([(("tspin", 1), ("tspin", 0))])
     assert step.difference.mean == pytest.approx(5, abs=1) and step.p < 0.01
-    assert len(scores.means(known)) == len(known.policies()) * 4
+    means = scores.means(known)
+    assert len(means) == len(known.policies()) * 4
+    average = means[means["benchmark"] == "Avg"]
+    assert (average["wide_low"] <= average["low"]).all() and means["wide_low"].isna().sum() == len(means) * 3 // 4
 
 
 def counted(monkeypatch, module, name: str) -> Counter:
@@ -148,7 +237,7 @@ def test_a_command_reads_and_computes_everything_once(results, monkeypatch, comm
     evaluations = scored.reset_index().assign(preset="pocket", metric="em", stderr=1.0, n=PROBLEMS)
     evaluations.to_csv(folder / "evaluations.csv", index=False)
     (folder / "studies").mkdir()
-    cells = {"alpha": [0.1, 1.0], "beta": 0.1, "seed": 0, "iteration": 1, "avg": [40.0, 41.0], "avg_se": 0.1}
+    cells = {"alpha": [0.1, 1.0], "beta": 0.1, "seed": 0, "iteration": 1, "avg": [40.0, 41.0]}
     pd.DataFrame(cells).to_csv(folder / "studies" / "grid.csv", index=False)
     read = [counted(monkeypatch, pd, name) for name in ("read_csv", "read_parquet")]
     drawn, computed = counted(monkeypatch, tables, "score_table"), counted(monkeypatch, scores, "estimates")
@@ -187,18 +276,61 @@ def test_commands_draw(results, seeds, monkeypatch):
     result = run.invoke(app, ["claims", "--results", str(root)])
     assert result.exit_code == 0, result.output
     text = (root / "pocket" / "claims.md").read_text()
-    assert all(text.count(f"\n| C{n} ") == 2 for n in range(1, 10))
+    assert all(text.count(f"\n| C{n} ") >= 2 for n in range(1, 10)) and text.count("2026-11-26") == 9
     assert json.loads((root / "pocket" / "claims.json").read_text())["claims"][0]["verdict"]
     assert run.invoke(app, ["figure", "4c", "--results", str(root)]).exit_code == 2
     assert run.invoke(app, ["figure", "9", "--results", str(root)]).exit_code == 2
-    # Iteration 0, before β acts, is far apart and must not count.
-    settings = [(a, b) for a in (0.1, 1.0) for b in (0.1, 1.0)]
-    cells = [(a, b, "tspin", 0, t, 40 + (a if t else 20 * a), 0.1) for a, b in settings for t in (0, 1)]
-    grid = pd.DataFrame(cells, columns=["alpha", "beta", "method", "seed", "iteration", "avg", "avg_se"])
-    (root / "pocket" / "studies").mkdir()
-    grid.to_csv(root / "pocket" / "studies" / "grid.csv", index=False)
-    assert run.invoke(app, ["figure", "4c", "--results", str(root)]).exit_code == 0
-    assert verdicts(root)["C8"] == claims.REPLICATED
+
+
+def grid(root: Path, effect: float, noise: float, seeds: int = 5) -> None:
+    """An α × β study: α = 1 is `effect` points better; iteration 0, before β acts, is far apart and must not count."""
+    generator, settings = np.random.default_rng(0), [0.1, 0.3, 0.5, 1.0]
+    rows = [
+        (a, b, "tspin", seed, t, 40 + (effect * (a == 1) + noise * generator.standard_normal() if t else 20 * a))
+        for seed in range(seeds) for a in settings for b in settings for t in (0, 1)
+    ]  # fmt: skip
+    (root / "pocket" / "studies").mkdir(exist_ok=True)
+    table = pd.DataFrame(rows, columns=["alpha", "beta", "method", "seed", "iteration", "avg"])
+    table.to_csv(root / "pocket" / "studies" / "grid.csv", index=False)
+
+
+def test_the_grid(results):
+    root = results()
+    for effect, noise, verdict in (
+        (0, 0.3, REPLICATED),
+        (8, 0.3, CONTRADICTED),
+        (2.5, 1.0, UNDECIDED),
+        (0, 3.0, NOT_TESTED),
+    ):
+        grid(root, effect, noise)
+        row = judged(root, "C8")["C8"]
+        assert row["verdict"] == verdict, row["ours"]
+        assert ("16 equal cells would span" in row["why"][0]) == (verdict == NOT_TESTED)
+        assert ("needs" in row["why"][0]) == (verdict == UNDECIDED)
+    grid(root, 0, 0.3, seeds=1)
+    assert "fewer than two seeds" in judged(root, "C8")["C8"]["ours"][0]
+
+
+def test_what_the_rules_can_decide(results):
+    rows = judged(results())
+    chances = {(row["words"], row["truth"]): row for row in rows["C1"]["chances"]}
+    assert len(chances) == 6 and len(rows["C2"]["chances"]) == 5 and len(rows["C7"]["chances"]) == 1
+    for row in chances.values():
+        assert sum(share for name, share in row.items() if name in verdicts.VERDICTS) == pytest.approx(1)
+
+
+def test_a_picture_benchmark_by_benchmark(results):
+    figure = benchmarks.FIGURES["benchmarks"](results() / "pocket")
+    panels = figure.axes
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        "T-SPIN 4 − SPIN 4, 5 seeds", "T-SPIN 4 − SFT, 5 seeds", "SPIN 4 − SFT, 5 seeds"]  # fmt: skip
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["B0", "B1", "B2", "Avg"]
+    assert len(panels[0].containers) == 5  # Avg has two intervals
+    known = scores.scores_of(results() / "pocket").difference(("tspin", 4), ("spin", 4))
+    assert [container.lines[0].get_xdata()[0] for container in panels[0].containers][-1] == pytest.approx(known.mean)
+    assert f"{PROBLEMS} problems a benchmark" in figure.get_suptitle()
+    with pytest.raises(UserError, match="no two of spin, tspin and sft"):
+        benchmarks.benchmarks(results({"base": [20], "sft": [50]}) / "pocket")
 
 
 def test_the_papers_numbers_are_those_of_its_tables():
@@ -216,4 +348,4 @@ def test_the_papers_numbers_are_those_of_its_tables():
     assert printed["C2"] == f"{signed(final - average['spin'][-1])}; {signed(final - average['sft'][0])}"
     assert printed["C5"] == signed(final - average["sft"][0])
     without = average["tspin_no_history"]
-    assert printed["C6"] == f"{signed(without[1] - without[0])}; {signed(final - without[-1])}"
+    assert printed["C6"] == f"{signed(average['tspin'][1] - without[1])}; {signed(final - without[-1])}"

@@ -1,13 +1,17 @@
 """Figures and tables of studies, from tables of the studies' shape."""
 
 import itertools
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from tspin.cli import app
+from tspin.errors import UserError
 from tspin_analysis import studies
+from tspin_analysis.intervals import estimate
 
 SETTINGS = {
     "base": ("path", ["runs/pocket-bases/weak", "pocket", "runs/pocket-bases/strong"], ("base", "spin", "tspin")),
@@ -25,17 +29,35 @@ def table(name: str) -> pd.DataFrame:
     for (position, value), method, seed in itertools.product(enumerate(values), methods, (0, 1)):
         for iteration in [None] if method in ("base", "sft") else range(3):
             avg = 30 + 3 * position + 2 * seed + (iteration or 0)
-            row = {"method": method, "seed": seed, "iteration": iteration, "avg": avg, "avg_se": 1.0}
+            cell = f"{method} seed {seed} {value}"
+            row = {"cell": cell, "method": method, "seed": seed, "iteration": iteration, "avg": avg, "avg_se": 1.0}
             row |= {"mean_tokens": 7.5 + seed, "end_token_share": 0.9}  # of no setting
             rows.append({column: value, **row} if column else row)
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_drawn_and_tabulated(name, tmp_path):
-    folder = tmp_path / "pocket" / "studies"
+def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Problems of two benchmarks around each row's average, as hard for all."""
+    parts = [
+        pd.DataFrame({"cell": row.cell, "iteration": row.iteration, "benchmark": benchmark, "doc_id": range(20),
+                      "value": row.avg + np.linspace(-10, 10, 20)})
+        for row in rows.itertuples() for benchmark in ("b0", "b1")
+    ]  # fmt: skip
+    return pd.concat(parts).astype({"iteration": "Int8"})
+
+
+def write(root: Path, name: str) -> Path:
+    """The files of a study; returns their folder."""
+    folder = root / "pocket" / "studies"
     folder.mkdir(parents=True)
     table(name).to_csv(folder / f"{name}.csv", index=False)
+    outcomes(table(name)).to_parquet(folder / f"{name}_problems.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_drawn_and_tabulated(name, tmp_path):
+    folder = write(tmp_path, name)
     number = "4a" if name == "data" else name
     result = CliRunner().invoke(app, ["figure", number, "--results", str(tmp_path)])
     assert result.exit_code == 0, result.output
@@ -43,16 +65,39 @@ def test_drawn_and_tabulated(name, tmp_path):
     assert all(stem.with_suffix(f".{form}").stat().st_size > 10_000 for form in ("png", "svg"))
     text = (folder / f"{name}.md").read_text()
     assert "2 seeds" in text and text.count("\n|") == 2 + len(table(name).drop_duplicates(_keys(name)))
+    assert "cell" not in text
 
 
 def _keys(name: str) -> list[str]:
     return ["method", *([SETTINGS[name][0]] if SETTINGS[name][0] else [])]
 
 
-def test_seeds_and_problems_both_count():
-    """Two seeds of 30 and 32, each ± 1 over the same problems: variance 1 + 2 / 2."""
-    mean = studies.averaged(table("ten").query("iteration == 0 and method == 'spin'"), ["method"])
-    assert mean["avg"].item() == 31 and mean["half"].item() == pytest.approx(1.96 * 2**0.5)
+def test_the_grid_is_drawn(tmp_path):
+    folder = tmp_path / "pocket" / "studies"
+    folder.mkdir(parents=True)
+    cells = itertools.product([0.1, 1.0], [0.1, 1.0], (0, 1), (0, 1))
+    columns = ["alpha", "beta", "seed", "iteration"]
+    rows = pd.DataFrame(list(cells), columns=columns).assign(method="tspin")
+    rows["avg"] = 40 + 2 * rows["alpha"] + rows["seed"]
+    rows["cell"] = [f"{row.alpha} {row.beta} {row.seed}" for row in rows.itertuples()]
+    rows.to_csv(folder / "grid.csv", index=False)
+    outcomes(rows).to_parquet(folder / "grid_problems.parquet")
+    (axes, *_) = studies.figure4c(tmp_path / "pocket").axes
+    assert sorted(float(text.get_text()) for text in axes.texts) == [40.7, 40.7, 42.5, 42.5]
+    assert "2 seeds" in axes.get_title(loc="left")
+
+
+def test_seeds_of_a_setting_are_crossed_with_their_problems(tmp_path):
+    """Two seeds of 30 and 32 with the same problems: variances of 1 between seeds, and of 40 problems."""
+    write(tmp_path, "ten")
+    study = studies.Study(tmp_path / "pocket", "ten")
+    rows = study.table.query("iteration == 0 and method == 'spin'")
+    values = study.values(rows)
+    assert values.shape == (2, 2, 20)
+    mean = study.averaged(["method"], rows).iloc[0]
+    assert (mean["method"], mean["seeds"]) == ("spin", 2) and mean["avg"] == pytest.approx(31)
+    problems = np.linspace(-10, 10, 20).var(ddof=1) / 40
+    assert mean["half"] == estimate(values).half and estimate(values).error ** 2 == pytest.approx(1 + problems)
 
 
 def test_a_study_that_was_not_run_says_how(tmp_path):
@@ -61,4 +106,18 @@ def test_a_study_that_was_not_run_says_how(tmp_path):
     (tmp_path / "pocket" / "studies").mkdir(parents=True)
     (tmp_path / "pocket" / "studies" / "ten.csv").write_text("method,seed\nspin,0\n")
     result = CliRunner().invoke(app, ["figure", "ten", "--results", str(tmp_path)])
-    assert result.exit_code == 2 and "avg" in result.output
+    assert result.exit_code == 2 and "lacks the columns cell, iteration" in " ".join(result.output.split())
+
+
+def test_outcomes_that_are_not_there(tmp_path):
+    folder = write(tmp_path, "ten")
+    path = folder / "ten_problems.parquet"
+    rows = pd.read_parquet(path)
+    rows[rows["cell"] != "spin seed 1 None"].to_parquet(path)
+    with pytest.raises(
+        UserError, match="ten_problems.parquet: lacks spin seed 1 None; make it with: make study STUDY=ten"
+    ):
+        studies.study_text("ten", tmp_path / "pocket")
+    path.unlink()
+    with pytest.raises(UserError, match="ten_problems.parquet: no such file.*make study STUDY=ten"):
+        studies.study_text("ten", tmp_path / "pocket")

@@ -102,19 +102,27 @@ def unit(columns: Iterable[tuple[str, str, str]]) -> str:
     return f"percent, but {', '.join(others)} in lm-eval's units" if others else "percent"
 
 
-def gaps(table: pd.DataFrame, when: str = "after") -> pd.DataFrame:
-    """Reward and log-likelihood of y minus those of y′, a row per prompt that has both.
+def pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """y's row beside that of its y′, whose columns end in _synthetic, for each prompt that has both; in y's order.
 
     table: DIAGNOSTICS, of one iteration, or of many with the columns of RUN.
-    when: "before" or "after" the iteration's training.
-    Returns the columns of RUN that the table has, prompt_id, reward and log_likelihood, in the order of y's rows.
     """
     keys = [name for name in (*RUN, "prompt_id") if name in table]
     role = table["role"]
-    pairs = table[role == LABELLED].merge(table[role == SYNTHETIC], on=keys, suffixes=(None, "_synthetic"))
-    return pairs[keys].assign(
-        reward=pairs[f"reward_{when}"] - pairs[f"reward_{when}_synthetic"],
-        log_likelihood=pairs[when] - pairs[f"{when}_synthetic"],
+    return table[role == LABELLED].merge(table[role == SYNTHETIC], on=keys, suffixes=(None, "_synthetic"))
+
+
+def gaps(table: pd.DataFrame, when: str = "after") -> pd.DataFrame:
+    """Reward and log-likelihood of y minus those of y′, a row per prompt that has both.
+
+    table: as for `pairs`.
+    when: "before" or "after" the iteration's training.
+    Returns the columns of RUN that the table has, prompt_id, reward and log_likelihood, in the order of y's rows.
+    """
+    both = pairs(table)
+    return both[[name for name in (*RUN, "prompt_id") if name in both]].assign(
+        reward=both[f"reward_{when}"] - both[f"reward_{when}_synthetic"],
+        log_likelihood=both[when] - both[f"{when}_synthetic"],
     )
 
 

@@ -1,0 +1,87 @@
+"""Benchmark by benchmark: the last policies of T-SPIN, SPIN and SFT against each other, with every interval."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tspin.errors import UserError
+
+from .drawing import new_figure
+from .intervals import Estimate
+from .scores import AVG, Policy, Scores, scores_of
+from .style import look
+
+SFT: Policy = ("sft", None)
+ROW = 0.17  # inches
+
+
+def benchmarks(folder: Path) -> Figure:
+    """A panel per comparison, a row per benchmark: the paired difference and its 95 % interval; Avg below.
+
+    Avg has two: of these benchmarks, and thin that of benchmarks drawn like these. Grey: a benchmark that cannot tell
+    the policies apart (`Scores.still`). A comparison is drawn where both of its policies were run.
+    Raises UserError where none was.
+    """
+    scores = scores_of(folder)
+    spin, tspin = _last(scores, "spin"), _last(scores, "tspin")
+    pairs = [(a, b) for a, b in ((tspin, spin), (tspin, SFT), (spin, SFT)) if a and b and scores.has(a, b)]
+    if not pairs:
+        raise UserError(f"no two of spin, tspin and sft in {folder}: tspin run --preset {folder.name}")
+    with new_figure(2, 0.9 + ROW * (len(scores.labels) + 1)) as figure:
+        panels = figure.subplots(1, len(pairs), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, pair in zip(panels, pairs, strict=True):
+            _draw_pair(axes, scores, pair)
+        rows = [*scores.labels, AVG]
+        panels[0].set_yticks(range(len(rows)), rows)
+        panels[0].invert_yaxis()
+        figure.suptitle(
+            f"{folder.name}: {_problems(scores)}. Grey: a benchmark that cannot tell the two apart. "
+            "Avg, thin: benchmarks drawn too.", x=0.01, ha="left", fontsize=8)  # fmt: skip
+        figure.supxlabel("Difference of scores (points) and 95 % interval", fontsize=8)
+        return figure
+
+
+def _last(scores: Scores, method: str) -> Policy | None:
+    iterations = [t for name, t in scores.policies() if name == method and t is not None]
+    return (method, max(iterations)) if iterations else None
+
+
+def _draw_pair(axes: Axes, scores: Scores, pair: tuple[Policy, Policy]) -> None:
+    still = scores.still(pair)
+    found = {label: scores.difference(*pair, [label]) for label in scores.labels}
+    whole = scores.difference(*pair)
+    for row, (label, difference) in enumerate(found.items()):
+        _draw_interval(axes, row, difference, "#999999" if label in still else look(pair[0][0]).colour, pair[0][0])
+    bottom = len(found)
+    axes.axhline(bottom - 0.5, color="black", linewidth=0.6)
+    if whole.wide is not None:
+        _draw_interval(axes, bottom, whole.wide, "black", pair[0][0], elinewidth=0.6, capsize=2)
+    _draw_interval(axes, bottom, whole, "black", pair[0][0], elinewidth=2.2)
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.grid(axis="x")
+    axes.set_title(f"{_name(pair[0])} − {_name(pair[1])}, {whole.seeds} seed{'s' * (whole.seeds > 1)}", loc="left")
+
+
+def _draw_interval(
+    axes: Axes, row: int, found: Estimate, colour: str, method: str, elinewidth: float = 1.2, capsize: float = 0
+) -> None:
+    axes.errorbar(found.mean, row, xerr=found.half, color=colour, marker=look(method).marker, markersize=3.5,
+                  elinewidth=elinewidth, capsize=capsize)  # fmt: skip
+
+
+def _name(policy: Policy) -> str:
+    method, iteration = policy
+    return look(method).label if iteration is None else f"{look(method).label} {iteration}"
+
+
+def _problems(scores: Scores) -> str:
+    """How many problems each benchmark has."""
+    counts = (~np.isnan(scores.values(scores.policies()[0])[0])).sum(-1)
+    low, high = int(counts.min()), int(counts.max())
+    return f"{low} problems a benchmark" if low == high else f"{low} to {high} problems a benchmark"
+
+
+FIGURES: dict[str, Callable[[Path], Figure]] = {"benchmarks": benchmarks}
