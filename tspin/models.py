@@ -33,8 +33,9 @@ EMBEDDED = {"pocket": POCKET_MODEL, "pocket-cold": POCKET_MODEL.with_name("cold"
 
 
 def resolve(path: str, revision: str | None = None) -> str:
-    """A model's local folder: of an embedded one, of a folder, or of a hub name, downloaded at one commit. Raises UserError.
+    """A model's local folder: of an embedded one, of a folder, or of a hub name, downloaded at one commit.
 
+    Raises UserError for what is no model.
     Weights must be safetensors: pickled ones are neither read nor downloaded.
     """
     if path in EMBEDDED:

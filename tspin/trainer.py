@@ -83,7 +83,7 @@ class TripletTrainer(Trainer):
         self.keep_state: Callable[[int, Callable[[Path], None]], None] | None = None
         self.means = Means()
         self._triplets: Sequence[Triplet] = []  # of the step in hand
-        self.signal = GradientSignal() if args.gradient_signal else None
+        self.signal: GradientSignal | None = None  # a caller that wants to know sets one
         self.keep_first_step: Callable[[dict[str, Any]], None] | None = None  # its means, "loss" too, and "prompt_ids"
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -1,4 +1,4 @@
-"""Fine-tune the pocket base on its labels: the pocket preset's initial policy π_θ0, and the map's half fine-tuned start.
+"""Fine-tune the pocket base on its labels: the pocket preset's π_θ0, and the map's half fine-tuned start.
 
     python -m experiments.pocket.finetune --out tspin/pocket/model --record experiments/pocket/finetune.json
     python -m experiments.pocket.finetune --out runs/pocket-starts/half --learning-rate 3e-5

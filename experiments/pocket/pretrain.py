@@ -27,15 +27,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments.pocket.misconceptions import MISCONCEPTIONS, mistaken, triggered
-from tspin.pocket.tasks import (
-    LABEL_FORMAT,
-    POOL_SEEDS,
-    Problem,
-    held_out_questions,
-    stream,
-    table_tasks,
-    task_settings,
-)
+from tspin.pocket.tasks import LABEL_FORMAT, POOL_SEEDS, Problem, held_out_questions, seen_tasks, stream
 from tspin.runs.files import atomic_path, write_json
 from tspin.runs.provenance import provenance
 

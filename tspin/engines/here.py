@@ -33,7 +33,7 @@ from tspin.runs.files import atomic_path, write_json
 from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import Stopped, stopping_when_asked
 from tspin.runs.unfinished import Unfinished
-from tspin.trainer import TripletTrainer
+from tspin.trainer import GradientSignal, TripletTrainer
 from tspin.triplets import Triplet, TripletCollator, collator_for, compute_logps
 
 FIRST_STEP = "first_step.json"  # beside the step log: what the first step saw
@@ -138,6 +138,8 @@ def _trainer(model: PreTrainedModel, training: Training, callbacks: list[Trainer
         method.coefficients_at(training.iteration, training.args.coefficients),
         callbacks=callbacks,
     )
+    if training.args.gradient_signal:
+        trainer.signal = GradientSignal()
     # Every step's metrics go to the log; the terminal gets one bar with an estimate.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

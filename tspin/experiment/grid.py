@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, field_validator
 from submitit.helpers import Checkpointable
 
-from tspin.config import load_config
+from tspin.config import Config, load_config
 from tspin.errors import UserError, unknown
 from tspin.evaluation.suites import load_suite
 from tspin.objectives import METHODS
@@ -287,5 +287,17 @@ def _identity(preset: str, overrides: tuple[str, ...], method: str) -> str:
     if config.evaluation is None:
         raise UserError(f"{preset} names no evaluation suite, so its runs have no results")
     suite = load_suite(config.evaluation.suite)
-    settings = config.tree() if method == BASE else config.for_method(method).tree()
+    if method == BASE:
+        settings = _beyond(config.tree(), Config().tree())
+    else:
+        settings = _beyond(config.for_method(method).tree(), Config().for_method(method).tree())
     return fingerprint([settings, suite.model_dump(mode="json"), suite.definition()])[:12]
+
+
+def _beyond(tree: Any, defaults: Any) -> Any:
+    """What a tree of settings says beyond the defaults: a setting that is added later renames no cell."""
+    if not (isinstance(tree, dict) and isinstance(defaults, dict)):
+        return tree
+    return {
+        key: _beyond(tree[key], defaults.get(key)) for key in tree if key not in defaults or tree[key] != defaults[key]
+    }

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tspin.schema import HELD_OUT, LABELLED, SYNTHETIC
+from tspin.schema import LABELLED, SYNTHETIC
 
 MATCHED = 1.2  # one response has at most so many times the other's tokens
 
@@ -43,7 +43,7 @@ def measures_of_iteration(
         "equal_share": drawn.get("equal_to_labelled_share"),
         "gradient_signal": facts.get("gradient_signal"),
     }
-    values = held_out.set_index("metric")["value"] if len(held_out) else {}
+    values = dict(zip(held_out["metric"], held_out["value"], strict=True))
     found |= {"held_out_nats": values.get("nll,none"), "held_out_nats_per_token": values.get("nll_per_token,none")}
     by_role = dict(list(diagnostics.groupby("role"))) if len(diagnostics) else {}
     if LABELLED in by_role:
