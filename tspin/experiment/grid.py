@@ -298,6 +298,5 @@ def _beyond(tree: Any, defaults: Any) -> Any:
     """What a tree of settings says beyond the defaults: a setting that is added later renames no cell."""
     if not (isinstance(tree, dict) and isinstance(defaults, dict)):
         return tree
-    return {
-        key: _beyond(tree[key], defaults.get(key)) for key in tree if key not in defaults or tree[key] != defaults[key]
-    }
+    missing = object()
+    return {key: _beyond(tree[key], defaults.get(key)) for key in tree if tree[key] != defaults.get(key, missing)}

@@ -6,7 +6,7 @@ role) and the facts that its stages recorded.
 mean_tokens, end_token_share  y′ trained on: tokens of one, share that ended
 equal_share                   y′ that are y token by token, from which a pair loss learns nothing
 nats, nats_per_token          −log π_θt(y′), the mean over prompts, and all of it over all of their tokens. Of y′ drawn
-                              at temperature 1 it is the policy's entropy (Monte Carlo); of greedy y′ the mode's surprisal
+                              at temperature 1 it is the policy's entropy (Monte Carlo); of greedy y′ the mode's
 labelled_nats                 −log π_θt+1(y) on the training prompts
 held_out_nats, …_per_token    −log π_θt+1(y) on labels that nothing trained on
 misaligned                    share of prompts where y has the higher reward and y′ the higher log-likelihood
