@@ -48,7 +48,8 @@ OPERATIONAL = {
 class ModelSettings(Section):
     """The initial policy π_θ0."""
 
-    path: str = "pocket"  # a folder, a hub name, or the embedded "pocket"
+    path: str = "pocket"  # a folder, a hub name, or an embedded one: "pocket", "pocket-cold"
+    fine_tuned: bool = False  # on the labels already, as the paper's is: some of its claims can be tested only then
     revision: str | None = None
     dtype: Dtype = "float32"  # of the weights; bf16 is of the arithmetic
     attention: Literal["sdpa", "eager"] = "sdpa"  # eager: written out, to compare; prompts are not shared then
@@ -58,7 +59,7 @@ class ModelSettings(Section):
 class DataSettings(Section):
     """Where the rows, prompts and labelled responses, come from."""
 
-    path: str = "pocket"  # a file or folder (tspin.data.files), a hub name, or the embedded "pocket"
+    path: str = "pocket"  # a file or folder (tspin.data.files), a hub name, or embedded: "pocket", "pocket-validation"
     name: str | None = None  # the configuration's, of the hub or a folder
     split: str = "train"
     revision: str | None = None
@@ -78,6 +79,7 @@ class EvaluationSettings(Section):
     limit: PositiveInt | None = None  # problems per benchmark, for trials only
     backend: Backend = "transformers"
     dtype: Dtype | None = None  # of the weights while evaluating; None: as model.dtype
+    held_out: str | None = None  # labelled rows, as data.path takes them, whose −log π(y) is recorded
 
 
 class EngineSettings(Section):
@@ -206,6 +208,7 @@ class SelfPlayConfig(_WithCoefficients):
         5000, "that these tables score, evenly spread and the same in every iteration; all where there are fewer", True
     )
 
+    gradient_signal: bool = setting(False, "record the gradients' signal to noise; memory for one more of them", True)
     logging_steps: float = setting(1.0, "optimizer steps per row of the step log")
     logging_nan_inf_filter: bool = setting(False, "Trainer's would log an earlier mean in place of an infinite loss")
     save_strategy: SaveStrategy = setting("no", "checkpoint_steps keeps states", operational=True)

@@ -29,15 +29,17 @@ class Policy:
 
 
 POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
+EMBEDDED = {"pocket": POCKET_MODEL, "pocket-cold": POCKET_MODEL.with_name("cold")}  # fine-tuned, and before that
 
 
 def resolve(path: str, revision: str | None = None) -> str:
-    """A model's local folder: of "pocket", of a folder, or of a hub name, downloaded at one commit. Raises UserError.
+    """A model's local folder: of an embedded one, of a folder, or of a hub name, downloaded at one commit.
 
+    Raises UserError for what is no model.
     Weights must be safetensors: pickled ones are neither read nor downloaded.
     """
-    if path == "pocket":
-        return str(POCKET_MODEL)
+    if path in EMBEDDED:
+        return str(EMBEDDED[path])
     if Path(path).exists():
         if not (Path(path) / "config.json").is_file():
             raise UserError(f"{path} is no model: a model folder has a config.json, weights and a tokenizer")

@@ -21,12 +21,20 @@ RUN = list(RUN_TYPES)
 SCORE = [*RUN, "benchmark", "metric"]  # what a row of evaluations.csv is known by
 EVALUATION_COLUMNS = ["preset", *SCORE, "value", "stderr", "n"]
 
-# results/<preset>/studies/<name>.csv: the settings, by the last part of their keys; RUN; and these.
-STUDY_MEASURES = ["avg", "avg_se", "mean_tokens", "end_token_share"]  # as scores; y′ of the iteration: tokens, share
+# results/<preset>/studies/<name>.csv: the cell's name; the settings, by the last part of their keys; RUN; and these.
+STUDY_MEASURES = [
+    *("avg", "avg_se", "mean_tokens", "end_token_share", "equal_share", "nats", "nats_per_token", "labelled_nats"),
+    *("held_out_nats", "held_out_nats_per_token", "misaligned", "matched_share", "misaligned_matched"),
+    *("misaligned_per_token", "weight", "weight_ess", "gradient_signal"),
+]  # tspin.experiment.measures says what they are
+CELL = "cell"
+HELD_OUT = "held_out"  # in the place of a benchmark's name: −log π(y) of labels that nothing trained on
 
 # What lm-eval 0.4.13 reports that is no share of problems, and why: kept in its units. All else is a share, in percent.
 # Patterns of a metric's name without its filter, or "<task>:<metric>" where other tasks mean a share by that name.
 NO_SHARES = {
+    "nll": "nats a response",
+    "nll_per_token": "nats a token",
     "perplexity": "exp of nats a token",
     "word_perplexity": "exp of nats a word",
     "byte_perplexity": "exp of nats a byte",

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ class TripletTrainer(Trainer):
         self.keep_state: Callable[[int, Callable[[Path], None]], None] | None = None
         self.means = Means()
         self._triplets: Sequence[Triplet] = []  # of the step in hand
+        self.signal: GradientSignal | None = None  # a caller that wants to know sets one
         self.keep_first_step: Callable[[dict[str, Any]], None] | None = None  # its means, "loss" too, and "prompt_ids"
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -175,6 +176,8 @@ class TripletTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not math.isfinite(float(norm)):
             raise self._diverged(f"the gradients' norm is {float(norm)}", self._triplets)
+        if self.signal is not None:
+            self.signal.add(model.parameters())
         return norm
 
     def _diverged(self, what: str, triplets: Sequence[Triplet] | Sequence[int]) -> UserError:
@@ -330,6 +333,42 @@ class Means:
         self._sums = defaultdict(float, state["sums"])
         self._tokens, self._weight = state["tokens"], state["weight"]
         self._since = time.perf_counter()
+
+
+class GradientSignal:
+    """Signal to noise of the steps' gradients: whether they agree, or cancel.
+
+    With g the gradient of a step before clipping, of n steps: signal² is the unbiased estimate of ‖E g‖²,
+    (‖Σg‖² − Σ‖g‖²) / (n(n − 1)), noise² the rest of the mean of ‖g‖². The policy moves while they are taken, so that it
+    is of the training as a whole. Costs the memory of one more gradient.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._squares: list[Tensor] = []
+
+    def add(self, parameters: Iterable[Tensor]) -> None:
+        """The gradients of a step, whole on this process."""
+        gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
+        self._squares.append(_square(gradients))
+        if self._sums:
+            torch._foreach_add_(self._sums, gradients)
+        else:
+            self._sums = [gradient.clone() for gradient in gradients]
+
+    def ratio(self) -> float | None:
+        """Signal over noise, of norms; 0 where the gradients do not agree at all. None of fewer than two steps."""
+        n = len(self._squares)
+        if n < 2:
+            return None
+        squares = float(torch.stack(self._squares).sum())
+        signal = max((float(_square(self._sums)) - squares) / (n * (n - 1)), 0.0)
+        noise = squares / n - signal
+        return float((signal / noise) ** 0.5) if noise > 0 else None
+
+
+def _square(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
 
 
 def _ids(triplets: Sequence[Triplet] | Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """Pre-train the pocket base model: a small Llama on *noisy* answers to the pocket tasks.
 
     python -m experiments.pocket.pretrain --out runs/pocket-base/scratch --log experiments/pocket/pretrain_log_1.csv
-    python -m experiments.pocket.pretrain --start runs/pocket-base/scratch --out tspin/pocket/model \\
+    python -m experiments.pocket.pretrain --start runs/pocket-base/scratch --out tspin/pocket/cold \\
         --log experiments/pocket/pretrain_log_2.csv --seed 7 --steps 900 --learning-rate 1e-3 \\
         --noise 0.1 --misconceptions 0.8
 
@@ -26,16 +26,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from experiments.pocket.misconceptions import mistaken, triggered
-from tspin.pocket.tasks import (
-    LABEL_FORMAT,
-    POOL_SEEDS,
-    Problem,
-    held_out_questions,
-    stream,
-    table_tasks,
-    task_settings,
-)
+from experiments.pocket.misconceptions import MISCONCEPTIONS, mistaken, triggered
+from tspin.pocket.tasks import LABEL_FORMAT, POOL_SEEDS, Problem, held_out_questions, seen_tasks, stream
 from tspin.runs.files import atomic_path, write_json
 from tspin.runs.provenance import provenance
 
@@ -64,10 +56,10 @@ def documents(noise: float, seed: int, misconceptions: float = 0.0) -> Iterator[
     """Endless (prompt, response) texts, tasks in turn, a share `noise` of the answers wrong at random.
 
     misconceptions: 0, or the share of mistaken answers on the questions that trigger a task's
-    misconception (a tenth of it on the others); then only the tasks of the table are asked.
+    misconception (a tenth of it on the others); then only the tasks that have one are asked.
     """
     rng = random.Random(seed)
-    tasks = table_tasks() if misconceptions else list(task_settings())
+    tasks = list(MISCONCEPTIONS if misconceptions else seen_tasks())
     streams = {task: stream(task, POOL_SEEDS["pretraining"] + seed) for task in tasks}
     excluded = {task: held_out_questions("pretraining", task) for task in tasks}
     recent: dict[str, list[str]] = {task: [next(streams[task]).answer for _ in range(50)] for task in tasks}

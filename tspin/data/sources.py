@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tspin.errors import UserError, tell
 from tspin.hub.offline import load_dataset
 from tspin.runs.files import sha256
 
+EMBEDDED = {"pocket": "labels", "pocket-validation": "validation"}  # what data.path may name → the pool of pocket's
 LARGE = 2**25  # bytes of a data set from which encoding takes long enough to keep what it gives
 
 
@@ -44,7 +46,7 @@ def load_rows(
     labels: int | None = None,
     seed: int = 0,
 ) -> Source:
-    """Rows of a file, a folder, the hub, or "pocket". Raises UserError where there is no such data set.
+    """Rows of a file, a folder, the hub, or an embedded pool. Raises UserError where there is no such data set.
 
     name, split: of a folder, or on the hub. revision: on the hub.
     columns, rounds, generated: see `checked_rows`.
@@ -105,10 +107,10 @@ def _undecoded(rows: Any) -> Any:
 
 def _find(path: str, name: str | None, split: str, revision: str | None) -> tuple[Callable[[], Iterable[Any]], Any]:
     """What gives a data set's rows as they stand there, and their `Source.key`."""
-    if path == "pocket":
+    if path in EMBEDDED:
         from tspin.pocket.tasks import labelled_rows
 
-        return labelled_rows, None
+        return partial(labelled_rows, EMBEDDED[path]), None
     check_there(path)
     place = Path(path)
     if not is_local(path):

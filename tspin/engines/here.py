@@ -33,7 +33,7 @@ from tspin.runs.files import atomic_path, write_json
 from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import Stopped, stopping_when_asked
 from tspin.runs.unfinished import Unfinished
-from tspin.trainer import TripletTrainer
+from tspin.trainer import GradientSignal, TripletTrainer
 from tspin.triplets import Triplet, TripletCollator, collator_for, compute_logps
 
 FIRST_STEP = "first_step.json"  # beside the step log: what the first step saw
@@ -79,6 +79,7 @@ def train(
     Raises Stopped at a signal, after the step in hand; without `unfinished` nothing of it is kept.
 
     Returns steps, training_seconds, tokens, changed_share (of the weights; none where they are sharded),
+    gradient_signal (where args.gradient_signal asks for it; of the steps since a training went on),
     peak_memory_bytes (see tspin.devices: on a CPU, that of the whole process; of several processes, the first one's),
     and of several processes their number. Raises UserError when the loss is no
     longer finite.
@@ -137,6 +138,8 @@ def _trainer(model: PreTrainedModel, training: Training, callbacks: list[Trainer
         method.coefficients_at(training.iteration, training.args.coefficients),
         callbacks=callbacks,
     )
+    if training.args.gradient_signal:
+        trainer.signal = GradientSignal()
     # Every step's metrics go to the log; the terminal gets one bar with an estimate.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -180,7 +183,9 @@ def _written(trainer: TripletTrainer, training: Training) -> dict[str, Any]:
     trainer.save_model(str(training.checkpoint))
     # A pickle of the settings, which the run's config.json holds as text: nothing here is unpickled.
     (training.checkpoint / "training_args.bin").unlink(missing_ok=True)
-    facts = {"steps": trainer.state.global_step, "tokens": int(steps["tokens"].sum())}
+    facts: dict[str, Any] = {"steps": trainer.state.global_step, "tokens": int(steps["tokens"].sum())}
+    if trainer.signal is not None:
+        facts["gradient_signal"] = trainer.signal.ratio()
     processes = training.args.world_size
     return facts | ({"processes": processes} if processes > 1 else {})
 

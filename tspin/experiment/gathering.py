@@ -1,91 +1,151 @@
 """What a study's finished cells have measured, in results/<preset>/studies/.
 
-<name>.csv              a row per cell and iteration: the settings, by the last part of their keys; method, seed,
-                        iteration (empty for base and sft); avg and avg_se: average over the suite's columns, its
-                        standard error over problems; mean_tokens and end_token_share of the y′ trained on
-<name>_provenance.json  date, seconds, finished and missing cells; the distinct provenances of the stages behind the
-                        numbers, with how many stages and seconds each covers
-<name>.md               where there is a rule of choice: every setting's score, and what the rule chooses
+<name>.csv               a row per cell and iteration: cell (its name), the settings, by the last part of their keys;
+                         method, seed, iteration (empty for base and sft); STUDY_MEASURES: avg and avg_se, the average
+                         over the suite's columns and its standard error over problems, then those of
+                         tspin.experiment.measures
+<name>_problems.parquet  cell, iteration, benchmark, doc_id, value: the tabulated metric of each problem
+<name>_provenance.json   date, seconds, finished and missing cells; the distinct provenances of the stages behind the
+                         numbers; by cell, which of them, and the seconds of its own stages
+<name>.md                where there is a rule of choice: every setting's score, and what the rule chooses
+
+A cell that is in these files is not read or run again, wherever it was run: they can be moved to another machine, which
+then runs what is missing. Delete <name>.csv to start anew.
 """
 
 import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from tspin.experiment.grid import Cell, Choice, Study, Sweep
-from tspin.experiment.results import read_results
+from tspin.experiment.measures import average, measures_of_iteration
+from tspin.experiment.results import read_results, write_problems
 from tspin.runs.files import fingerprint, read_json, write_json, write_text
-from tspin.schema import BASE, RUN, STUDY_MEASURES
+from tspin.schema import BASE, CELL, HELD_OUT, RUN, STUDY_MEASURES
+
+KINDS = {"iteration": "Int64"}
+
+
+class Gathered(NamedTuple):
+    """What the files hold: a row per cell and iteration, its problems, and by cell what made it."""
+
+    measures: pd.DataFrame
+    problems: pd.DataFrame
+    made: dict[str, Any]  # cell → {"seconds", "provenance": keys of the next}
+    provenance: dict[str, Any]
+
+
+def gathered(sweep: Sweep) -> Gathered:
+    """What was gathered of a study's cells, by this machine or another one; those of other settings are left out."""
+    path = sweep.target.with_suffix(".csv")
+    if not path.exists():
+        return Gathered(pd.DataFrame(columns=[CELL]), pd.DataFrame(columns=[CELL]), {}, {})
+    names = {cell.name for cell in sweep.cells}
+    measures = pd.read_csv(path, dtype=KINDS)
+    problems = pd.read_parquet(_beside(sweep, "_problems.parquet")).astype(KINDS)
+    record = read_json(_beside(sweep, "_provenance.json"))
+    made = {name: what for name, what in record["made"].items() if name in names}
+    kept = {key: record["provenance"][key] for what in made.values() for key in what["provenance"]}
+    return Gathered(measures[measures[CELL].isin(names)], problems[problems[CELL].isin(names)], made, kept)
 
 
 def gather(sweep: Sweep, finished: Sequence[Cell]) -> str:
-    """Write what is finished of a study; returns a line that says what was written and which cells are missing."""
-    if not finished:
+    """Add what has finished of a study; returns a line that says what was written and which cells are missing."""
+    known = gathered(sweep)
+    new = [cell for cell in finished if cell.name not in known.made]
+    if not new and not known.made:
         return "no cell has finished: there is nothing to gather"
-    missing = [cell.title for cell in sweep.cells if cell not in finished]
-    table = pd.concat([measures_of(cell) for cell in finished], ignore_index=True)
+    made, provenance = dict(known.made), dict(known.provenance)
+    for cell in new:
+        seconds, entries = made_by(cell)
+        provenance |= {fingerprint(entry)[:12]: entry for entry in entries}
+        made[cell.name] = {"seconds": seconds, "provenance": [fingerprint(entry)[:12] for entry in entries]}
+    order = [cell.name for cell in sweep.cells]
+    problems = _in_order(pd.concat([known.problems, *map(problems_of_cell, new)], ignore_index=True), order)
+    measures = _in_order(pd.concat([known.measures, *map(measures_of, new)], ignore_index=True), order)
     settings = dict.fromkeys(name for cell in sweep.cells for name, _ in cell.setting)
     buffer = io.StringIO()
-    table = table.reindex(columns=[*settings, *RUN, *STUDY_MEASURES])
-    table.to_csv(buffer, index=False, float_format="%.6g", lineterminator="\n")
+    measures = measures.reindex(columns=[CELL, *settings, *RUN, *STUDY_MEASURES])
+    measures.to_csv(buffer, index=False, float_format="%.6g", lineterminator="\n")
+    missing = [cell.title for cell in sweep.cells if cell.name not in made]
+    cells = {"finished": len(made), "missing": missing}
+    facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": sum(w["seconds"] for w in made.values())}
+    write_problems(_beside(sweep, "_problems.parquet"), problems)
+    write_json(_beside(sweep, "_provenance.json"), {**facts, "cells": cells, "provenance": provenance, "made": made})
     path = sweep.target.with_suffix(".csv")
-    write_text(path, buffer.getvalue())
-    made = provenances_of(finished)
-    facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": sum(entry["seconds"] for entry in made)}
-    cells = {"finished": len(finished), "missing": missing}
-    write_json(path.with_name(f"{path.stem}_provenance.json"), {**facts, "cells": cells, "provenance": made})
+    write_text(path, buffer.getvalue())  # last: what it lists is there
     if sweep.study.choose is not None:
         write_text(path.with_suffix(".md"), report(sweep.study, path, complete=not missing))
     return f"wrote {path}" + (f"; missing: {', '.join(missing)}" if missing else "")
 
 
 def measures_of(cell: Cell) -> pd.DataFrame:
-    """A row per iteration of a cell, from its results: its setting, RUN, STUDY_MEASURES."""
+    """A row per iteration of a cell, from its results: its name, its setting, RUN, STUDY_MEASURES."""
     results = read_results(cell.results_folder)
     columns = pd.DataFrame(read_json(cell.results_folder / "suite.json")["columns"])[["benchmark", "metric"]]
-    scores = results["evaluations"]
-    scores = columns.merge(scores[(scores["method"] == cell.method) & (scores["seed"] == cell.seed)])
+    scores = _of_run(results["evaluations"], cell)
+    held_out = scores[scores["benchmark"] == HELD_OUT]
+    scores = columns.merge(scores)
+    diagnostics = _of_run(results["diagnostics"], cell) if "diagnostics" in results else pd.DataFrame({"iteration": []})
     rows = []
     for iteration, part in scores.groupby("iteration", dropna=False):
-        sampled = results["runs"].get((cell.method, cell.seed, iteration), {}).get("synthetic", {})
-        measures = {
-            "avg": part["value"].mean(),
-            "avg_se": (part["stderr"] ** 2).sum() ** 0.5 / len(part),
-            "mean_tokens": sampled.get("mean_tokens"),
-            "end_token_share": sampled.get("end_token_share"),
-        }
-        rows.append(
-            {**dict(cell.setting), "method": cell.method, "seed": cell.seed, "iteration": iteration, **measures}
-        )
-    return pd.DataFrame(rows)
+        facts = results["runs"].get((cell.method, cell.seed, 0 if pd.isna(iteration) else iteration), {})
+        measured = measures_of_iteration(_at(diagnostics, iteration), facts, _at(held_out, iteration))
+        run = {"method": cell.method, "seed": cell.seed, "iteration": iteration}
+        rows.append({CELL: cell.name, **dict(cell.setting), **run, **average(part), **measured})
+    return pd.DataFrame(rows).astype(KINDS)
 
 
-def provenances_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The distinct provenances of the stages behind some cells, with how many stages and seconds each covers."""
-    folders = set()
-    for cell in cells:
-        runs = Path(cell.runs, Path(cell.preset).stem)
-        seed = runs / f"seed-{cell.seed}"
-        folders |= {runs / BASE} if cell.method == BASE else {seed / cell.method, Path(cell.shared or seed / "shared")}
+def problems_of_cell(cell: Cell) -> pd.DataFrame:
+    """Its problems, from its results."""
+    table = _of_run(read_results(cell.results_folder)["problems"], cell)
+    return table[["iteration", "benchmark", "doc_id", "value"]].assign(**{CELL: cell.name})
+
+
+def made_by(cell: Cell) -> tuple[int, list[dict[str, Any]]]:
+    """Seconds of a cell's own stages; the distinct provenances of all stages behind it."""
+    runs = Path(cell.runs, Path(cell.preset).stem)
+    seed = runs / f"seed-{cell.seed}"
+    own = runs / BASE if cell.method == BASE else seed / cell.method
+    shared = [] if cell.method == BASE else [Path(cell.shared or seed / "shared")]
     entries: dict[str, dict[str, Any]] = {}
-    for path in sorted(path for folder in folders for path in folder.rglob("*.stage.json")):
-        record = read_json(path)
-        first = {**record["provenance"], "stages": 0, "seconds": 0.0}
-        entry = entries.setdefault(fingerprint(record["provenance"]), first)
-        entry["stages"] += 1
-        entry["seconds"] += record["seconds"]
-    return [{**entry, "seconds": round(entry["seconds"])} for entry in entries.values()]
+    seconds = 0.0
+    for folder in [own, *shared]:
+        for path in sorted(folder.rglob("*.stage.json")):
+            record = read_json(path)
+            entries.setdefault(fingerprint(record["provenance"]), record["provenance"])
+            seconds += record["seconds"] if folder == own else 0
+    return round(seconds), list(entries.values())
+
+
+def _beside(sweep: Sweep, ending: str) -> Path:
+    return sweep.target.with_name(f"{sweep.target.name}{ending}")
+
+
+def _of_run(table: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    return table[(table["method"] == cell.method) & (table["seed"] == cell.seed)]
+
+
+def _at(table: pd.DataFrame, iteration: Any) -> pd.DataFrame:
+    """The rows of an iteration; those of NA, which base and sft have."""
+    here = table["iteration"].isna() if pd.isna(iteration) else (table["iteration"] == iteration).fillna(False)
+    return table[here.astype(bool)]
+
+
+def _in_order(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Its rows in the order of the study's cells."""
+    return table.sort_values(CELL, key=lambda cells: cells.map({n: i for i, n in enumerate(names)}), kind="stable")
 
 
 def report(study: Study, path: Path, complete: bool) -> str:
     """Markdown of a gathered CSV: each method's number of settings, every setting's score, the chosen ones in bold."""
     choice = study.choose or Choice()
     table = pd.read_csv(path, dtype={"iteration": "Int64"})
-    settings = [str(name) for name in table if name not in (*RUN, *STUDY_MEASURES)]
+    settings = [str(name) for name in table if name not in (CELL, *RUN, *STUDY_MEASURES)]
     scores = scores_of(table, settings)
     marks = chosen(scores, choice) & complete
     counts = [f"{method} {len(study.settings(method))}" for method in study.methods if method != BASE]

@@ -4,7 +4,7 @@ runs/<preset>-studies/<name>/shared/        responses of the initial policy, whi
 runs/<preset>-studies/<name>/<setting>/     checkpoints, responses and logs at one setting, as `tspin run` leaves them
 runs/<preset>-studies/<name>/cells/<cell>/  finished.json or failed.json, job.json, results/
 runs/<preset>-studies/<name>/jobs/          what jobs printed
-results/<preset>/studies/<name>.csv, …      see tspin.experiment.gathering
+results/<preset>/studies/<name>.csv, …      see tspin.experiment.gathering: a cell that is in it is not run again
 """
 
 import itertools
@@ -18,18 +18,19 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, field_validator
 from submitit.helpers import Checkpointable
 
-from tspin.config import load_config
+from tspin.config import Config, load_config
 from tspin.errors import UserError, unknown
 from tspin.evaluation.suites import load_suite
 from tspin.objectives import METHODS
 from tspin.runs.files import fingerprint, read_json, write_json
 from tspin.runs.redaction import redacted
 from tspin.runs.signals import stopping_at_once
-from tspin.schema import BASE, RUN, STUDY_MEASURES
+from tspin.schema import BASE, CELL, RUN, STUDY_MEASURES
 from tspin.sections import Section, read
 from tspin.yaml_files import find_yaml, read_yaml
 
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
+Settings = Annotated[list[dict[str, Any]], Field(min_length=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**15)]  # results keep seeds in 16 bits
 Content = TypeVar("Content", bound=Section)
 
@@ -56,7 +57,9 @@ class Study(Section):
     overrides: list[str] = []  # key.path=value, as `tspin run --set` takes them
     # A key of the config, or several separated by commas that change together → its values. All combinations are run.
     grid: Grid = {}
-    grids: dict[str, Grid] = {}  # a method → its grid, in place of `grid`
+    # A method → its grid in place of `grid`, or its settings one by one, each a mapping from keys to values.
+    grids: dict[str, Grid | Settings] = {}
+    across: Grid = {}  # combined with each setting, whichever way it is given; the first value's cells come first
     suite: str | None = None  # in place of the preset's
     # Whose folders runs and results are in: the study's, or those of `tspin run`, so that what the main experiment has
     # trained is not trained again, and tables and figures draw from the results.
@@ -76,8 +79,9 @@ class Study(Section):
 
     def settings(self, method: str) -> list[dict[str, Any]]:
         """The settings of a method's grid, each from its keys to values; an empty one without a grid."""
-        grid = self.grids.get(method, self.grid)
-        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        given = self.grids.get(method, self.grid)
+        each = given if isinstance(given, list) else _combinations(given)
+        return [{**outer, **inner} for outer in _combinations(self.across) for inner in each]
 
 
 class Profile(Section):
@@ -129,6 +133,11 @@ class Cell(Checkpointable):
         write_json(self.note, {**note, "results": self.results})
 
     @property
+    def name(self) -> str:
+        """Of the method, the seed and all settings that decide its numbers: the same on every machine."""
+        return Path(self.folder).name
+
+    @property
     def title(self) -> str:
         return " ".join([self.method, f"seed {self.seed}", *(f"{name}={value}" for name, value in self.setting)])
 
@@ -150,7 +159,10 @@ class Cell(Checkpointable):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A study as it was read, with its cells. folder: of runs, states and logs. target: of results, without suffix."""
+    """A study as it was read, with its cells: all of a seed, then those of the next, so that what there is compares.
+
+    folder: of runs, states and logs. target: of results, without suffix.
+    """
 
     path: Path
     study: Study
@@ -172,7 +184,10 @@ def load_sweep(file: Path, profile: Path | None, runs: Path, results: Path) -> S
 
     def cell(method: str, setting: dict[str, Any], seed: int) -> Cell:
         overrides = _overrides(study, setting)
-        folder = place / "cells" / f"{method}-{seed}-{_identity(study.preset, overrides, method)}"
+        identity = _identity(study.preset, overrides, method)
+        folder = place / "cells" / f"{method}-{seed}-{identity}"
+        # What the preset itself says is trained where `tspin run` trains it: once for both.
+        own = study.runs == "runs" or identity == _identity(study.preset, (), method)
         return Cell(
             study=str(path),
             preset=study.preset,
@@ -181,9 +196,9 @@ def load_sweep(file: Path, profile: Path | None, runs: Path, results: Path) -> S
             overrides=overrides,
             setting=tuple((column(keys), redacted(_text(value))) for keys, value in setting.items()),
             folder=str(folder),
-            runs=str(runs if study.runs == "runs" else place / fingerprint(setting)),
+            runs=str(runs if own else place / fingerprint(setting)),
             results=str(results if study.results == "results" else folder / "results"),
-            shared=None if study.runs == "runs" else str(place / "shared"),
+            shared=None if own else str(place / "shared"),
             launcher=machines.launcher,
             offline=machines.offline,
         )
@@ -192,9 +207,10 @@ def load_sweep(file: Path, profile: Path | None, runs: Path, results: Path) -> S
         _check(study)
         cells = [
             cell(method, setting, seed)
+            for seed in study.seeds
             for method in study.methods
             for setting in study.settings(method)
-            for seed in (study.seeds[:1] if method == BASE else study.seeds)
+            if method != BASE or seed == study.seeds[0]
         ]
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -213,6 +229,10 @@ def run_cell(cell: Cell) -> None:
     where = Where(Path(cell.runs), Path(cell.results), shared, launcher)
     config = load_config(cell.preset, cell.overrides)
     run_experiment(Path(cell.preset).stem, config, [cell.method], [cell.seed], where)
+
+
+def _combinations(grid: Grid) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def column(keys: str) -> str:
@@ -240,10 +260,11 @@ def _check(study: Study) -> None:
     if choice.common and not choice.over:
         raise UserError("choose.common: name the methods that decide in choose.over")
     for method in study.methods:
-        names = [column(keys) for keys in study.settings(method)[0]]
-        for name in names:
-            if names.count(name) > 1 or name in (*RUN, *STUDY_MEASURES):
-                raise UserError(f"{method}'s grid: two columns of the results would be called {name}")
+        for setting in study.settings(method):
+            names = [column(keys) for keys in setting]
+            for name in names:
+                if names.count(name) > 1 or name in (CELL, *RUN, *STUDY_MEASURES):
+                    raise UserError(f"{method}'s grid: two columns of the results would be called {name}")
         for name in choice.common if method in choice.over else ():
             if name not in names:
                 raise UserError(f"choose.common: {unknown(f'setting of {method}', name, names)}")
@@ -266,5 +287,16 @@ def _identity(preset: str, overrides: tuple[str, ...], method: str) -> str:
     if config.evaluation is None:
         raise UserError(f"{preset} names no evaluation suite, so its runs have no results")
     suite = load_suite(config.evaluation.suite)
-    settings = config.tree() if method == BASE else config.for_method(method).tree()
+    if method == BASE:
+        settings = _beyond(config.tree(), Config().tree())
+    else:
+        settings = _beyond(config.for_method(method).tree(), Config().for_method(method).tree())
     return fingerprint([settings, suite.model_dump(mode="json"), suite.definition()])[:12]
+
+
+def _beyond(tree: Any, defaults: Any) -> Any:
+    """What a tree of settings says beyond the defaults: a setting that is added later renames no cell."""
+    if not (isinstance(tree, dict) and isinstance(defaults, dict)):
+        return tree
+    missing = object()
+    return {key: _beyond(tree[key], defaults.get(key)) for key in tree if tree[key] != defaults.get(key, missing)}

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tspin.errors import UserError
-from tspin.experiment.gathering import gather
+from tspin.experiment.gathering import gather, gathered
 from tspin.experiment.grid import Cell, Sweep
 from tspin.runs.files import read_json, write_json
 from tspin.runs.redaction import redacted
@@ -51,7 +51,7 @@ def run_sweep(sweep: Sweep, executor: str, jobs: int, retry: bool, wait: bool, s
         for left in ("failed.json", "job.json"):
             Path(cell.folder, left).unlink(missing_ok=True)
     if executor == "local" and jobs == 1:
-        run_here(waiting, show)
+        run_here(waiting, show, fleet.keep)
     else:
         fleet.run(waiting, wait, show)
     states = {cell: fleet.state(cell) for cell in sweep.cells}
@@ -82,12 +82,16 @@ def prepare(commands: Mapping[str, str], show: Show) -> None:
             raise
 
 
-def run_here(cells: Sequence[Cell], show: Show) -> None:
-    """Run cells one after another in this process; when one fails, the next one runs all the same."""
+def run_here(cells: Sequence[Cell], show: Show, keep: Callable[[], Any]) -> None:
+    """Run cells one after another in this process; when one fails, the next one runs all the same.
+
+    keep: called when one has finished, so that its numbers are there whatever becomes of the others.
+    """
     for number, cell in enumerate(cells, start=1):
         show(Text(f"cell {number} of {len(cells)}: {cell.title}", style="bold"))
         try:
             cell.run()
+            keep()
         except UserError:
             continue  # failed.json has its line
         except Exception:
@@ -103,6 +107,7 @@ class Fleet:
         self.sweep, self.executor, self.limit = sweep, executor, limit
         self.folder = sweep.folder / "jobs"
         self.jobs: dict[Cell, Any] = {}
+        self.known = set(gathered(sweep).made)  # names of cells that some machine has finished
         for cell in sweep.cells if executor == "slurm" else ():
             left = _read(cell, "job.json")  # by an earlier command, in the queue still: nothing is sent twice
             if left.get("executor") == "slurm" and not cell.finished:
@@ -123,6 +128,7 @@ class Fleet:
                 if states != shown:
                     show(table_of(self.sweep, states))
                     shown = states
+                    self.keep()
                 time.sleep(POLL_SECONDS)
         except BaseException:
             if self.executor == "local":
@@ -157,11 +163,17 @@ class Fleet:
             raise UserError(f"submitit: {str(error).splitlines()[0]}") from error
         return executor
 
+    def keep(self) -> None:
+        """Gather what has finished by now, before all has."""
+        if finished := [cell for cell in self.sweep.cells if cell.finished and cell.name not in self.known]:
+            gather(self.sweep, finished)
+            self.known |= {cell.name for cell in finished}
+
     def state(self, cell: Cell) -> State:
         job = self.jobs.get(cell)
         # Before the files, which it may write between two looks.
         active = "" if job is None or job.done() else job.state.upper()
-        if cell.finished:
+        if cell.finished or cell.name in self.known:
             return "finished"
         if active:
             return "queued" if active in WAITING else "running"

@@ -28,6 +28,7 @@ from tspin.engines.vllm import Served, evaluate_folder, require_vllm
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import Suite, check_chat_template, load_suite
+from tspin.experiment.held_out import held_out_scores
 from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.models import Policy, dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.names import check_methods
@@ -74,6 +75,8 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
         raise UserError("evaluation: this config names no suite, so there is nothing to put into results")
     if config.evaluation.backend == "vllm":
         require_vllm("evaluation.backend", config.training.engine, evaluates=True)
+        if config.evaluation.held_out:
+            raise UserError("evaluation.held_out: vllm evaluates in an engine of its own; it is scored by transformers")
     runs, target = where.runs / preset, where.results / preset
     # Everything that can be wrong with settings, model and data is found before anything is written.
     suite, config = load_suite(config.evaluation.suite), dated(config, runs)
@@ -310,8 +313,12 @@ class Evaluator:
         tokenizer = load_tokenizer(policy.folder, self.loading)
         settings = self.settings
         evaluation = evaluate(model, tokenizer, self.suite, batch_size=settings.batch_size, limit=settings.limit)
+        scores = [evaluation.scores]
+        if settings.held_out:
+            args = training_arguments(self.config.for_method("sft"), target, seed=0)  # lengths and rendering alone
+            scores.append(held_out_scores(model, tokenizer, settings.held_out, args))
         target.mkdir()
-        evaluation.scores.to_csv(target / "scores.csv", index=False)
+        pd.concat(scores, ignore_index=True).to_csv(target / "scores.csv", index=False)
         evaluation.samples.to_parquet(target / "samples.parquet", index=False)
 
 

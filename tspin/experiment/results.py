@@ -148,6 +148,11 @@ def _in_order(table: pd.DataFrame, suite: Suite) -> pd.DataFrame:
     )
 
 
+def write_problems(path: Path, table: pd.DataFrame) -> None:
+    """Write a study's problems, as results/<preset>/problems.parquet is written."""
+    _write_parquet(path, table.astype({"value": "float32", "iteration": "Int8"}))
+
+
 def _write_table(path: Path, table: pd.DataFrame) -> None:
     if path.suffix == ".csv":
         write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
@@ -155,9 +160,13 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
     floats = [str(name) for name in table.select_dtypes(["float64", "float32"])]
     if path.stem == "diagnostics":  # these files are committed: digits that mean nothing would be most of their size
         table = table.assign(**{name: (table[name] * DIAGNOSTIC_STEPS).round() / DIAGNOSTIC_STEPS for name in floats})
-    types = {**dict.fromkeys(floats, "float32"), "seed": "int16", "iteration": "Int8"}
+    _write_parquet(path, table.astype({**dict.fromkeys(floats, "float32"), "seed": "int16", "iteration": "Int8"}))
+
+
+def _write_parquet(path: Path, table: pd.DataFrame) -> None:
+    floats = [str(name) for name in table.select_dtypes(["float32"])]
     with atomic_path(path) as temporary:
-        table.astype(types).to_parquet(
+        table.to_parquet(
             temporary, index=False, compression="zstd", compression_level=19, use_byte_stream_split=floats,
             use_dictionary=[str(name) for name in table if name not in floats],
         )  # fmt: skip

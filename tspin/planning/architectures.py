@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from tspin.errors import UserError
-from tspin.models import POCKET_MODEL, meta_model
+from tspin.models import EMBEDDED, meta_model
 
 FACTS = Path(__file__).with_name("architectures.yaml")
 
@@ -45,12 +45,12 @@ def known_architectures() -> dict[str, Any]:
 
 
 def find_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A model's config: of a folder or "pocket", of the hub's cache, of architectures.yaml, of the hub.
+    """A model's config: of a folder or an embedded one, of the hub's cache, of architectures.yaml, of the hub.
 
     Weights are never downloaded. Raises UserError where none of these has it.
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    place = str(POCKET_MODEL) if path == "pocket" else path
+    place = str(EMBEDDED.get(path, path))
     try:
         return AutoConfig.from_pretrained(place, local_files_only=True, **options)
     except (OSError, ValueError) as error:

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from tspin.config import Config
 from tspin.data.files import is_local, read_rows
+from tspin.data.sources import EMBEDDED as EMBEDDED_ROWS
 from tspin.evaluation.harness import task_manager_for
 from tspin.evaluation.suites import Suite, load_suite
 from tspin.hub.fetch import fetch, local_sources
 from tspin.hub.offline import FILE_FORMATS, Item
+from tspin.models import EMBEDDED
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
-
-EMBEDDED = "pocket"
 
 
 def fetch_needed(
@@ -35,12 +35,12 @@ def needed(config: Config) -> list[Item]:
     """
     trained: dict[Item, None] = {}
     for data in [config.data, *(config.for_method(name).data for name in config.methods)]:
-        if data.path != EMBEDDED and not is_local(data.path):
+        if data.path not in EMBEDDED_ROWS and not is_local(data.path):
             trained[Item("dataset", data.path, data.name, data.split, data.revision)] = None
     suite = load_suite(config.evaluation.suite) if config.evaluation else None
     benchmarks = benchmark_data(suite) if suite else []
     items = []
-    if config.model.path != EMBEDDED and not Path(config.model.path).exists():
+    if config.model.path not in EMBEDDED and not Path(config.model.path).exists():
         items.append(Item("model", config.model.path, revision=config.model.revision))
     items += [item for item in trained if (item.name, item.config) not in benchmarks]
     for name, configuration in benchmarks:

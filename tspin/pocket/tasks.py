@@ -32,8 +32,13 @@ class Problem(NamedTuple):
 
 @cache
 def task_settings() -> dict[str, dict[str, Any]]:
-    """Name → {group, generator settings} of every task that the base model was pre-trained on."""
+    """Name → {group, generator settings} of every task."""
     return yaml.safe_load((files("tspin.pocket") / "tasks.yaml").read_text())["tasks"]
+
+
+def seen_tasks() -> list[str]:
+    """The twelve tasks that the base model was pre-trained on."""
+    return [name for name, settings in task_settings().items() if not settings.get("unseen")]
 
 
 def table_tasks() -> list[str]:
@@ -80,8 +85,9 @@ def held_out_questions(name: str, task: str) -> set[str]:
     return {problem.question for earlier in before for problem in pool(earlier, task, held_out[earlier])}
 
 
-def labelled_rows() -> list[dict[str, str]]:
-    """The full pool of clean labels in prompt–completion format, LABELS_PER_TASK a task, tasks in turn."""
-    pools = [pool("labels", task, LABELS_PER_TASK) for task in table_tasks()]
+def labelled_rows(name: str = "labels") -> list[dict[str, str]]:
+    """A full pool of clean labels in prompt–completion format, tasks in turn: "labels" or "validation"."""
+    size = {"labels": LABELS_PER_TASK, "validation": VALIDATION_PER_TASK}[name]
+    pools = [pool(name, task, size) for task in table_tasks()]
     problems = (problem for row in zip(*pools, strict=True) for problem in row)
     return [{"prompt": p.question, "completion": LABEL_FORMAT.format(answer=p.answer)} for p in problems]
