@@ -60,7 +60,7 @@ notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab
 
 sweep: $(READY)
-	$(TSPIN) sweep experiments/studies/sweep.yaml --results $(RESULTS)
+	set -e; for name in sweep-rate sweep-scale; do $(TSPIN) sweep experiments/studies/$$name.yaml --results $(RESULTS); done
 
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python -m experiments.checks.benchmark.run
