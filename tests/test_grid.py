@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
-from tspin.config import REPOSITORY
+from tspin.config import REPOSITORY, load_config
 from tspin.errors import UserError
 from tspin.experiment import gathering
 from tspin.experiment.grid import Cell, Choice, load_sweep
@@ -335,32 +336,40 @@ def test_the_rule_of_choice(choice, expected):
     assert scores["path"].iloc[0] == "30.5 → 33.5"
 
 
+SWEEPS = ("sweep-rate", "sweep-scale")
+
+
 def test_the_pocket_sweeps_rule_chooses_what_the_preset_has():
-    old = pd.read_csv(REPOSITORY / "results" / "reference" / "pocket" / "studies" / "sweep.csv")
-    if "avg" not in old:  # as the evidence of 2026-11 has it
-        old = old.rename(columns={"validation_avg": "avg", "stderr": "avg_se"}).assign(seed=1000)
-        old["temperature"] = old["temperature"].where(old["method"] != "sft")
-        old["epochs"] = old["epochs"].where(old["method"] == "sft")
-    choice = load_sweep(Path("sweep"), None, Path("runs"), Path("results")).study.choose
-    assert choice is not None
-    scores = gathering.scores_of(old, ["temperature", "learning_rate", "epochs"])
-    marked = scores[gathering.chosen(scores, choice)].set_index("method")
-    assert marked["learning_rate"]["spin"] == marked["learning_rate"]["tspin"] == 3e-5
-    assert marked["temperature"]["spin"] == marked["temperature"]["tspin"] == 1.0
-    assert 3e-4 in set(marked["learning_rate"]["sft"]) and set(marked["epochs"]["sft"]) == {2.0}
+    sweep = load_sweep(Path("sweep-rate"), None, Path("runs"), REPOSITORY / "results" / "reference")
+    table = pd.read_csv(sweep.target.with_suffix(".csv"))
+    names = ["learning_rate", "num_train_epochs"]
+    scores = gathering.scores_of(table, names)
+    marked = scores[gathering.chosen(scores, sweep.study.choose)]
+    assert set(table[CELL]) == {cell.name for cell in sweep.cells}
+    config = load_config("pocket")
+    for method, values in marked.groupby("method"):
+        training = config.for_method(str(method)).training
+        assert training.learning_rate in set(values["learning_rate"])
+        assert method != "sft" or training.num_train_epochs in set(values["num_train_epochs"])
+        tried = sorted(set(scores.loc[scores["method"] == method, "learning_rate"]))
+        assert training.learning_rate not in (tried[0], tried[-1])  # no choice at the edge of what was tried
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_committed_study_is_whole(path):
     """Loading one checks every setting against the config, and its suite."""
-    sweep = load_sweep(path, None, Path("runs"), Path("results"))
-    counts = {method: len(sweep.study.settings(method)) for method in sweep.study.methods}
-    assert sweep.study.choose is None or len(set(counts.values())) == 1  # the same budget for every method
+    assert load_sweep(path, None, Path("runs"), Path("results")).cells
+
+
+def test_the_sweeps_have_the_same_budget_for_every_method():
+    cells = [cell for name in SWEEPS for cell in load_sweep(Path(name), None, Path("runs"), Path("results")).cells]
+    counts = Counter(cell.method for cell in cells)
+    assert set(counts) == {"spin", "tspin", "sft"} and len(set(counts.values())) == 1
 
 
 def test_studies_are_drawn():
     drawn = set(studies.STUDY_OF.values())
-    assert {path.stem for path in FILES} == drawn | {"sweep", "zephyr-7b"}
+    assert {path.stem for path in FILES} == drawn | {*SWEEPS, "map", "zephyr-7b"}
 
 
 # What Slurm's commands do for one machine: a job is a process, its state is in a file.
