@@ -60,7 +60,7 @@ notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab
 
 sweep: $(READY)
-	$(TSPIN) sweep experiments/studies/sweep.yaml --results $(RESULTS)
+	set -e; for name in sweep-rate sweep-scale; do $(TSPIN) sweep experiments/studies/$$name.yaml --results $(RESULTS); done
 
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python -m experiments.checks.benchmark.run
@@ -90,7 +90,7 @@ plan-check: $(READY)
 
 # The committed evidence again, for one seed and iteration; each average within 3 standard errors.
 regenerate: $(READY)
-	$(TSPIN) rerun results/reference/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1 --out runs/regenerated
+	$(TSPIN) rerun results/reference/pocket/provenance.json --methods base,spin,tspin --seeds 10 --iterations 1 --out runs/regenerated
 
 # WORKERS: pytest's processes, one thread each; one that is done takes over tests of another.
 WORKERS ?= 2
