@@ -41,30 +41,31 @@ reproduce-figure4c: $(READY)
 reproduce-all: $(READY)
 	$(TSPIN) run $(OF) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(ALL))"
 	$(MAKE) reproduce-figure4a reproduce-figure4c
-	set -e; for n in 1 2 4 5; do $(TSPIN) table $$n $(OF); done
-	set -e; for n in 2 3 4b 5 6 7; do $(TSPIN) figure $$n $(OF); done
+	set -e; for n in 1 2 5; do $(TSPIN) table $$n $(OF); done
+	set -e; for n in 2 3 4b 5 7 entropy; do $(TSPIN) figure $$n $(OF); done
 	$(MAKE) claims
 
 claims: $(READY)
 	$(TSPIN) claims $(OF)
 
 # STUDY: a file of experiments/studies/, drawn as the figure of its name (or FIGURE).
+FIGURES_map := map map_sft map_course map_entropy
 study: $(READY)
 	$(TSPIN) sweep experiments/studies/$(STUDY).yaml --results $(RESULTS)
-	$(TSPIN) figure $(or $(FIGURE),$(STUDY)) $(OF)
+	set -e; for name in $(or $(FIGURE),$(FIGURES_$(STUDY)),$(STUDY)); do $(TSPIN) figure $$name $(OF); done
 
 studies: $(READY)
-	set -e; for name in base decoding neighbours scale ten; do $(MAKE) study STUDY=$$name; done
+	set -e; for name in map ten; do $(MAKE) study STUDY=$$name; done
 
 notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab
 
 sweep: $(READY)
-	$(TSPIN) sweep experiments/studies/sweep.yaml --results $(RESULTS)
+	set -e; for name in sweep-rate sweep-scale; do $(TSPIN) sweep experiments/studies/$$name.yaml --results $(RESULTS); done
 
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python -m experiments.checks.benchmark.run
-	$(VENV)/bin/python -m tspin_analysis.benchmark
+	$(VENV)/bin/python -m tspin_analysis.timing
 
 # The README's numbers, from results/; the worked example's output; how long the README's two commands take here.
 readme: $(READY)

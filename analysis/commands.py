@@ -41,7 +41,11 @@ def table(
 
 def figure(
     number: Annotated[
-        str, typer.Argument(help="Number in the paper: 2, 3, 4a, 4b, 4c, 5, 6, 7; or base, decoding, neighbours, ten.")
+        str,
+        typer.Argument(
+            help="Number in the paper: 2, 3, 4a, 4b, 4c, 5, 6, 7; or a figure of ours: benchmarks, entropy, ten, map, "
+            "map_sft, map_course, map_entropy."
+        ),
     ],
     preset: Preset = "pocket",
     results: Results = Path("results"),
@@ -50,23 +54,17 @@ def figure(
 
     Example: tspin figure 7 --preset pocket
     """
-    from tspin.errors import UserError
     from tspin.runs.files import write_text
 
-    from . import curves, dynamics, studies
+    from .figures import figure_of
     from .writing import write_figure
 
-    folder, stem = results / preset, results / preset / f"figure{number}"
-    draw = {**curves.FIGURES, **dynamics.FIGURES, **studies.FIGURES}
-    if number not in draw:
-        raise UserError(f"there is no figure {number}; there are: {', '.join(sorted(draw))}")
-    texts = []
-    if number in studies.FIGURES:
-        study = studies.STUDY_OF[number]
-        stem = folder / "studies" / number if number == study else stem
-        texts = [folder / "studies" / f"{study}.md"]
-        write_text(texts[0], studies.study_text(study, folder))
-    _wrote([*write_figure(draw[number](folder), stem), *texts])
+    folder, drawn = results / preset, figure_of(number)
+    written = write_figure(drawn.draw(folder), folder / drawn.stem)
+    for name, text in drawn.texts.items():
+        write_text(folder / name, text(folder))
+        written.append(folder / name)
+    _wrote(written)
 
 
 def claims(preset: Preset = "pocket", results: Results = Path("results")) -> None:
@@ -133,9 +131,12 @@ def _scores(folder: Path, number: str) -> None:
     cells = score_cells(table)
     written = write_table(folder / f"table{number}", table, cells, f"{caption} {agreement}".strip())
     if number == "1":
+        from . import benchmarks
         from .curves import average_by_iteration
 
         written += write_figure(average_by_iteration(table, folder.name), folder / "average_by_iteration")
+        if benchmarks.pairs_of(folder):
+            written += write_figure(benchmarks.benchmarks(folder), folder / "benchmarks")
     console = Console(highlight=False)
     texts = [name for name in TEXTS if name in cells]
     width = FULL_WIDTH + COMMITTED_WIDTH * ("Committed" in texts)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tspin.cli import app
 from tspin.errors import UserError
 from tspin_analysis import benchmarks, claims, curves, dynamics, evidence, scores, tables, verdicts
-from tspin_analysis.reading import read_paper
+from tspin_analysis.reading import read_paper, read_settings
 from tspin_analysis.verdicts import BY_DEFINITION, CONTRADICTED, NOT_TESTED, REPLICATED, UNDECIDED
 
 PROBLEMS, BENCHMARKS = 40, 3
@@ -167,7 +167,7 @@ def test_how_responses_were_decoded_is_said(results):
         ({}, "not recorded"),
     ):
         path.write_text(json.dumps({"config": settings}))
-        assert said in evidence.decoding(evidence.Evidence(root / "pocket"))
+        assert said in evidence.decoding(read_settings(root / "pocket"))
 
 
 def test_benchmarks_that_cannot_move(results):
@@ -323,12 +323,12 @@ def test_a_picture_benchmark_by_benchmark(results):
     figure = benchmarks.FIGURES["benchmarks"](results() / "pocket")
     panels = figure.axes
     assert [axes.get_title(loc="left") for axes in panels] == [
-        "T-SPIN 4 − SPIN 4, 5 seeds", "T-SPIN 4 − SFT, 5 seeds", "SPIN 4 − SFT, 5 seeds"]  # fmt: skip
+        "T-SPIN 4 − SPIN 4", "T-SPIN 4 − SFT", "SPIN 4 − SFT"]  # fmt: skip
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["B0", "B1", "B2", "Avg"]
     assert len(panels[0].containers) == 5  # Avg has two intervals
     known = scores.scores_of(results() / "pocket").difference(("tspin", 4), ("spin", 4))
     assert [container.lines[0].get_xdata()[0] for container in panels[0].containers][-1] == pytest.approx(known.mean)
-    assert f"{PROBLEMS} problems a benchmark" in figure.get_suptitle()
+    assert f"5 seeds, {PROBLEMS} problems a benchmark" in " ".join(figure.get_supxlabel().split())
     with pytest.raises(UserError, match="no two of spin, tspin and sft"):
         benchmarks.benchmarks(results({"base": [20], "sft": [50]}) / "pocket")
 

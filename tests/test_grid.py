@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +21,7 @@ from tspin.experiment.jobs import prepare, run_sweep
 from tspin.runs.files import read_json, write_json
 from tspin.schema import RUN, STUDY_MEASURES
 from tspin.yaml_files import find_yaml
-from tspin_analysis import studies
+from tspin_analysis import figures
 
 TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=1", "batch_size=8"]
 FILES = sorted((REPOSITORY / "experiments" / "studies").glob("*.yaml"))
@@ -291,32 +292,33 @@ def test_the_rule_of_choice(choice, expected):
     assert scores["path"].iloc[0] == "30.5 → 33.5"
 
 
-def test_the_pocket_sweeps_rule_chooses_what_the_preset_has():
-    old = pd.read_csv(REPOSITORY / "results" / "reference" / "pocket" / "studies" / "sweep.csv")
-    if "avg" not in old:  # as the evidence of 2026-11 has it
-        old = old.rename(columns={"validation_avg": "avg", "stderr": "avg_se"}).assign(seed=1000)
-        old["temperature"] = old["temperature"].where(old["method"] != "sft")
-        old["epochs"] = old["epochs"].where(old["method"] == "sft")
-    choice = load_sweep(Path("sweep"), None, Path("runs"), Path("results")).study.choose
-    assert choice is not None
-    scores = gathering.scores_of(old, ["temperature", "learning_rate", "epochs"])
+def test_the_pocket_sweeps_rule_chooses_the_presets_rates():
+    path = REPOSITORY / "results" / "reference" / "pocket" / "studies" / "sweep-rate.csv"
+    if not path.is_file():
+        pytest.skip("not run yet")
+    choice = load_sweep(Path("sweep-rate"), None, Path("runs"), Path("results")).study.choose
+    scores = gathering.scores_of(pd.read_csv(path), ["learning_rate", "num_train_epochs"])
     marked = scores[gathering.chosen(scores, choice)].set_index("method")
     assert marked["learning_rate"]["spin"] == marked["learning_rate"]["tspin"] == 3e-5
-    assert marked["temperature"]["spin"] == marked["temperature"]["tspin"] == 1.0
-    assert 3e-4 in set(marked["learning_rate"]["sft"]) and set(marked["epochs"]["sft"]) == {2.0}
+    assert marked["learning_rate"]["sft"] == 3e-4 and marked["num_train_epochs"]["sft"] == 2
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_committed_study_is_whole(path):
     """Loading one checks every setting against the config, and its suite."""
-    sweep = load_sweep(path, None, Path("runs"), Path("results"))
-    counts = {method: len(sweep.study.settings(method)) for method in sweep.study.methods}
-    assert sweep.study.choose is None or len(set(counts.values())) == 1  # the same budget for every method
+    load_sweep(path, None, Path("runs"), Path("results"))
+
+
+def test_the_sweeps_give_every_method_the_same_budget():
+    sweeps = [load_sweep(path, None, Path("runs"), Path("results")).study for path in FILES if "sweep" in path.stem]
+    counts = Counter({"sft": 0})
+    for study in sweeps:
+        counts.update({method: len(study.settings(method)) for method in study.methods})
+    assert len(sweeps) == 2 and set(counts.values()) == {9}
 
 
 def test_studies_are_drawn():
-    drawn = set(studies.STUDY_OF.values())
-    assert {path.stem for path in FILES} == drawn | {"sweep", "zephyr-7b"}
+    assert {path.stem for path in FILES} == figures.STUDIES | {"sweep-rate", "sweep-scale", "zephyr-7b"}
 
 
 # What Slurm's commands do for one machine: a job is a process, its state is in a file.
