@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tspin.experiment import gathering
 from tspin.experiment.grid import Cell, Choice, load_sweep
 from tspin.experiment.jobs import prepare, run_sweep
 from tspin.runs.files import read_json, write_json
-from tspin.schema import RUN, STUDY_MEASURES
+from tspin.schema import CELL, RUN, STUDY_MEASURES
 from tspin.yaml_files import find_yaml
 from tspin_analysis import figures
 
@@ -53,8 +54,8 @@ def test_cells_are_methods_by_settings_by_seeds(tmp_path):
     grid = {"methods.spin.lam": [0.1, 1.0], "iterations": [2]}
     sweep = load(tmp_path, methods=["base", "spin"], seeds=[0, 1], grid=grid)
     bases = [f"base seed 0 lam={lam} iterations=2" for lam in (0.1, 1.0)]
-    runs = [f"spin seed {seed} lam={lam} iterations=2" for lam in (0.1, 1.0) for seed in (0, 1)]
-    assert [cell.title for cell in sweep.cells] == bases + runs
+    runs = [f"spin seed {seed} lam={lam} iterations=2" for seed in (0, 1) for lam in (0.1, 1.0)]
+    assert [cell.title for cell in sweep.cells] == [*bases, *runs]  # all of a seed, then those of the next
     assert len({cell.folder for cell in sweep.cells}) == 6
     # Another setting of the preset makes other cells; the same one, the same.
     again, changed = (
@@ -74,6 +75,9 @@ def test_methods_may_have_grids_of_their_own_and_keys_may_change_together(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"parts": []}, "parts: a list of mappings"),
+        ({"parts": [{"method": ["sft"]}]}, "method: unknown key 'method'"),
+        ({"parts": [{}, {"seeds": [1]}], "choose": {}}, "choose: a rule of choice is for a study without parts"),
         ({"method": ["sft"]}, "method: unknown key 'method': did you mean 'methods'"),
         ({"methods": ["spinn"]}, "methods: unknown method 'spinn': did you mean 'spin'"),
         ({"methods": []}, "methods: list should have at least 1 item"),
@@ -106,7 +110,7 @@ def test_a_study_that_cannot_run_is_refused_before_anything_runs(changes, messag
 
 
 def test_a_grid_from_its_file_to_its_report(tmp_path, data_file, model_folder):
-    given = [*TINY, f"model.path={model_folder}", f"data.path={data_file}", "iterations=2"]
+    given = [*TINY, f"model.path={model_folder}", f"data.path={data_file}", "iterations=2", "batch_size=4"]
     temperature = {"temperature": [1.0, 0.0]}
     changes = {
         "methods": ["base", "sft", "spin"],
@@ -119,10 +123,14 @@ def test_a_grid_from_its_file_to_its_report(tmp_path, data_file, model_folder):
     states, shown = run(sweep)
     assert states == {"finished": 1 + 1 + 4} and f"wrote {sweep.target}.csv" in shown
     table = pd.read_csv(sweep.target.with_suffix(".csv"))
-    assert list(table) == ["temperature", "learning_rate", *RUN, *STUDY_MEASURES]
-    assert len(table) == 1 + 1 + 4 * 2
-    spin = table[table["method"] == "spin"]
-    assert spin[["temperature", "learning_rate", "iteration", *STUDY_MEASURES]].notna().all(axis=None)
+    assert list(table) == [CELL, "temperature", "learning_rate", *RUN, *STUDY_MEASURES]
+    assert len(table) == 1 + 1 + 4 * 2 and list(table[CELL].unique()) == [cell.name for cell in sweep.cells]
+    spin, often = table[table["method"] == "spin"], {"misaligned_matched"}  # no pair of like length: no share
+    assert spin[["temperature", "iteration", *(set(STUDY_MEASURES) - often)]].notna().all(axis=None)
+    problems = pd.read_parquet(sweep.target.with_name("tiny_problems.parquet"))
+    averages = problems.groupby([CELL, "iteration", "benchmark"])["value"].mean().groupby([CELL, "iteration"]).mean()
+    wanted = spin.set_index([CELL, "iteration"])["avg"].sort_index()
+    assert averages.tolist() == pytest.approx(wanted.tolist(), abs=1e-3)
     assert table[table["method"] != "spin"][["temperature", "iteration", "mean_tokens"]].isna().all(axis=None)
     # A cell is an ordinary run; its average is that of its columns.
     cell = sweep.cells[-1]
@@ -134,21 +142,57 @@ def test_a_grid_from_its_file_to_its_report(tmp_path, data_file, model_folder):
     assert len(list((sweep.folder / "shared").rglob("proto.parquet"))) == 2
     assert not list(sweep.folder.glob("*/pocket/*/shared"))
     record = read_json(sweep.target.with_name("tiny_provenance.json"))
-    stages = [read_json(path) for path in sweep.folder.rglob("*.stage.json")]
-    assert sum(entry["stages"] for entry in record["provenance"]) == len(stages)
-    assert record["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages), abs=1)
+    own = [read_json(path) for path in sweep.folder.rglob("*.stage.json") if "shared" not in path.parts]
+    assert record["seconds"] == pytest.approx(sum(stage["seconds"] for stage in own), abs=len(sweep.cells))
+    used = {key for made in record["made"].values() for key in made["provenance"]}
+    assert used == set(record["provenance"]) and set(record["made"]) == {cell.name for cell in sweep.cells}
     assert record["cells"] == {"finished": 6, "missing": []} and "date" in record
     report = sweep.target.with_suffix(".md").read_text()
     assert "Settings per method: sft 1, spin 4." in report and "The best." in report
     assert report.count("**") >= 2 * 2 and "after the last iteration" in report
-    # Called again, nothing runs. A cell whose results are gone is missing, and the rule waits for it.
+    # Called again, nothing runs; nor on another machine, which has what was gathered and not the runs.
     assert "cell 1 of" not in run(sweep)[1]
-    (cell.results_folder / "evaluations.csv").unlink()
-    done = [cell for cell in sweep.cells if cell.finished]
-    assert gathering.gather(sweep, done).endswith(f"missing: {cell.title}")
+    shutil.rmtree(sweep.folder)
+    assert run(sweep)[0] == {"finished": 6}
+    assert pd.read_csv(sweep.target.with_suffix(".csv")).equals(table)
+    # What is missing there is run, and comes to stand where it was; until then the rule waits for it.
+    forget(sweep, cell.name)
+    assert gathering.gather(sweep, []).endswith(f"missing: {cell.title}")
     assert "nothing is chosen yet" in sweep.target.with_suffix(".md").read_text()
     assert f"cell 1 of 1: {cell.title}" in run(sweep)[1]
-    assert pd.read_csv(sweep.target.with_suffix(".csv")).equals(table)
+    again = pd.read_csv(sweep.target.with_suffix(".csv"))
+    assert again.drop(columns=["gradient_signal"]).equals(table.drop(columns=["gradient_signal"]))
+
+
+def forget(sweep, name: str) -> None:
+    """Take a cell out of what was gathered."""
+    path = sweep.target.with_suffix(".csv")
+    table = pd.read_csv(path)
+    table[table[CELL] != name].to_csv(path, index=False)
+    record = read_json(sweep.target.with_name("tiny_provenance.json"))
+    del record["made"][name]
+    write_json(sweep.target.with_name("tiny_provenance.json"), record)
+
+
+def test_parts_follow_each_other_and_settings_can_be_given_one_by_one(tmp_path):
+    arms = [{"methods.spin.lam": 1.0}, {"methods.spin.lam": 0.1, "data.history": 1}]
+    first = {"methods": ["spin", "sft"], "seeds": [3], "grids": {"spin": arms}}
+    second = {"methods": ["spin"], "seeds": [3, 4], "across": {"temperature": [0.0]}, "grids": {"spin": arms[:1]}}
+    sweep = load(tmp_path, parts=[first, second, first])
+    assert [cell.title for cell in sweep.cells] == [
+        "spin seed 3 lam=1.0",
+        "spin seed 3 lam=0.1 history=1",
+        "sft seed 3",
+        "spin seed 3 temperature=0.0 lam=1.0",
+        "spin seed 4 temperature=0.0 lam=1.0",
+    ]
+
+
+def test_what_the_preset_itself_says_is_trained_where_tspin_run_trains_it(tmp_path):
+    grids = {"spin": {"methods.spin.lam": [0.1, 0.2]}}
+    own, other = load(tmp_path, overrides=[], methods=["spin"], grids=grids).cells
+    assert (own.runs, own.shared) == (str(tmp_path / "runs"), None)
+    assert Path(other.runs).parent == tmp_path / "runs" / "pocket-studies" / "tiny" and other.shared
 
 
 def test_finished_cells_are_skipped_and_failed_ones_retried_on_demand(tmp_path, data_file):
@@ -157,7 +201,7 @@ def test_finished_cells_are_skipped_and_failed_ones_retried_on_demand(tmp_path, 
     states, shown = run(sweep, jobs=2)
     assert states == {"finished": 1, "failed": 1} and "late.jsonl: no such file" in shown and "_log.err)" in shown
     finished = next(cell for cell in sweep.cells if cell.finished)
-    [record] = read_json(sweep.target.with_name("tiny_provenance.json"))["provenance"]
+    [record] = read_json(sweep.target.with_name("tiny_provenance.json"))["provenance"].values()
     assert record["command"] == "tspin sweep tiny.yaml"
     before = logs(tmp_path)
     assert len(before) == 2 and len(pd.read_csv(finished.results_folder / "evaluations.csv")) > 0

@@ -1,5 +1,6 @@
 """Algorithm 1 on a real, tiny run: what it leaves, what it repeats, what it survives."""
 
+import copy
 import gc
 import itertools
 import json
@@ -30,6 +31,7 @@ from tspin import trainer as trainer_module
 from tspin.data.responses import read_responses
 from tspin.devices import give_back
 from tspin.errors import UserError
+from tspin.models import load_model
 from tspin.objectives import METHODS
 from tspin.runs.signals import Stopped
 
@@ -170,6 +172,31 @@ def test_beta_counts_from_iteration_1_on(tmp_path, model_folder, rows):
     for iteration, same in ((0, True), (1, False)):
         left, right = (steps_of(tmp_path / name, iteration)["loss"] for name in ("history", "none"))
         assert (abs(left - right).max() < 1e-5) == same
+
+
+def test_proto_responses_of_another_model_act_from_the_first_iteration_on(tmp_path, model_folder, rows):
+    """y0 of the pocket model, y′ of the tiny one: β is not 0 at iteration 0, and changes what is learned."""
+    ends = {}
+    for beta in (0.0, 1.0):
+        run = tmp_path / f"{beta}"
+        given = {"method": "tspin", "iterations": 1, "beta": beta, "proto_model": "pocket"}
+        _, [result] = play(run, model_folder, rows, **given)
+        ends[beta] = result.fingerprint
+        table = pd.read_parquet(result.model_path.parent / "diagnostics.parquet")
+        proto = read_responses(run / "proto.parquet")
+        drawn = read_responses(run / "iteration-0-synthetic.parquet")
+        assert proto != drawn and set(table["role"]) == {"labelled", "synthetic", "proto"}
+    assert ends[0.0] != ends[1.0]
+
+
+def test_a_proto_model_with_another_tokenizer_is_refused(tmp_path, model_folder, tokenizer, rows):
+    other = tmp_path / "other"
+    load_model(str(model_folder)).save_pretrained(other)
+    odd = copy.deepcopy(tokenizer)
+    odd.add_tokens(["<|odd|>"])
+    odd.save_pretrained(other)
+    with pytest.raises(UserError, match="proto_model: .* has another tokenizer"):
+        play(tmp_path / "run", model_folder, rows, method="tspin", proto_model=str(other))
 
 
 def test_proto_responses_are_sampled_once_and_shared(tmp_path, model_folder, rows):

@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 from tspin.devices import multiplies_bfloat16
 from tspin.errors import UserError
 from tspin.names import COEFFICIENTS, SECTIONS, preset_fields, read_preset, refusal
-from tspin.objectives import METHODS, Method, find_method, with_sft
+from tspin.objectives import METHODS, Coefficients, Method, find_method, with_sft
 from tspin.options import refuse, try_out
 from tspin.sections import Section, mapping, read
 from tspin.yaml_files import REPOSITORY as REPOSITORY
@@ -178,6 +178,10 @@ class SelfPlayConfig(_WithCoefficients):
     sampling_dtype: Dtype | None = setting(None, "of the weights while sampling; None: as the model is loaded")
     engine: EngineSettings = setting(EngineSettings(), "vLLM's GPUs", operational=True)
 
+    proto_model: NonEmpty | None = setting(
+        None,
+        "a model, by model.path's names, that y0 is drawn from in place of the initial policy; β acts at once then",
+    )
     history: Annotated[int, Field(ge=0, lt=128)] = setting(
         0, "earlier iterations whose y′ an iteration trains on too; SPIN's released code takes 1"
     )
@@ -243,6 +247,10 @@ class SelfPlayConfig(_WithCoefficients):
     def objective(self) -> Method:
         """The method, with −log π(y) in its loss where sft_weight is not 0."""
         return with_sft(METHODS[self.method], self.sft_weight)
+
+    def coefficients_at(self, iteration: int) -> Coefficients:
+        """Those in force at an iteration, see tspin.objectives.Method."""
+        return METHODS[self.method].coefficients_at(iteration, self.coefficients, self.proto_model is None)
 
     @property
     def learning_rates(self) -> list[float]:

@@ -123,7 +123,7 @@ class Iteration:
     @property
     def coefficients(self) -> Coefficients:
         """Those in force at this iteration."""
-        return self.run.method.coefficients_at(self.number, self.run.args.coefficients)
+        return self.run.args.coefficients_at(self.number)
 
     @property
     def reference(self) -> Policy:

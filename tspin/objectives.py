@@ -213,10 +213,16 @@ class Method:
                 raise UserError(f"{name}: {unknown(f'coefficient of {self.name}', name, names)}")
         return {c.name: c.read(given.get(c.name, c.default)) for c in self.coefficients}
 
-    def coefficients_at(self, iteration: int, coefficients: Coefficients) -> Coefficients:
-        """Those in force at an iteration (0-based): β is 0 at iteration 0, whose y′ and y0 are of one policy."""
+    def coefficients_at(
+        self, iteration: int, coefficients: Coefficients, proto_is_initial: bool = True
+    ) -> Coefficients:
+        """Those in force at an iteration (0-based): β is 0 at iteration 0, where y′ and y0 are of one policy.
+
+        proto_is_initial: whether y0 is of the initial policy, as in the paper; β acts at once where it is not.
+        """
         now = {name: of_iteration(value, iteration) for name, value in coefficients.items()}
-        return {**now, "beta": 0.0} if BETA in self.coefficients and iteration == 0 else now
+        alike = BETA in self.coefficients and iteration == 0 and proto_is_initial
+        return {**now, "beta": 0.0} if alike else now
 
     def gradient_roles(self, coefficients: Coefficients) -> tuple[str, ...]:
         """The roles that carry gradient under these coefficients: y0 only where β is not 0."""

@@ -28,7 +28,7 @@ from tspin.engines.here import FIRST_STEP
 from tspin.errors import UserError
 from tspin.fits import check_rows, check_training
 from tspin.iteration import Earlier, Iteration, Run, diagnose, measure, sample, score_reference, take_generated, train
-from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
+from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve, tokenizer_fingerprint
 from tspin.runs.claims import claim_folder
 from tspin.runs.dates import date_of_run, record_date
 from tspin.runs.files import atomic_path, fingerprint_of, folder_fingerprint, read_json, sha256, write_json
@@ -93,6 +93,7 @@ class SelfPlayTrainer:
         self.callbacks = list(callbacks)
         tokenizer = processing_class or load_tokenizer(str(self.source), model_arguments)
         self.args = args = copy.copy(args)
+        self.proto_source = args.proto_model and _alike(args.proto_model, tokenizer, model_arguments)
         if args.date is None and writes_date(tokenizer):
             args.date = date_of_run(self.shared)
         self.examples = encode_dataset(train_dataset, tokenizer, args)
@@ -105,7 +106,7 @@ class SelfPlayTrainer:
     def algorithm_1(self) -> Iterator[IterationResult]:
         """Algorithm 1 of the paper (arXiv 2601.08198). SFT, which is no self-play, trains once, on y alone."""
         policy = initial = self._initial_policy()
-        proto = self._sample(PROTO, initial)  # y0 ~ π_θ0, once
+        proto = self._sample(PROTO, self._proto_policy(initial))  # y0 ~ π_θ0, once
         earlier = Earlier()
         for number in range(self.run.iterations):
             synthetic = self._sample(SYNTHETIC, policy, number)  # y′ ~ π_θt
@@ -180,6 +181,10 @@ class SelfPlayTrainer:
                 write_parquet(temporary, PROMPT_SCHEMA, rows)
         return policy
 
+    def _proto_policy(self, initial: Policy) -> Policy:
+        """What y0 is drawn from: π_θ0, or the model that args.proto_model names."""
+        return Policy(self.proto_source, policy_fingerprint(self.proto_source)) if self.proto_source else initial
+
     def _claimed(self) -> Policy:
         if isinstance(self.source, str):
             policy = Policy(self.source, policy_fingerprint(self.source))
@@ -231,7 +236,7 @@ class SelfPlayTrainer:
         responses = {role: stage.output for role, stage in ((SYNTHETIC, synthetic), (PROTO, proto)) if stage}
         first = max(number - self.args.history, 0) if responses else number
         history = [self.response_path(SYNTHETIC, earlier) for earlier in reversed(range(first, number))]
-        drawn_by = {SYNTHETIC: policy, PROTO: initial}
+        drawn_by = {SYNTHETIC: policy, PROTO: self._proto_policy(initial)}
         if number == 0 and self.examples.generated:
             del drawn_by[SYNTHETIC]  # it came with the data
         folder = self.folder / f"iteration-{number}"
@@ -274,6 +279,14 @@ class SelfPlayTrainer:
         produce = partial(measure, iteration, scores, table, trained.facts.get("changed_share"))
         inputs = {**inputs, "diagnostics": sha256(table) if table else None}
         return [*stages, run_stage(iteration.folder / "guards.json", inputs, produce)]
+
+
+def _alike(model: str, tokenizer: PreTrainedTokenizerBase, model_arguments: dict[str, Any] | None) -> str:
+    """The folder of a model whose responses are tokens of this tokenizer's too. Raises UserError where they are not."""
+    folder = resolve(model)
+    if tokenizer_fingerprint(load_tokenizer(folder, model_arguments)) != tokenizer_fingerprint(tokenizer):
+        raise UserError(f"proto_model: {model} has another tokenizer than the model: its y0 would be other texts")
+    return folder
 
 
 def _left(reference: Stage | None, diagnosed: Sequence[Stage]) -> Earlier:

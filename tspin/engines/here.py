@@ -135,7 +135,7 @@ def _trainer(model: PreTrainedModel, training: Training, callbacks: list[Trainer
         _collator(model, training.triplets, training.tokenizer, training.args),
         training.tokenizer,
         method,
-        method.coefficients_at(training.iteration, training.args.coefficients),
+        training.args.coefficients_at(training.iteration),
         callbacks=callbacks,
     )
     if training.args.gradient_signal:

@@ -44,10 +44,10 @@ def gathered(sweep: Sweep) -> Gathered:
     path = sweep.target.with_suffix(".csv")
     if not path.exists():
         return Gathered(pd.DataFrame(columns=[CELL]), pd.DataFrame(columns=[CELL]), {}, {})
-    names = {cell.name for cell in sweep.cells}
     measures = pd.read_csv(path, dtype=KINDS)
     problems = pd.read_parquet(_beside(sweep, "_problems.parquet")).astype(KINDS)
     record = read_json(_beside(sweep, "_provenance.json"))
+    names = {cell.name for cell in sweep.cells} & set(measures[CELL])
     made = {name: what for name, what in record["made"].items() if name in names}
     kept = {key: record["provenance"][key] for what in made.values() for key in what["provenance"]}
     return Gathered(measures[measures[CELL].isin(names)], problems[problems[CELL].isin(names)], made, kept)

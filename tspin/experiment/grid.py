@@ -12,6 +12,7 @@ import json
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -175,19 +176,23 @@ class Sweep:
 def load_sweep(file: Path, profile: Path | None, runs: Path, results: Path) -> Sweep:
     """Read a study, by its file or its name in experiments/studies, and a profile of machines.
 
+    A file may have `parts`, studies within it that are run one after another: each has the file's keys, and its own in
+    their place.
+
     Raises UserError for unknown keys, methods, settings and suites, and for values of another type.
     """
     path = find_yaml(str(file), "experiments/studies", "study")
-    study, machines = _read(path, Study), _read(profile, Profile) if profile else Profile()
-    preset = Path(study.preset).stem
+    studies, machines = _parts(path), _read(profile, Profile) if profile else Profile()
+    preset = Path(studies[0].preset).stem
     place = runs / f"{preset}-studies" / path.stem
+    identify = cache(_identity)
 
-    def cell(method: str, setting: dict[str, Any], seed: int) -> Cell:
+    def cell(study: Study, method: str, setting: dict[str, Any], seed: int) -> Cell:
         overrides = _overrides(study, setting)
-        identity = _identity(study.preset, overrides, method)
+        identity = identify(study.preset, overrides, method)
         folder = place / "cells" / f"{method}-{seed}-{identity}"
         # What the preset itself says is trained where `tspin run` trains it: once for both.
-        own = study.runs == "runs" or identity == _identity(study.preset, (), method)
+        own = study.runs == "runs" or identity == identify(study.preset, (), method)
         return Cell(
             study=str(path),
             preset=study.preset,
@@ -204,9 +209,11 @@ def load_sweep(file: Path, profile: Path | None, runs: Path, results: Path) -> S
         )
 
     try:
-        _check(study)
+        for study in studies:
+            _check(study)
         cells = [
-            cell(method, setting, seed)
+            cell(study, method, setting, seed)
+            for study in studies
             for seed in study.seeds
             for method in study.methods
             for setting in study.settings(method)
@@ -214,7 +221,8 @@ def load_sweep(file: Path, profile: Path | None, runs: Path, results: Path) -> S
         ]
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return Sweep(path, study, cells, machines.submitit, place, results / preset / "studies" / path.stem)
+    cells = list({cell.name: cell for cell in cells}.values())  # parts may have cells in common
+    return Sweep(path, studies[0], cells, machines.submitit, place, results / preset / "studies" / path.stem)
 
 
 def run_cell(cell: Cell) -> None:
@@ -240,9 +248,20 @@ def column(keys: str) -> str:
     return keys.rsplit(".", 1)[-1]
 
 
-def _read(path: Path, section: type[Content]) -> Content:
+def _parts(path: Path) -> list[Study]:
+    """The studies of a file: its parts, or the one that it is."""
+    whole = dict(read_yaml(path))
+    parts = whole.pop("parts", [{}])
+    if not (isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts)):
+        raise UserError(f"{path}: parts: a list of mappings, each with keys of a study")
+    if len(parts) > 1 and "choose" in whole:
+        raise UserError(f"{path}: choose: a rule of choice is for a study without parts")
+    return [_read(path, Study, {**whole, **part}) for part in parts]
+
+
+def _read(path: Path, section: type[Content], content: Any = None) -> Content:
     try:
-        return read(section, read_yaml(path))
+        return read(section, read_yaml(path) if content is None else content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

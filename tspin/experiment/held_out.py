@@ -16,21 +16,25 @@ from tspin.triplets import make_triplets
 
 
 def held_out_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, args: SelfPlayConfig
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, args: SelfPlayConfig, limit: int | None
 ) -> pd.DataFrame:
     """Rows as lm-eval's scores have them: "nll" in nats a response, "nll_per_token" in nats a token.
 
-    path: labelled rows, as data.path takes them. The per-token value is a ratio of sums; its standard error is by the
-    delta method. Raises UserError for rows that cannot be read.
+    path: labelled rows, as data.path takes them; limit: how many of them, for trials. The per-token value is a ratio of
+    sums; its standard error, NaN of a single row, is by the delta method. Raises UserError for rows that are no labels.
     """
-    examples = encode_dataset(load_rows(path), tokenizer, args)
+    examples = encode_dataset(load_rows(path, labels=limit), tokenizer, args)
     triplets = make_triplets(examples, {})
     nats = -np.asarray(score(model, triplets, Scoring(tokenizer, args, "held-out labels"))[LABELLED])
     tokens = np.array([len(ids) for ids in column(triplets.dataset, f"{LABELLED}/ids")])
     per_token = nats.sum() / tokens.sum()
     residuals = (nats - per_token * tokens) / tokens.mean()
     rows: list[dict[str, Any]] = [
-        {"metric": "nll,none", "value": nats.mean(), "stderr": nats.std(ddof=1) / len(nats) ** 0.5},
-        {"metric": "nll_per_token,none", "value": per_token, "stderr": residuals.std(ddof=1) / len(nats) ** 0.5},
+        {"metric": "nll,none", "value": nats.mean(), "stderr": _error(nats)},
+        {"metric": "nll_per_token,none", "value": per_token, "stderr": _error(residuals)},
     ]
     return pd.DataFrame(rows).assign(benchmark=HELD_OUT, n=len(nats))
+
+
+def _error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")

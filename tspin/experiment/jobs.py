@@ -212,7 +212,7 @@ def _read(cell: Cell, name: str) -> dict[str, Any]:
 def table_of(sweep: Sweep, states: Mapping[Cell, State]) -> Table:
     """How many cells of each method are in which state."""
     table = Table("method", *STATES, title=f"{sweep.path.stem}: {len(sweep.cells)} cells")
-    for method in sweep.study.methods:
+    for method in dict.fromkeys(cell.method for cell in sweep.cells):
         of_method = [state for cell, state in states.items() if cell.method == method]
         table.add_row(method, *(str(of_method.count(state)) for state in STATES))
     return table

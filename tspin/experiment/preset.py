@@ -44,7 +44,7 @@ from tspin.yaml_files import find_yaml
 
 # What y0 and the first y′ follow from, besides the model, the data and the seed.
 DRAWING = {
-    *("template", "max_prompt_length", "long_prompts", "temperature", "top_p", "max_new_tokens"),
+    *("proto_model", "template", "max_prompt_length", "long_prompts", "temperature", "top_p", "max_new_tokens"),
     *("sampling_batch_size", "sampling_backend", "sampling_dtype"),
 }
 
@@ -316,7 +316,7 @@ class Evaluator:
         scores = [evaluation.scores]
         if settings.held_out:
             args = training_arguments(self.config.for_method("sft"), target, seed=0)  # lengths and rendering alone
-            scores.append(held_out_scores(model, tokenizer, settings.held_out, args))
+            scores.append(held_out_scores(model, tokenizer, settings.held_out, args, settings.limit))
         target.mkdir()
         pd.concat(scores, ignore_index=True).to_csv(target / "scores.csv", index=False)
         evaluation.samples.to_parquet(target / "samples.parquet", index=False)

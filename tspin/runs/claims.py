@@ -9,6 +9,16 @@ from tspin.errors import UserError
 from tspin.runs.sealed import read_sealed, write_sealed
 
 
+class Missing:
+    """In the place of a value that is not there, which is another thing than null."""
+
+    def __repr__(self) -> str:
+        return "not set"
+
+
+MISSING = Missing()
+
+
 def claim_folder(folder: Path, config: Mapping[str, Any], what: str = "run") -> None:
     """Make `folder` a run (or whatever `what` says) of `config`, which is kept in its config.json.
 
@@ -29,9 +39,10 @@ def claim_folder(folder: Path, config: Mapping[str, Any], what: str = "run") -> 
 
 
 def first_difference(there: Any, here: Any, path: str = "") -> tuple[str, Any, Any]:
-    """(dotted key, value there, value here) of the first difference between two JSON trees."""
+    """(dotted key, value there, value here) of the first difference between two JSON trees; MISSING where it is not."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted({*there, *here}):
-            if there.get(key) != here.get(key):
-                return first_difference(there.get(key), here.get(key), f"{path}.{key}" if path else key)
+            old, new = there.get(key, MISSING), here.get(key, MISSING)  # a key that is not there is no null
+            if old != new:
+                return first_difference(old, new, f"{path}.{key}" if path else key)
     return path or "content", there, here
