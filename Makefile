@@ -11,10 +11,12 @@ AUDIT   := .venv-audit
 
 ALL     := base,sft,spin,tspin,tspin_no_history,tspin_reference
 TSPIN   := $(VENV)/bin/tspin
-OF      := --preset $(PRESET) --results $(RESULTS)
+OF       = --preset $(PRESET) --results $(RESULTS)
 
 # What each table and figure of the paper is made from: METHODS on the command line replaces it.
 table1 table4 figure2 figure6: NEEDS = base,sft,spin,tspin
+# Of a second base model: this one, or PRESET=mistral-7b.
+table4 figure6: PRESET = smollm2
 table2 figure5: NEEDS = tspin,tspin_no_history
 table5 figure3 figure7: NEEDS = spin,tspin
 figure4b: NEEDS = tspin,tspin_reference

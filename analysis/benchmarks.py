@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -37,10 +36,9 @@ def benchmarks(folder: Path) -> Figure:
         panels[0].set_yticks(range(len(rows)), rows)
         panels[0].invert_yaxis()
         panels[len(pairs) // 2].set_xlabel("Difference of scores (points)")
-        counts = sorted({scores.difference(*pair).seeds for pair in pairs})
-        put_note(figure, f"{folder.name}: 95 % intervals, paired by seed and problem; {' or '.join(map(str, counts))} "
-                         f"seeds, {_problems(scores)}. Grey: a benchmark that cannot tell the two apart. Avg, thin: "
-                         "benchmarks drawn too.")  # fmt: skip
+        policies = {policy for pair in pairs for policy in pair}
+        put_note(figure, f"{folder.name}: 95 % intervals, paired by seed and problem; {scores.size(policies)}. Grey: a "
+                         "benchmark that cannot tell the two apart. Avg, thin: benchmarks drawn too.")  # fmt: skip
         return figure
 
 
@@ -49,13 +47,8 @@ def pairs_of(folder: Path) -> list[tuple[Policy, Policy]]:
     if not (folder / "problems.parquet").is_file():
         return []
     scores = scores_of(folder)
-    spin, tspin = _last(scores, "spin"), _last(scores, "tspin")
+    spin, tspin = scores.last("spin"), scores.last("tspin")
     return [(a, b) for a, b in ((tspin, spin), (tspin, SFT), (spin, SFT)) if a and b and scores.has(a, b)]
-
-
-def _last(scores: Scores, method: str) -> Policy | None:
-    iterations = [t for name, t in scores.policies() if name == method and t is not None]
-    return (method, max(iterations)) if iterations else None
 
 
 def _draw_pair(axes: Axes, scores: Scores, pair: tuple[Policy, Policy]) -> None:
@@ -84,13 +77,6 @@ def _draw_interval(
 def _name(policy: Policy) -> str:
     method, iteration = policy
     return look(method).label if iteration is None else f"{look(method).label} {iteration}"
-
-
-def _problems(scores: Scores) -> str:
-    """How many problems each benchmark has."""
-    counts = (~np.isnan(scores.values(scores.policies()[0])[0])).sum(-1)
-    low, high = int(counts.min()), int(counts.max())
-    return f"{low} problems a benchmark" if low == high else f"{low} to {high} problems a benchmark"
 
 
 FIGURES: dict[str, Callable[[Path], Figure]] = {"benchmarks": benchmarks}

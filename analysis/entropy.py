@@ -19,14 +19,15 @@ UNITS = {"nats": "nats a response", "nats_per_token": "nats a token"}
 
 
 def nats(diagnostics: pd.DataFrame) -> pd.DataFrame:
-    """−log π_θt(y′) by RUN: nats, the mean over prompts; nats_per_token, all of it over all tokens; prompts.
+    """−log π_θt(y′) by run and iteration: nats (the mean over prompts), nats_per_token (all over all tokens), prompts.
 
     Of y′ drawn at temperature 1 (top-p 1) it is the policy's entropy, by Monte Carlo. diagnostics: tspin.schema's, with
-    RUN.
+    those columns of RUN that tell its runs apart.
     """
+    keys = [name for name in RUN if name in diagnostics]
     drawn = diagnostics[(diagnostics["role"] == SYNTHETIC) & diagnostics["iteration"].notna()]
     drawn = drawn.assign(tokens=drawn["tokens"].clip(lower=1).astype(int), before=drawn["before"].astype(float))
-    sums = drawn.groupby(RUN)[["before", "tokens"]].sum().assign(prompts=drawn.groupby(RUN).size())
+    sums = drawn.groupby(keys)[["before", "tokens"]].sum().assign(prompts=drawn.groupby(keys).size())
     sums = sums.assign(nats=-sums["before"] / sums["prompts"], nats_per_token=-sums["before"] / sums["tokens"])
     return sums[["nats", "nats_per_token", "prompts"]].reset_index()
 

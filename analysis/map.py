@@ -1,7 +1,7 @@
 """When T-SPIN helps, and which part of it: the study `map`, arms (a method at a setting) by start and decoding.
 
 Its table, results/<preset>/studies/map.csv, has the settings path (the start: the initial policy), temperature, lam,
-history and alpha; where an arm leaves one empty, the preset's own holds (OWN).
+history, alpha and proto_model; where an arm leaves one empty, the preset's own holds (OWN).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,14 @@ from .style import METHODS, Arm, arm_look, look, scale_of
 
 STARTS = {"pocket": "fine-tuned", "runs/pocket-starts/half": "half fine-tuned", "pocket-cold": "cold"}
 DECODINGS = {1.0: "temperature 1", 0.0: "greedy"}
-OWN: dict[str, Any] = {"path": "pocket", "temperature": 1.0, "lam": 0.1, "history": 0.0, "alpha": 1.0}
+OWN: dict[str, Any] = {"path": "pocket", "temperature": 1.0, "lam": 0.1, "history": 0.0, "alpha": 1.0,
+                       "proto_model": ""}  # fmt: skip
 SCALE = {"λ": "lam", "α": "alpha"}  # the column that holds a method's scale
 
 SFT, START = Arm("sft"), Arm(BASE)
 SPIN, SPIN_AT_1, RELEASED = Arm("spin", 0.1), Arm("spin", 1.0), Arm("spin", 0.1, history=True)
 TSPIN, TSPIN_AT_01 = Arm("tspin", 1.0), Arm("tspin", 0.1)
+COLD_SPIN, COLD_TSPIN = Arm("spin", 0.1, proto="cold"), Arm("tspin", 1.0, proto="cold")
 
 
 class Place(NamedTuple):
@@ -62,6 +64,7 @@ def _contrast(question: str, first: Arm, second: Arm, setting: str) -> Contrast:
 
 
 HISTORY, REFERENCE, SCALE_ALONE = "What the history adds", "What a reference adds", "What the scale does"
+OTHER_Y0 = "With y0 of the cold base"
 CONTRASTS = [
     _contrast("T-SPIN − SPIN", TSPIN, SPIN, "the papers' scales: α 1, λ 0.1"),
     _contrast("T-SPIN − SPIN", TSPIN_AT_01, SPIN, "both scales 0.1"),
@@ -73,6 +76,8 @@ CONTRASTS = [
     _contrast(REFERENCE, Arm("tspin_reference", 0.1), TSPIN_AT_01, "α 0.1"),
     Contrast(SCALE_ALONE, "T-SPIN, α 1 − α 0.1", TSPIN, TSPIN_AT_01),
     Contrast(SCALE_ALONE, "SPIN, λ 1 − λ 0.1", SPIN_AT_1, SPIN),
+    _contrast(OTHER_Y0, COLD_TSPIN, COLD_SPIN, "α 1, λ 0.1"),
+    Contrast(OTHER_Y0, "T-SPIN with them − without", COLD_TSPIN, TSPIN),
 ]
 
 
@@ -117,7 +122,9 @@ class Map:
     def arms(self) -> list[Arm]:
         """The arms of self-play that ran anywhere; at the papers' settings before others."""
         found = {arm for arm in self.table["arm"] if arm.method not in ONCE}
-        return sorted(found, key=lambda arm: (_order(arm.method), arm.history, arm != papers(arm.method), arm))
+        return sorted(
+            found, key=lambda arm: (_order(arm.method), arm.proto, arm.history, arm != papers(arm.method), arm)
+        )
 
     def rows(self, arm: Arm, place: Place) -> pd.DataFrame:
         """Every iteration of an arm at a place. How y′ is decoded is nothing to the start and to SFT."""
@@ -181,7 +188,8 @@ def papers(method: str) -> Arm:
 def _arm_of(row: Mapping[Any, Any]) -> Arm:
     method = str(row["method"])
     scale = scale_of(method)
-    return Arm(method, float(row[SCALE[scale[0]]]) if scale else None, bool(row["history"]))
+    proto = str(row["proto_model"])
+    return Arm(method, float(row[SCALE[scale[0]]]) if scale else None, bool(row["history"]), STARTS.get(proto, proto))
 
 
 def _order(method: str) -> int:

@@ -1,6 +1,6 @@
 """Scores problem by problem, and what follows from them: intervals of means and of paired differences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +59,18 @@ class Scores:
         seeds = list(self._values.get(policy, {}))
         return seeds[:1] if policy[0] == BASE else seeds
 
+    def last(self, method: str) -> Policy | None:
+        """The policy that a method of self-play ended with; None where it was not run."""
+        iterations = [t for name, t in self._values if name == method and t is not None]
+        return (method, max(iterations)) if iterations else None
+
+    def size(self, policies: Iterable[Policy]) -> str:
+        """How many seeds some policies have, and problems a benchmark, in words."""
+        seeds = sorted({len(self.seeds(policy)) for policy in policies if policy[0] != BASE} or {1})
+        values = next(iter(next(iter(self._values.values())).values()))
+        problems = sorted(set((~np.isnan(values)).sum(-1).tolist()))
+        return f"{_range(seeds)} {'seed' if seeds == [1] else 'seeds'}, {_range(problems)} problems a benchmark"
+
     def values(self, policy: Policy, seeds: list[int] | None = None) -> np.ndarray:
         """(seeds, benchmarks, problems) in percent; the base is repeated for every seed asked for."""
         values, first = self._values[policy], self.seeds(policy)[0]
@@ -116,6 +128,10 @@ class Scores:
             elif level >= CEILING:
                 reasons[label] = f"all at {level:.0f} % or more"
         return reasons
+
+
+def _range(counts: Sequence[int]) -> str:
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
 def outcomes(table: pd.DataFrame, keys: list[str]) -> dict[tuple[Any, ...], np.ndarray]:

@@ -22,12 +22,14 @@ class Look(NamedTuple):
 class Arm(NamedTuple):
     """A method at a setting. scale: λ or α of its reward; None where it has none, or none was asked for.
 
-    history: it trains on the earlier iteration's pairs too, as SPIN was released.
+    history: it trains on the earlier iteration's pairs too, as SPIN was released. proto: whose y0 it takes, in words;
+    empty where they are the initial policy's.
     """
 
     method: str
     scale: float | None = None
     history: bool = False
+    proto: str = ""
 
 
 METHODS = {
@@ -43,7 +45,8 @@ METHODS = {
 }
 SCALES = {"spin": ("λ", 0.1), "dpo": ("λ", 0.1)}  # the symbol of a method's scale, and the paper's value
 TSPIN_SCALE = ("α", 1.0)
-OTHER_SCALE, RELEASED = (0, (4, 1.5)), (0, (1, 1.2))  # lines of an arm that is not at the paper's settings
+# Lines of an arm that is not at the paper's settings.
+OTHER_SCALE, RELEASED, OTHER_PROTO = (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2))
 SPARE = [("#882255", "*"), ("#44AA99", "p"), ("#999933", "h"), ("#332288", "d"), ("#AA4499", "8")]
 
 COLUMN_WIDTH = 3.5  # inches: one column of a two-column page
@@ -87,6 +90,9 @@ def scale_of(method: str) -> tuple[str, float] | None:
 def arm_look(arm: Arm) -> Look:
     """How an arm is drawn: its method's colour; an outline and a broken line where it is not at the paper's scale."""
     of, scale = look(arm.method), scale_of(arm.method)
+    if arm.proto:
+        own = arm_look(arm._replace(proto=""))
+        return own._replace(label=f"{own.label}, {arm.proto} y0", line=OTHER_PROTO, filled=False)
     if arm.history:
         return of._replace(label=f"{of.label} as released", marker="d", line=RELEASED, filled=False)
     if scale is None or arm.scale is None:

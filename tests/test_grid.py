@@ -343,8 +343,9 @@ def test_the_pocket_sweeps_rule_chooses_the_presets_rates():
     choice = load_sweep(Path("sweep-rate"), None, Path("runs"), Path("results")).study.choose
     scores = gathering.scores_of(pd.read_csv(path), ["learning_rate", "num_train_epochs"])
     marked = scores[gathering.chosen(scores, choice)].set_index("method")
-    assert marked["learning_rate"]["spin"] == marked["learning_rate"]["tspin"] == 3e-5
-    assert marked["learning_rate"]["sft"] == 3e-4 and marked["num_train_epochs"]["sft"] == 2
+    preset = yaml.safe_load((REPOSITORY / "experiments" / "presets" / "pocket.yaml").read_text())
+    assert marked["learning_rate"]["spin"] == marked["learning_rate"]["tspin"] == preset["learning_rate"]
+    assert marked["learning_rate"]["sft"] == preset["methods"]["sft"]["learning_rate"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -358,7 +359,7 @@ def test_the_sweeps_give_every_method_the_same_budget():
     counts = Counter({"sft": 0})
     for study in sweeps:
         counts.update({method: len(study.settings(method)) for method in study.methods})
-    assert len(sweeps) == 2 and set(counts.values()) == {9}
+    assert len(sweeps) == 2 and len(set(counts.values())) == 1
 
 
 def test_studies_are_drawn():

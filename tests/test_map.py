@@ -11,10 +11,24 @@ from typer.testing import CliRunner
 from tspin.cli import app
 from tspin.errors import UserError
 from tspin_analysis import figures, map_figures
-from tspin_analysis.map import CONTRASTS, RELEASED, SFT, SPIN, SPIN_AT_1, START, TSPIN, TSPIN_AT_01, Map, Place, map_of
+from tspin_analysis.map import (
+    COLD_TSPIN,
+    CONTRASTS,
+    RELEASED,
+    SFT,
+    SPIN,
+    SPIN_AT_1,
+    START,
+    TSPIN,
+    TSPIN_AT_01,
+    Map,
+    Place,
+    map_of,
+)
 from tspin_analysis.map_text import map_text
 from tspin_analysis.style import Arm, arm_look
 
+ABSENT = 3  # contrasts: no ablation at α 0.1 was run, and no SPIN with another y0
 HALF = "runs/pocket-starts/half"
 # Of the final average: an arm's settings → points above the start; T-SPIN's seed 11 has one more.
 ARMS = {
@@ -26,6 +40,7 @@ ARMS = {
     ("tspin_no_history", ()): 5.5,
     ("tspin_reference", ()): 4.5,
     ("space", ()): 0.0,
+    ("tspin", (("proto_model", "pocket-cold"),)): 5.25,
 }
 MEASURES = {"nats": 3.0, "nats_per_token": 0.4, "held_out_nats": 2.5, "equal_share": 0.0, "gradient_signal": 0.3,
             "weight_ess": 0.6, "misaligned": 0.07, "misaligned_matched": 0.05,
@@ -84,7 +99,7 @@ def test_arms_at_their_places(folder):
     known = Map(folder)
     assert known.places == [SAMPLED, GREEDY, HALF_WAY, Place(HALF, 0.0)]
     assert [str(place) for place in known.places[1:3]] == ["fine-tuned, greedy", "half fine-tuned, temperature 1"]
-    assert known.arms == [SPIN, SPIN_AT_1, RELEASED, TSPIN, TSPIN_AT_01, Arm("tspin_no_history", 1.0),
+    assert known.arms == [SPIN, SPIN_AT_1, RELEASED, TSPIN, TSPIN_AT_01, COLD_TSPIN, Arm("tspin_no_history", 1.0),
                           Arm("tspin_reference", 1.0), Arm("space")]  # fmt: skip
     assert known.last(SPIN, SAMPLED)["avg"].tolist() == [52, 52, 52]
     assert known.last(TSPIN, HALF_WAY)["seed"].tolist() == [10, 11] and known.last(TSPIN, Place(HALF, 0.0)).empty
@@ -106,7 +121,7 @@ def test_differences_are_paired(folder):
 
 def test_contrasts(folder):
     found = {(each.contrast.words, each.place): each for each in Map(folder).contrasts()}
-    assert len({words for words, _ in found}) == len(CONTRASTS) - 2  # no ablation at α 0.1 was run
+    assert len({words for words, _ in found}) == len(CONTRASTS) - ABSENT
     means = {words: round(each.difference.mean, 6) for (words, place), each in found.items() if place == SAMPLED}
     assert means == {
         "T-SPIN − SPIN, the papers' scales: α 1, λ 0.1": 3.5,
@@ -117,6 +132,7 @@ def test_contrasts(folder):
         "T-SPIN_ref − T-SPIN, α 1": -1.0,
         "T-SPIN, α 1 − α 0.1": 4.0,
         "SPIN, λ 1 − λ 0.1": 2.0,
+        "T-SPIN with them − without": 0.25,
     }
     assert all(each.p >= each.difference.p for each in found.values())
 
@@ -127,11 +143,14 @@ def test_settings_that_the_map_does_not_know(tmp_path):
 
 
 def test_looks_of_arms():
-    looks = [arm_look(arm) for arm in (SPIN, SPIN_AT_1, RELEASED, TSPIN, TSPIN_AT_01, Arm("dpo", 0.1), Arm("space"))]
+    looks = [
+        arm_look(arm)
+        for arm in (SPIN, SPIN_AT_1, RELEASED, TSPIN, TSPIN_AT_01, Arm("dpo", 0.1), Arm("space"), COLD_TSPIN)
+    ]
     assert [look.label for look in looks] == ["SPIN λ 0.1", "SPIN λ 1", "SPIN as released", "T-SPIN α 1",
-                                              "T-SPIN α 0.1", "DPO λ 0.1", "SPACE"]  # fmt: skip
+                                              "T-SPIN α 0.1", "DPO λ 0.1", "SPACE", "T-SPIN α 1, cold y0"]  # fmt: skip
     assert len({(look.colour, look.line) for look in looks}) == len(looks)
-    assert [look.filled for look in looks] == [True, False, False, True, False, True, True]
+    assert [look.filled for look in looks] == [True, False, False, True, False, True, True, False]
 
 
 @pytest.mark.parametrize("name", map_figures.FIGURES)
@@ -146,8 +165,8 @@ def test_the_map_says_seeds_and_what_was_not_run(folder):
     figure = map_figures.differences(folder)
     sampled, greedy = figure.axes
     texts = [text.get_text() for text in sampled.texts]
-    assert texts.count("n 2") == 2 * (len(CONTRASTS) - 2) and "not run" not in texts
-    assert [text.get_text() for text in greedy.texts].count("not run") == len(CONTRASTS) - 2
+    assert texts.count("n 2") == 2 * (len(CONTRASTS) - ABSENT) and "not run" not in texts
+    assert [text.get_text() for text in greedy.texts].count("not run") == len(CONTRASTS) - ABSENT
     note = " ".join(figure.get_supxlabel().split())
     assert "20 problems of 2 benchmarks" in note and "T-SPIN w/o H-A α 0.1 (anywhere)" in note
     assert sampled.get_xlim() == greedy.get_xlim()
@@ -170,7 +189,7 @@ def test_scales_of_like_measures_and_shares_of_none(folder):
 def test_the_table(folder):
     text = map_text(folder)
     arms, contrasts = (text.split("## ")[part].split("\n| ")[2:] for part in (0, 1))
-    assert len(arms) == 2 + 3 * len(ARMS) and len(contrasts) == 3 * (len(CONTRASTS) - 2)
+    assert len(arms) == 2 + 3 * len(ARMS) and len(contrasts) == 3 * (len(CONTRASTS) - ABSENT)
     (row,) = (row for row in arms if row.startswith("T-SPIN α 1 ") and " fine-tuned |" in row and "greedy" in row)
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == "2" and cells[4].startswith("50.0 [") and cells[5].startswith("55.5 [")
