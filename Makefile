@@ -11,10 +11,12 @@ AUDIT   := .venv-audit
 
 ALL     := base,sft,spin,tspin,tspin_no_history,tspin_reference
 TSPIN   := $(VENV)/bin/tspin
-OF      := --preset $(PRESET) --results $(RESULTS)
+OF       = --preset $(PRESET) --results $(RESULTS)
 
 # What each table and figure of the paper is made from: METHODS on the command line replaces it.
 table1 table4 figure2 figure6: NEEDS = base,sft,spin,tspin
+# Of a second base model: this one, or PRESET=mistral-7b.
+table4 figure6: PRESET = smollm2
 table2 figure5: NEEDS = tspin,tspin_no_history
 table5 figure3 figure7: NEEDS = spin,tspin
 figure4b: NEEDS = tspin,tspin_reference
@@ -41,20 +43,21 @@ reproduce-figure4c: $(READY)
 reproduce-all: $(READY)
 	$(TSPIN) run $(OF) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(ALL))"
 	$(MAKE) reproduce-figure4a reproduce-figure4c
-	set -e; for n in 1 2 4 5; do $(TSPIN) table $$n $(OF); done
-	set -e; for n in 2 3 4b 5 6 7; do $(TSPIN) figure $$n $(OF); done
+	set -e; for n in 1 2 5; do $(TSPIN) table $$n $(OF); done
+	set -e; for n in 2 3 4b 5 7 entropy; do $(TSPIN) figure $$n $(OF); done
 	$(MAKE) claims
 
 claims: $(READY)
 	$(TSPIN) claims $(OF)
 
 # STUDY: a file of experiments/studies/, drawn as the figure of its name (or FIGURE).
+FIGURES_map := map map_sft map_course map_entropy
 study: $(READY)
 	$(TSPIN) sweep experiments/studies/$(STUDY).yaml --results $(RESULTS)
-	$(TSPIN) figure $(or $(FIGURE),$(STUDY)) $(OF)
+	set -e; for name in $(or $(FIGURE),$(FIGURES_$(STUDY)),$(STUDY)); do $(TSPIN) figure $$name $(OF); done
 
 studies: $(READY)
-	set -e; for name in base decoding neighbours scale ten; do $(MAKE) study STUDY=$$name; done
+	set -e; for name in map rate ten; do $(MAKE) study STUDY=$$name; done
 
 notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab
@@ -64,7 +67,7 @@ sweep: $(READY)
 
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python -m experiments.checks.benchmark.run
-	$(VENV)/bin/python -m tspin_analysis.benchmark
+	$(VENV)/bin/python -m tspin_analysis.timing
 
 # The README's numbers, from results/; the worked example's output; how long the README's two commands take here.
 readme: $(READY)

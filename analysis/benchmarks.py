@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tspin.errors import UserError
 
-from .drawing import new_figure
+from .drawing import new_figure, put_note
 from .intervals import Estimate
 from .scores import AVG, Policy, Scores, scores_of
 from .style import look
@@ -25,28 +24,31 @@ def benchmarks(folder: Path) -> Figure:
     the policies apart (`Scores.still`). A comparison is drawn where both of its policies were run.
     Raises UserError where none was.
     """
-    scores = scores_of(folder)
-    spin, tspin = _last(scores, "spin"), _last(scores, "tspin")
-    pairs = [(a, b) for a, b in ((tspin, spin), (tspin, SFT), (spin, SFT)) if a and b and scores.has(a, b)]
+    pairs = pairs_of(folder)
     if not pairs:
         raise UserError(f"no two of spin, tspin and sft in {folder}: tspin run --preset {folder.name}")
-    with new_figure(2, 0.9 + ROW * (len(scores.labels) + 1)) as figure:
+    scores = scores_of(folder)
+    with new_figure(1.4, 1.3 + ROW * (len(scores.labels) + 1)) as figure:
         panels = figure.subplots(1, len(pairs), sharex=True, sharey=True, squeeze=False)[0]
         for axes, pair in zip(panels, pairs, strict=True):
             _draw_pair(axes, scores, pair)
         rows = [*scores.labels, AVG]
         panels[0].set_yticks(range(len(rows)), rows)
         panels[0].invert_yaxis()
-        figure.suptitle(
-            f"{folder.name}: {_problems(scores)}. Grey: a benchmark that cannot tell the two apart. "
-            "Avg, thin: benchmarks drawn too.", x=0.01, ha="left", fontsize=8)  # fmt: skip
-        figure.supxlabel("Difference of scores (points) and 95 % interval", fontsize=8)
+        panels[len(pairs) // 2].set_xlabel("Difference of scores (points)")
+        policies = {policy for pair in pairs for policy in pair}
+        put_note(figure, f"{folder.name}: 95 % intervals, paired by seed and problem; {scores.size(policies)}. Grey: a "
+                         "benchmark that cannot tell the two apart. Avg, thin: benchmarks drawn too.")  # fmt: skip
         return figure
 
 
-def _last(scores: Scores, method: str) -> Policy | None:
-    iterations = [t for name, t in scores.policies() if name == method and t is not None]
-    return (method, max(iterations)) if iterations else None
+def pairs_of(folder: Path) -> list[tuple[Policy, Policy]]:
+    """The last policies of T-SPIN, SPIN and SFT, two by two, that were run; none where no outcomes were recorded."""
+    if not (folder / "problems.parquet").is_file():
+        return []
+    scores = scores_of(folder)
+    spin, tspin = scores.last("spin"), scores.last("tspin")
+    return [(a, b) for a, b in ((tspin, spin), (tspin, SFT), (spin, SFT)) if a and b and scores.has(a, b)]
 
 
 def _draw_pair(axes: Axes, scores: Scores, pair: tuple[Policy, Policy]) -> None:
@@ -62,7 +64,7 @@ def _draw_pair(axes: Axes, scores: Scores, pair: tuple[Policy, Policy]) -> None:
     _draw_interval(axes, bottom, whole, "black", pair[0][0], elinewidth=2.2)
     axes.axvline(0, color="black", linewidth=0.6)
     axes.grid(axis="x")
-    axes.set_title(f"{_name(pair[0])} − {_name(pair[1])}, {whole.seeds} seed{'s' * (whole.seeds > 1)}", loc="left")
+    axes.set_title(f"{_name(pair[0])} − {_name(pair[1])}", loc="left")
 
 
 def _draw_interval(
@@ -75,13 +77,6 @@ def _draw_interval(
 def _name(policy: Policy) -> str:
     method, iteration = policy
     return look(method).label if iteration is None else f"{look(method).label} {iteration}"
-
-
-def _problems(scores: Scores) -> str:
-    """How many problems each benchmark has."""
-    counts = (~np.isnan(scores.values(scores.policies()[0])[0])).sum(-1)
-    low, high = int(counts.min()), int(counts.max())
-    return f"{low} problems a benchmark" if low == high else f"{low} to {high} problems a benchmark"
 
 
 FIGURES: dict[str, Callable[[Path], Figure]] = {"benchmarks": benchmarks}

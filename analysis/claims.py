@@ -12,7 +12,7 @@ from tspin.runs.files import write_json, write_text
 from . import rules
 from .evidence import Evidence, Missing, decoding
 from .power import Variation, chances
-from .reading import read_paper
+from .reading import read_paper, read_settings
 from .rules import ABOUT_THE_SAME, LARGE_SHARE, LITTLE, MARGIN, Question, attempted
 from .scorecard import scorecard_text
 from .scores import Policy
@@ -176,5 +176,5 @@ def paper_averages() -> dict[Policy, float]:
 def write_claims(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Write a scorecard as `claims.json` and `claims.md`; return their paths."""
     write_json(folder / "claims.json", {"preset": folder.name, "claims": rows})
-    write_text(folder / "claims.md", scorecard_text(rows, folder.name, decoding(Evidence(folder))))
+    write_text(folder / "claims.md", scorecard_text(rows, folder.name, decoding(read_settings(folder))))
     return [folder / "claims.json", folder / "claims.md"]

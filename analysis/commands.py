@@ -13,13 +13,18 @@ FULL_WIDTH = 130  # characters: ten benchmarks fit from here on
 COMMITTED_WIDTH = 26  # what the committed results take beside them
 TEXTS = ["Method", "Avg", "Committed", "Agrees", "Paper's Avg"]  # the columns of scores that are no benchmark
 
+SECOND = ("4", "6")  # Table 4 and Figure 6 are of a second base model: the numbers of Table 1 are none
 Preset = Annotated[str, typer.Option(help="Preset whose results are drawn.")]
+AnyPreset = Annotated[
+    str | None,
+    typer.Option(help="Preset whose results are drawn.", show_default="pocket; none for Table 4 and Figure 6"),
+]
 Results = Annotated[Path, typer.Option(help="Folder that holds one folder of results a preset.")]
 
 
 def table(
     number: Annotated[str, typer.Argument(help="Number of the table in the paper: 1, 2, 4 or 5.")],
-    preset: Preset = "pocket",
+    preset: AnyPreset = None,
     results: Results = Path("results"),
     prompt: Annotated[int | None, typer.Option(help="Table 5: which training prompt.")] = None,
 ) -> None:
@@ -32,41 +37,40 @@ def table(
     from .tables import LAYOUTS
 
     if number == "5":
-        _texts(results / preset, prompt)
+        _texts(_folder(number, preset, results), prompt)
     elif number in LAYOUTS:
-        _scores(results / preset, number)
+        _scores(_folder(number, preset, results), number)
     else:
         raise UserError(f"there is no table {number}; there are: {', '.join([*LAYOUTS, '5'])}")
 
 
 def figure(
     number: Annotated[
-        str, typer.Argument(help="Number in the paper: 2, 3, 4a, 4b, 4c, 5, 6, 7; or base, decoding, neighbours, ten.")
+        str,
+        typer.Argument(
+            help="Number in the paper: 2, 3, 4a, 4b, 4c, 5, 6, 7; or a figure of ours: benchmarks, entropy, ten, map, "
+            "map_sft, map_course, map_entropy."
+        ),
     ],
-    preset: Preset = "pocket",
+    preset: AnyPreset = None,
     results: Results = Path("results"),
 ) -> None:
     """Draw a figure of the paper, or of a study of ours, from a preset's results: PNG and SVG.
 
     Example: tspin figure 7 --preset pocket
     """
-    from tspin.errors import UserError
     from tspin.runs.files import write_text
 
-    from . import curves, dynamics, studies
+    from .figures import figure_of
     from .writing import write_figure
 
-    folder, stem = results / preset, results / preset / f"figure{number}"
-    draw = {**curves.FIGURES, **dynamics.FIGURES, **studies.FIGURES}
-    if number not in draw:
-        raise UserError(f"there is no figure {number}; there are: {', '.join(sorted(draw))}")
-    texts = []
-    if number in studies.FIGURES:
-        study = studies.STUDY_OF[number]
-        stem = folder / "studies" / number if number == study else stem
-        texts = [folder / "studies" / f"{study}.md"]
-        write_text(texts[0], studies.study_text(study, folder))
-    _wrote([*write_figure(draw[number](folder), stem), *texts])
+    drawn = figure_of(number)
+    folder = _folder(number, preset, results)
+    written = write_figure(drawn.draw(folder), folder / drawn.stem)
+    for name, text in drawn.texts.items():
+        write_text(folder / name, text(folder))
+        written.append(folder / name)
+    _wrote(written)
 
 
 def claims(preset: Preset = "pocket", results: Results = Path("results")) -> None:
@@ -107,6 +111,15 @@ def compare(
     _wrote([out])
 
 
+def _folder(number: str, preset: str | None, results: Path) -> Path:
+    """The results that a table or figure is drawn from."""
+    from tspin.errors import UserError
+
+    if preset is None and number in SECOND:
+        raise UserError(f"{number} is of a second base model: name the preset that trained it, --preset smollm2")
+    return results / (preset or "pocket")
+
+
 def _texts(folder: Path, prompt: int | None) -> None:
     from .responses import response_caption, response_cells, response_table
     from .writing import write_table
@@ -133,9 +146,12 @@ def _scores(folder: Path, number: str) -> None:
     cells = score_cells(table)
     written = write_table(folder / f"table{number}", table, cells, f"{caption} {agreement}".strip())
     if number == "1":
+        from . import benchmarks
         from .curves import average_by_iteration
 
-        written += write_figure(average_by_iteration(table, folder.name), folder / "average_by_iteration")
+        written += write_figure(average_by_iteration(table, folder), folder / "average_by_iteration")
+        if benchmarks.pairs_of(folder):
+            written += write_figure(benchmarks.benchmarks(folder), folder / "benchmarks")
     console = Console(highlight=False)
     texts = [name for name in TEXTS if name in cells]
     width = FULL_WIDTH + COMMITTED_WIDTH * ("Committed" in texts)

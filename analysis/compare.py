@@ -94,9 +94,9 @@ def prompts(first: Run, second: Run) -> list[dict[str, Any]]:
 
 
 def picture(first: Run, second: Run) -> Figure:
-    """Avg by iteration, the log-likelihood gap of y over y′ by step, the misaligned share by iteration."""
-    figure = Figure(figsize=(4.6, 7.2), layout="constrained")
-    average, gap, share = figure.subplots(3, 1)
+    """Avg by iteration, the log-likelihood gap of y over y′ by step, misaligned share and entropy by iteration."""
+    figure = Figure(figsize=(4.6, 9.4), layout="constrained")
+    average, gap, share, entropy = figure.subplots(4, 1)
     for run, colour, name in zip((first, second), COLOURS, "AB", strict=True):
         label = f"{name}: {run.method}"
         _draw(average, run.average(), colour, label, marker="o")
@@ -104,12 +104,14 @@ def picture(first: Run, second: Run) -> Figure:
             steps = with_gap(run.steps.sort_values(["iteration", "step"]))
             _draw(gap, running_means(steps, ["gap"], ["iteration"])["gap"].reset_index(drop=True), colour, label)
         _draw(share, 100 * run.misaligned(), colour, label, marker="o")
+        _draw(entropy, run.entropy(), colour, label, marker="o")
     average.set(title="Average over benchmarks", ylabel=sign(first, second), xlabel="Iteration")
     gap.set(title="log π(y) − log π(y′), running mean of 5 steps", ylabel="nats", xlabel="Step, all iterations")
     gap.axhline(0, color="black", linewidth=0.6)
     share.set(title="Misaligned: y has the higher reward, the lower likelihood", ylabel="% of prompts",
               xlabel="Iteration")  # fmt: skip
-    for axes in (average, share):
+    entropy.set(title="Entropy: mean −log π(y′) as y′ was drawn", ylabel="nats a response", xlabel="Iteration")
+    for axes in (average, share, entropy):
         axes.locator_params(axis="x", integer=True)
     if average.lines:
         average.legend(frameon=False)

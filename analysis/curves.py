@@ -1,4 +1,4 @@
-"""Avg by iteration, and figures 2, 4b, 5 and 6: scores by iteration, method against method, ours above the paper's."""
+"""Avg by iteration, and figures 2, 4b, 5 and 6: scores by iteration, method against method, beside the paper's."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tspin.schema import BASE
+
 from .drawing import (
     BASE_X,
     beside,
@@ -20,30 +22,40 @@ from .drawing import (
     label_iterations,
     new_figure,
     put_legend,
+    put_note,
 )
 from .reading import read_paper, read_suite
 from .scores import AVG, Scores, scores_of
 from .style import look
 from .tables import ITERATIONS
 
+# Of each group the paper's benchmark: those of its figures, and of knowledge the one that moves most in its tables.
+PAPERS = {"math": "GSM8K", "knowledge": "GPQA", "reasoning": "BBH", "instruction": "IFEval"}
+GROUPS = 4  # that are shown of a suite with groups of its own
+INTERVALS = "95 % intervals, seeds and problems crossed"
+
 
 class Curves(NamedTuple):
-    """A figure: its methods, how many benchmarks beside Avg, the paper's model and the benchmarks shown there."""
+    """A figure: its methods, the paper's model, the groups of benchmarks shown, and whether Avg is."""
 
-    methods: tuple[str, ...]
-    benchmarks: int
+    methods: tuple[str, str]
     model: str
-    paper_benchmarks: tuple[str, ...]
+    groups: tuple[str, ...] = tuple(PAPERS)
+    average: bool = True
 
 
-def average_by_iteration(table: pd.DataFrame, preset: str) -> Figure:
+def average_by_iteration(table: pd.DataFrame, folder: Path) -> Figure:
     """Avg of Table 1 (`tables.score_table`) against the iteration, SPIN against T-SPIN, above the paper's curves."""
-    with new_figure(1, 3.7) as figure:
+    counts = sorted({len(seeds.split()) for seeds in table.loc[table["method"] != BASE, "seeds"]} - {0})
+    seeds = f"{' or '.join(map(str, counts))} {'seed' if counts == [1] else 'seeds'}"
+    known = (folder / "problems.parquet").is_file()
+    size = scores_of(folder).size([("tspin", 0)]).split(", ")[1] if known else ""
+    with new_figure(1, 4) as figure:
         ours, paper = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
         # Two panels, because the paper's levels (another model, other benchmarks) would flatten ours on shared axes.
         _draw_column(ours, table, "avg", intervals=True)
         _draw_column(paper, table, "paper_avg", intervals=False)
-        ours.set_title(f"Ours ({preset}), 95 % intervals", loc="left")
+        ours.set_title(f"Ours ({folder.name})", loc="left")
         paper.set_title("The paper's (Zephyr-7B, its Table 1)", loc="left")
         for axes in (ours, paper):
             axes.set_ylabel("Avg (%)")
@@ -53,6 +65,7 @@ def average_by_iteration(table: pd.DataFrame, preset: str) -> Figure:
         figure.align_ylabels()
         labels = [look(method).label for method in ("base", "sft", "spin", "tspin")]
         put_legend(figure, [ours], labels=labels, columnspacing=1.2, handlelength=1.8)
+        put_note(figure, f"Ours: {', '.join(filter(None, [seeds, size]))}; {INTERVALS}. Each panel has its own scale.")
         return figure
 
 
@@ -77,36 +90,55 @@ def _draw_column(axes: Axes, table: pd.DataFrame, value: str, intervals: bool) -
 
 
 def curves_figure(curves: Curves, folder: Path) -> Figure:
-    """Ours above the paper's: a column per benchmark. Raises UserError where a file is missing."""
+    """Ours beside the paper's: a row per group of benchmarks, and Avg. Raises UserError where a file is missing."""
     scores, paper = scores_of(folder), read_paper(curves.model)
-    labels = chosen(scores, folder, curves)
-    if curves.benchmarks < 3:
-        labels.append(AVG)
-    with new_figure(2 if len(labels) > 1 else 1, 3.6) as figure:
-        panels = figure.subplots(2, len(labels), sharex=True, squeeze=False, height_ratios=[3, 2])
-        for axes, label in zip(panels[0], labels, strict=True):
-            draw_ours(axes, scores, curves.methods, label)
-            axes.set_title(f"{label}, ours ({folder.name})", loc="left")
-        for axes, label in zip(panels[1], curves.paper_benchmarks, strict=True):
+    rows = [*chosen(scores, folder, curves), *([(AVG, AVG)] if curves.average else [])]
+    with new_figure(1.15, 1.1 + (1.35 if len(rows) > 1 else 1.9) * len(rows)) as figure:
+        panels = figure.subplots(len(rows), 2, sharex=True, squeeze=False, width_ratios=[5, 4])
+        for (ours, theirs), (label, printed) in zip(panels, rows, strict=True):
+            draw_ours(ours, scores, curves.methods, label)
+            ours.set_title(f"{label}, ours", loc="left")
+            ours.set_ylabel("Score (%)")
+            if printed is None:
+                theirs.set_axis_off()
+                continue
             for method in curves.methods:
-                rows = paper[paper["method"] == method]
-                if len(rows):  # it prints none for some methods
-                    draw_paper(axes, rows["iteration"], rows[label], look(method), markersize=2.5)
+                course = paper[paper["method"] == method]
+                if len(course):  # it prints none for some methods
+                    draw_paper(theirs, course["iteration"], course[printed], look(method), markersize=2.5)
+            theirs.set_title(f"{printed}, the paper's", loc="left")
+        for axes in panels[-1]:
             axes.set_xticks(ITERATIONS)
-            axes.set_title(f"{label}, the paper's ({curves.model})", loc="left")
             axes.set_xlabel("Iteration")
-        for row in panels:
-            row[0].set_ylabel("Score (%)")
+        figure.align_ylabels()
         put_legend(figure, panels.flat)
+        why = (" Of each group the benchmark on which the last policies differ most, beside one of the paper's in the "
+               "same group.") if len(rows) > 1 else ""  # fmt: skip
+        ran = [policy for policy in scores.policies() if policy[0] in curves.methods]
+        put_note(figure, f"Ours: {folder.name}, {scores.size(ran)}; {INTERVALS}.{why} The paper's: {curves.model}, one "
+                         "run. Each panel has its own scale.")  # fmt: skip
         return figure
 
 
-def chosen(scores: Scores, folder: Path, curves: Curves) -> list[str]:
-    """The paper's benchmarks where the suite has them, then the first of each group, as many as the figure shows."""
-    first = {column.group: column.label for column in reversed(read_suite(folder))}
-    shared = [label for label in curves.paper_benchmarks if label != AVG and label in scores.labels]
-    names = list(dict.fromkeys([*shared, *reversed(first.values())]))[: curves.benchmarks]
-    return [label for label in scores.labels if label in names]
+def chosen(scores: Scores, folder: Path, curves: Curves) -> list[tuple[str, str | None]]:
+    """Of each group our benchmark and the paper's: the same where the suite has it, else that which decides Avg.
+
+    Of a suite without the paper's groups, those benchmarks of its own that decide, beside none of the paper's.
+    """
+    if not curves.groups:
+        return []
+    columns = read_suite(folder)
+    there = dict.fromkeys(column.group for column in columns)
+    groups = [group for group in curves.groups if group in there] or list(there)[:GROUPS]
+    first, second = map(scores.last, curves.methods)
+    rows = []
+    for group in groups:
+        labels = [column.label for column in columns if column.group == group]
+        printed = PAPERS.get(group)
+        apart = [abs(scores.difference(first, second, [label]).mean) if first and second else 0 for label in labels]
+        deciding = labels[int(np.argmax(apart))]  # the first of those that are level
+        rows.append((printed if printed in labels else deciding, printed))
+    return rows
 
 
 def draw_ours(axes: Axes, scores: Scores, methods: tuple[str, ...], label: str) -> None:
@@ -114,8 +146,8 @@ def draw_ours(axes: Axes, scores: Scores, methods: tuple[str, ...], label: str) 
     for method, shift in zip(methods, beside(len(methods)), strict=True):
         course = [t for name, t in scores.policies() if name == method and t is not None]
         means = [scores.mean((method, t), label) for t in course]
-        draw_means(axes, np.array(course) + shift, [each.mean for each in means], [each.half for each in means],
-                   look(method))  # fmt: skip
+        sides = [[each.mean - each.low for each in means], [each.high - each.mean for each in means]]
+        draw_means(axes, np.array(course) + shift, [each.mean for each in means], sides, look(method))
     for method in ("sft", "base"):
         if scores.has((method, None)):
             mean = scores.mean((method, None), label)
@@ -128,9 +160,9 @@ def draw_ours(axes: Axes, scores: Scores, methods: tuple[str, ...], label: str) 
 
 
 CURVES = {
-    "2": Curves(("spin", "tspin"), 2, "Zephyr-7B", ("GSM8K", "IFEval", AVG)),
-    "4b": Curves(("tspin", "tspin_reference"), 0, "Zephyr-7B", (AVG,)),
-    "5": Curves(("tspin", "tspin_no_history"), 3, "Zephyr-7B", ("GSM8K", "BBH", "IFEval")),
-    "6": Curves(("spin", "tspin"), 2, "Mistral-7B", ("GSM8K", "IFEval", AVG)),
+    "2": Curves(("spin", "tspin"), "Zephyr-7B"),
+    "4b": Curves(("tspin", "tspin_reference"), "Zephyr-7B", groups=()),
+    "5": Curves(("tspin", "tspin_no_history"), "Zephyr-7B", groups=("math", "reasoning", "instruction"), average=False),
+    "6": Curves(("spin", "tspin"), "Mistral-7B"),
 }
 FIGURES: dict[str, Callable[[Path], Figure]] = {name: partial(curves_figure, curves) for name, curves in CURVES.items()}

@@ -1,5 +1,6 @@
 """What the figures share: their size and style, a method's scores over iterations, and what has no iterations."""
 
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from .style import COLUMN_WIDTH, RC, Look, look
+from .style import COLUMN_WIDTH, RC, Look, contrast, look
 
 BASE_X = -1  # where the base stands on an axis of iterations
 SPREAD = 0.08  # methods stand beside each other, so that intervals do not hide each other
+NOTE_SIZE, LETTERS = 7, 19  # points; of them so many fit in an inch
 DASHES = {"sft": (0, (5, 1.5, 1, 1.5)), "base": (0, (1, 1.5))}
 
 
@@ -30,8 +34,9 @@ def beside(count: int, spread: float = SPREAD) -> list[float]:
 
 def draw_means(axes: Axes, x: Any, means: Any, sides: Any, of: Look, **options: Any) -> None:
     """A curve with error bars. sides: how far they reach, one number for both ways, or those below and those above."""
-    options = {"label": of.label, "elinewidth": 0.9, "capsize": 2, **options}
-    axes.errorbar(np.asarray(x, float), means, sides, color=of.colour, marker=of.marker, **options)
+    options = {"label": of.label, "elinewidth": 0.9, "capsize": 2, "linestyle": of.line, **options}
+    options |= {"marker": of.marker, "markerfacecolor": of.colour if of.filled else "white"}
+    axes.errorbar(np.asarray(x, float), means, sides, color=of.colour, **options)
 
 
 def draw_paper(axes: Axes, x: Any, scores: Any, of: Look, **options: Any) -> None:
@@ -50,6 +55,15 @@ def draw_band(axes: Axes, method: str, low: float, high: float) -> None:
     axes.axhspan(low, high, color=look(method).colour, alpha=0.1, linewidth=0)
 
 
+def contrast_texts(axes: Axes) -> None:
+    """The texts of a heat map in black or white, whichever its cell lets be read better."""
+    (mesh,) = (each for each in axes.collections if isinstance(each, QuadMesh))
+    mesh.update_scalarmappable()
+    for text, colour in zip(axes.texts, np.asarray(mesh.get_facecolor()), strict=True):
+        cell = colour[:3].tolist()
+        text.set_color(max("black", "white", key=lambda ink: contrast(to_rgb(ink), cell)))
+
+
 def label_iterations(axes: Axes, iterations: Iterable[int], base: bool) -> None:
     """Tick the iterations, and the base before them if it is drawn."""
     numbers = list(iterations)
@@ -66,3 +80,9 @@ def put_legend(
     names = [label for label in labels or handles if label in handles]
     figure.legend([handles[name] for name in names], names, loc="outside upper center", ncols=columns, frameon=False,
                   **options)  # fmt: skip
+
+
+def put_note(figure: Figure, text: str) -> None:
+    """What a reader must know of a figure (seeds, problems, smoothing), small and below it."""
+    lines = textwrap.wrap(text, int(LETTERS * figure.get_figwidth()), break_on_hyphens=False)
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=NOTE_SIZE, color="#444444")

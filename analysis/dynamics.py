@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from tspin.errors import UserError
 from tspin.schema import LABELLED, RUN, SYNTHETIC, gaps
 
-from .drawing import new_figure
-from .intervals import of_seeds
+from .drawing import contrast_texts, new_figure, put_legend, put_note
+from .intervals import none_of, of_seeds
 from .reading import read_table
 from .style import look
 
@@ -49,9 +49,11 @@ def with_gap(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def sign_shares(folder: Path, iteration: int = 1) -> pd.DataFrame:
-    """Share of the prompts by sign of both gaps after an iteration: method, reward, log_likelihood (±1, 0), share.
+    """Share of the prompts by sign of both gaps after an iteration.
 
-    The mean over seeds. Raises UserError where the diagnostics are missing, or neither method has that iteration.
+    Columns: method, reward, log_likelihood (±1, 0), share (the mean over seeds), prompts (those of a seed).
+
+    Raises UserError where the diagnostics are missing, or neither method has that iteration.
     """
     table = read_table(folder, "diagnostics")
     table = gaps(table[table["method"].isin(PAIR) & (table["iteration"] == iteration)])
@@ -61,38 +63,39 @@ def sign_shares(folder: Path, iteration: int = 1) -> pd.DataFrame:
     counts = signs.groupby(["method", "seed"])[["reward", "log_likelihood"]].value_counts(normalize=True)
     seeds = signs.groupby("method")["seed"].nunique()
     shares = counts.groupby(["method", "reward", "log_likelihood"]).sum().rename("share").reset_index()
-    return shares.assign(share=shares["share"] / shares["method"].map(seeds))
+    prompts = signs.groupby(["method", "seed"]).size().groupby("method").min()
+    return shares.assign(share=shares["share"] / shares["method"].map(seeds), prompts=shares["method"].map(prompts))
 
 
 def figure3(folder: Path, iteration: int = 1) -> Figure:
-    """Figure 3 at an iteration: a row per method; rewards, log-likelihoods, joint signs.
+    """Figure 3 at an iteration: a column per method; log-likelihoods, rewards, joint signs.
 
-    A method without that iteration has a row that says so. Raises UserError where neither has it.
+    A method without that iteration has a column that says so. Raises UserError where neither has it.
     """
     table, shares = read_steps(folder), sign_shares(folder, iteration)
     table = table[table["iteration"] == iteration]
     if table.empty:
         raise UserError(f"no steps of iteration {iteration} in {folder}; figure 3 is drawn there")
-    with new_figure(2, 3.9) as figure:
-        panels = figure.subplots(2, 3, width_ratios=[1.2, 1.2, 1])
-        drawn = []
-        for row, method in zip(panels, PAIR, strict=True):
-            steps = table[table["method"] == method]
+    with new_figure(1.15, 5.9) as figure:
+        panels = figure.subplots(3, 2, height_ratios=[1, 1, 1.1])
+        panels[0, 0].sharey(panels[0, 1])  # the same quantity; rewards are not
+        for column, method in zip(panels.T, PAIR, strict=True):
+            steps, name = table[table["method"] == method], look(method).label
             if steps.empty:
-                _say_absent(row, method, iteration)
+                _say_absent(column, method, iteration)
                 continue
-            drawn.append(row)
-            _draw_roles(row[0], steps, "reward", method)
-            row[0].set_ylabel("Reward")
-            _draw_roles(row[1], steps, "log_likelihood", method)
-            row[1].set_ylabel("Log-likelihood (nats)")
-            _draw_signs(row[2], shares[shares["method"] == method])
-            row[0].set_title(f"{look(method).label}: rewards", loc="left")
-            row[1].set_title("log-likelihoods", loc="left")
-            row[2].set_title("share of prompts", loc="left")
-        drawn[0][0].legend(frameon=False)
-        for axes in drawn[-1][:2]:
-            axes.set_xlabel(f"Step of iteration {iteration}")
+            _draw_roles(column[0], steps, "log_likelihood", method)
+            _draw_roles(column[1], steps, "reward", method)
+            _draw_signs(column[2], shares[shares["method"] == method])
+            for axes, title in zip(column, ("log π, nats", "reward", "share of prompts"), strict=True):
+                axes.set_title(f"{name}: {title}", loc="left")
+            column[1].set_xlabel(f"Step of iteration {iteration}")
+        put_legend(figure, panels.flat)
+        low, high = (f"{count:,}" for count in (shares["prompts"].min(), shares["prompts"].max()))
+        prompts = low if low == high else f"{low} to {high}"
+        put_note(figure, f"{folder.name}. {_smoothing(table)} Shares: of {prompts} prompts a seed after training, "
+                         "means over seeds; of none the upper end of Wilson's 95 % interval. T-SPIN's reward is "
+                         "α log π: its signs agree by definition.")  # fmt: skip
         return figure
 
 
@@ -102,8 +105,9 @@ def figure7(folder: Path, iterations: tuple[int, ...] = (0, 1, 2)) -> Figure:
     Where a method lacks an iteration, its panel says so.
     """
     table = read_steps(folder)
-    with new_figure(2, 4.8) as figure:
+    with new_figure(1.4, 5.4) as figure:
         panels = figure.subplots(3, len(iterations), sharey="row", squeeze=False)
+        panels[0, 0].sharey(panels[1, 0])
         for column, iteration in zip(panels.T, iterations, strict=True):
             steps = {method: table[(table["iteration"] == iteration) & (table["method"] == method)] for method in PAIR}
             for axes, method in zip(column, PAIR, strict=False):
@@ -111,19 +115,25 @@ def figure7(folder: Path, iterations: tuple[int, ...] = (0, 1, 2)) -> Figure:
                     _say_absent([axes], method, iteration)
                     continue
                 _draw_roles(axes, steps[method], "log_likelihood", method)
-                axes.set_title(f"{look(method).label}, iteration {iteration}", loc="left")
+                axes.set_title(f"{look(method).label}, iteration {iteration}", loc="left", fontsize=7.5)
             for method in PAIR:
                 if len(steps[method]):
                     _draw_band(column[2], steps[method], "gap", look(method).colour, "-", look(method).label)
             column[2].axhline(0, color="black", linewidth=0.6)
-            column[2].set_title(f"gap, iteration {iteration}", loc="left")
+            column[2].set_title(f"gap, iteration {iteration}", loc="left", fontsize=7.5)
             column[2].set_xlabel("Step")
         for axes, label in zip(panels[:, 0], ("log π (nats)", "log π (nats)", "log π(y) − log π(y′)"), strict=True):
             axes.set_ylabel(label)
-        for axes in (panels[0, 0], panels[2, 0]):
-            if axes.lines:
-                axes.legend(frameon=False)
+        put_legend(figure, panels.flat)
+        put_note(figure, f"{folder.name}. {_smoothing(table)}")
         return figure
+
+
+def _smoothing(steps: pd.DataFrame) -> str:
+    """How curves over steps are made, in words."""
+    count = steps["seed"].nunique()
+    seeds = f"means and 95 % t intervals over {count} seeds" if count > 1 else "1 seed, its spread unknown"
+    return f"Curves: running mean of {SMOOTHED} steps, {seeds}."
 
 
 def _say_absent(row: Iterable[Axes], method: str, iteration: int) -> None:
@@ -135,10 +145,11 @@ def _say_absent(row: Iterable[Axes], method: str, iteration: int) -> None:
 
 def _draw_roles(axes: Axes, steps: pd.DataFrame, kind: str, method: str) -> None:
     for role, (label, line) in ROLES.items():
-        _draw_band(axes, steps, f"{kind}/{role}", look(method).colour, line, label)
+        _draw_band(axes, steps, f"{kind}/{role}", look(method).colour, line, None)
+        axes.plot([], [], color="#444444", linestyle=line, linewidth=1.2, label=label)  # the legend's, of no method
 
 
-def _draw_band(axes: Axes, steps: pd.DataFrame, column: str, colour: str, line: str, label: str) -> None:
+def _draw_band(axes: Axes, steps: pd.DataFrame, column: str, colour: str, line: str, label: str | None) -> None:
     """The mean over seeds and its 95 % interval (Student's t over seeds; of one seed, none)."""
     by_step = steps.groupby("step")[column]
     axes.plot(by_step.mean(), color=colour, linestyle=line, label=label, linewidth=1.2)
@@ -156,9 +167,12 @@ def _draw_signs(axes: Axes, shares: pd.DataFrame) -> None:
 
     table = shares.pivot(index="log_likelihood", columns="reward", values="share")
     table = table.reindex(index=list(SIGNS), columns=list(reversed(SIGNS))).fillna(0.0)
+    most = none_of(int(shares["prompts"].min()))
+    texts = table.map(lambda share: f"{share:.1%}" if share else f"0%\n(< {most:.1%})")
     names = list(SIGNS.values())
-    seaborn.heatmap(table, ax=axes, annot=True, fmt=".0%", cmap="Blues", cbar=False, vmin=0, vmax=1, linewidths=1,
-                    xticklabels=names[::-1], yticklabels=names, annot_kws={"fontsize": 8})  # fmt: skip
+    seaborn.heatmap(table, ax=axes, annot=texts, fmt="", cmap="Blues", cbar=False, vmin=0, vmax=1, linewidths=1,
+                    xticklabels=names[::-1], yticklabels=names, annot_kws={"fontsize": 6.5})  # fmt: skip
+    contrast_texts(axes)
     axes.set(xlabel="Reward gap", ylabel="Log-likelihood gap")
     axes.tick_params(length=0)
 

@@ -1,17 +1,16 @@
 """A preset's results as the claims read them, each file once, and what a claim must find there to be tested at all."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from tspin.runs.files import read_json
 from tspin.schema import BASE, pairs
 
-from .intervals import Estimate, estimate
-from .reading import read_table
+from .intervals import Estimate, Share, estimate, share
+from .reading import read_settings, read_table
 from .scores import Policy, Weights, scores_of
 
 PAIR = ("spin", "tspin")
@@ -56,8 +55,7 @@ class Evidence:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The settings that the results were made with; empty where they were not recorded."""
-        path = self.folder / "config.json"
-        return dict(read_json(path)["config"]) if path.is_file() else {}
+        return read_settings(self.folder)
 
     @cached_property
     def _pairs(self) -> pd.DataFrame:
@@ -93,6 +91,11 @@ def by_prompt(table: pd.DataFrame, value: pd.Series) -> Estimate:
     return estimate(wide.to_numpy(float)[:, None, :])
 
 
+def share_of_prompts(table: pd.DataFrame, value: pd.Series) -> Share:
+    """The share of prompts for which a truth value per row holds, with Wilson's interval at none and at all."""
+    return share(by_prompt(table, value), int(table.groupby("seed").size().min()))
+
+
 def of_like_length(table: pd.DataFrame) -> pd.DataFrame:
     """The pairs whose y is about as long as its y′. Raises Missing where a seed has too few."""
     near = (table["tokens"] - table["tokens_synthetic"]).abs() <= MATCHED * table["tokens_synthetic"]
@@ -121,10 +124,10 @@ def lengths_differ(evidence: Evidence, method: str, iterations: Sequence[int]) -
     return f"y has {', '.join(off)} times the tokens of y′: sums of log-probabilities do not compare" if off else None
 
 
-def decoding(evidence: Evidence) -> str:
-    """How y′ was decoded, which the paper does not say."""
-    temperature = evidence.settings.get("temperature")
+def decoding(settings: Mapping[str, Any]) -> str:
+    """How y′ was decoded, which the paper does not say. settings: `read_settings` of the results."""
+    temperature = settings.get("temperature")
     if temperature is None:
         return "How y′ was decoded is not recorded."
-    greedy = "greedily" if temperature == 0 else f"at temperature {temperature:g}, top-p {evidence.settings['top_p']:g}"
+    greedy = "greedily" if temperature == 0 else f"at temperature {temperature:g}, top-p {settings['top_p']:g}"
     return f"y′ and y0 were decoded {greedy}; the paper does not say how its were."

@@ -15,6 +15,8 @@ interval is Student's of n − 1 where seeds decide and normal where problems do
 (tests/test_statistics.py, scores and differences of right and wrong answers included): 94 to 96 % from five seeds on,
 92.5 to 95.5 % with three, where s² alone decides how long the Student's tail is.
 
+Of a share that is 0 or 1 nothing varies, and the formula gives no interval: it gets Wilson's (`share`).
+
 With one seed the interval is that of the problems alone: nothing is known of the spread between seeds.
 
 scipy.stats takes longer to import than all of this takes to compute: its distributions are in scipy.special too.
@@ -108,6 +110,45 @@ class Estimate:
 
     def __str__(self) -> str:
         return format(self)
+
+
+@dataclass(frozen=True)
+class Share(Estimate):
+    """A share of `count` outcomes, at most `whole`: at either end its interval is Wilson's, (0, z² / (count + z²)).
+
+    Seeds that answer the same problems are one sample of them: `count` is one seed's.
+    """
+
+    whole: float = 1.0
+    count: int = 1
+
+    @property
+    def low(self) -> Any:
+        """Lower end of the 95 % interval."""
+        return np.where(np.greater_equal(self.mean, self.whole), self.whole - self._reach, super().low)[()]
+
+    @property
+    def high(self) -> Any:
+        """Upper end of the 95 % interval."""
+        return np.where(np.less_equal(self.mean, 0), self._reach, super().high)[()]
+
+    @property
+    def _reach(self) -> float:
+        return self.whole * none_of(self.count)
+
+
+def none_of(count: int) -> float:
+    """The upper end of Wilson's 95 % interval of a share of 0 of `count`."""
+    from scipy.special import ndtri
+
+    square = float(ndtri((1 + LEVEL) / 2)) ** 2
+    return square / (count + square)
+
+
+def share(found: Estimate, count: int, whole: float = 1.0) -> Share:
+    """An estimate that is one of a share, of `count` outcomes a seed."""
+    fields = {name: getattr(found, name) for name in Estimate.__dataclass_fields__}
+    return Share(**fields, whole=whole, count=count)
 
 
 def estimates(values: np.ndarray) -> list[Estimate]:

@@ -5,7 +5,7 @@ What is committed is in `results/reference/<preset>/`, apart from what a user's 
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -119,6 +119,18 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
         return pd.read_parquet(path)
     except (ValueError, OSError) as error:
         raise unusable(path, f"cannot be read ({_one_line(error)})") from error
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that the results were made with; empty where they were not recorded."""
+    path = folder / "config.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))["config"]) if path.is_file() else {}
+
+
+def labels_of(folder: Path) -> int | None:
+    """How many labels self-play trained on; None where it was not recorded."""
+    labels = read_settings(folder).get("data", {}).get("labels")
+    return int(labels) if labels else None
 
 
 def read_paper(model: str) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from .evidence import (
     not_fine_tuned,
     of_like_length,
     sft_gains_nothing,
+    share_of_prompts,
 )
 from .grid import Spread, grid_of, spread_of
 from .intervals import Estimate, of_seeds
@@ -142,10 +143,10 @@ def c3(evidence: Evidence) -> list[Part]:
     pairs = evidence.pairs("spin", 1)
     raw, per_token = misaligned(pairs), misaligned(_per_token(pairs))
     tspin = evidence.pairs("tspin", 1)
-    by_definition = by_prompt(tspin, misaligned(tspin))
+    by_definition = share_of_prompts(tspin, misaligned(tspin))
 
     def share(words: str, table: pd.DataFrame, value: pd.Series) -> Part:
-        return judge(words, {"": by_prompt(table, value)}, above(LARGE_SHARE), ".1%")
+        return judge(words, {"": share_of_prompts(table, value)}, above(LARGE_SHARE), ".1%")
 
     def of_sums() -> Part:
         reason = lengths_differ(evidence, "spin", [1])

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 from tspin.errors import UserError
 from tspin.schema import gaps, misaligned, unit
 
+from .entropy import nats
 from .reading import read_evaluations, read_scores, read_suite, read_table
 
 
@@ -21,7 +22,7 @@ class Run:
     scores: label, value. steps: as logged. samples: prompt_id, and the gaps of y over y′ after training, reward and
     log_likelihood. costs: seconds, tokens, peak_bytes. responses: prompt_id, text, of the policy that the iteration
     ended with. prompts: prompt_id, prompt, labelled. warnings: name, of tspin.diagnostics; None where no iteration
-    recorded whether there were any. unit: what the scores are in.
+    recorded whether there were any. unit: what the scores are in. drawn: nats of y′ (entropy.nats).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Run:
     prompts: pd.DataFrame
     warnings: pd.DataFrame | None = None
     unit: str = "percent"
+    drawn: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def average(self) -> pd.Series:
         """Avg by iteration: the mean over benchmarks."""
@@ -42,6 +44,10 @@ class Run:
     def misaligned(self) -> pd.Series:
         """By iteration, the share of prompts where y has the higher reward and the lower log-likelihood."""
         return _mean_by_iteration(self.samples, misaligned)
+
+    def entropy(self) -> pd.Series:
+        """By iteration, the mean of −log π_θt(y′) in nats."""
+        return _mean_by_iteration(self.drawn, lambda drawn: drawn["nats"])
 
     def likelihood_gap(self) -> pd.Series:
         """By iteration, the mean of log π(y) − log π(y′) in nats."""
@@ -93,6 +99,7 @@ def _from_results(folder: Path, method: str, seed: int) -> Run:
         scores=scores.sort_values(["iteration", "label"])[["iteration", "label", "value"]],
         steps=tables["steps"],
         samples=_samples(tables["diagnostics"]),
+        drawn=_drawn(tables["diagnostics"]),
         costs=_costs(costs),
         responses=tables["responses"],
         prompts=optional("prompts"),
@@ -113,7 +120,7 @@ def _from_folder(folder: Path) -> Run:
     def parquet(name: str) -> pd.DataFrame:
         return each(lambda path: pd.read_parquet(path / name) if (path / name).is_file() else None)
 
-    responses = parquet("synthetic.parquet")
+    responses, diagnostics = parquet("synthetic.parquet"), parquet("diagnostics.parquet")
     if len(responses):  # what iteration t trained on as y′ came from the policy of iteration t − 1
         responses = responses.assign(iteration=responses["iteration"] - 1)
     prompts, scores = folder / "prompts.parquet", each(_scores)
@@ -124,7 +131,8 @@ def _from_folder(folder: Path) -> Run:
         method=_json(folder / "config.json")["settings"]["method"],
         scores=scores,
         steps=parquet("steps.parquet"),
-        samples=_samples(parquet("diagnostics.parquet")),
+        samples=_samples(diagnostics),
+        drawn=_drawn(diagnostics),
         costs=_costs([{"iteration": t, **_facts(path)} for t, path in iterations.items()]),
         responses=pd.concat([responses, parquet("examples.parquet")], ignore_index=True),
         prompts=pd.read_parquet(prompts) if prompts.is_file() else pd.DataFrame(),
@@ -154,6 +162,10 @@ def _facts(iteration: Path) -> dict[str, Any]:
 
 def _samples(diagnostics: pd.DataFrame) -> pd.DataFrame:
     return gaps(diagnostics) if len(diagnostics) else diagnostics
+
+
+def _drawn(diagnostics: pd.DataFrame) -> pd.DataFrame:
+    return nats(diagnostics) if len(diagnostics) else diagnostics
 
 
 def _costs(costs: list[dict[str, Any]]) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """Scores problem by problem, and what follows from them: intervals of means and of paired differences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from tspin.schema import BASE
+from tspin.schema import BASE, is_share
 
-from .intervals import Estimate, corrected, estimate, estimates
+from .intervals import Estimate, corrected, estimate, estimates, share
 from .reading import read_suite, read_table
 
 Policy = tuple[str, int | None]  # method and iteration; None for base and sft
@@ -41,6 +41,7 @@ class Scores:
     def __init__(self, folder: Path):
         columns = read_suite(folder)
         self.labels = [column.label for column in columns]
+        self._shares = {column.label for column in columns if is_share(column.benchmark, column.metric)}
         table = read_table(folder, "problems")
         position = {column.benchmark: number for number, column in enumerate(columns)}
         table = table.assign(benchmark=table["benchmark"].map(position))
@@ -58,6 +59,18 @@ class Scores:
         seeds = list(self._values.get(policy, {}))
         return seeds[:1] if policy[0] == BASE else seeds
 
+    def last(self, method: str) -> Policy | None:
+        """The policy that a method of self-play ended with; None where it was not run."""
+        iterations = [t for name, t in self._values if name == method and t is not None]
+        return (method, max(iterations)) if iterations else None
+
+    def size(self, policies: Iterable[Policy]) -> str:
+        """How many seeds some policies have, and problems a benchmark, in words."""
+        seeds = sorted({len(self.seeds(policy)) for policy in policies if policy[0] != BASE} or {1})
+        values = next(iter(next(iter(self._values.values())).values()))
+        problems = sorted(set((~np.isnan(values)).sum(-1).tolist()))
+        return f"{_range(seeds)} {'seed' if seeds == [1] else 'seeds'}, {_range(problems)} problems a benchmark"
+
     def values(self, policy: Policy, seeds: list[int] | None = None) -> np.ndarray:
         """(seeds, benchmarks, problems) in percent; the base is repeated for every seed asked for."""
         values, first = self._values[policy], self.seeds(policy)[0]
@@ -71,8 +84,11 @@ class Scores:
     def mean(self, policy: Policy, label: str = AVG) -> Estimate:
         """The mean of a column over seeds, with its interval; those of a policy are computed together, and once."""
         if policy not in self._means:
-            columns = [*self.labels, AVG]
-            self._means[policy] = dict(zip(columns, estimates(self.values(policy)), strict=True))
+            values = self.values(policy)
+            found = dict(zip([*self.labels, AVG], estimates(values), strict=True))
+            problems = dict(zip(self.labels, (~np.isnan(values[0])).sum(-1).tolist(), strict=True))
+            shares = {name: share(found[name], count, 100) for name, count in problems.items() if name in self._shares}
+            self._means[policy] = {**found, **shares}
         return self._means[policy][label]
 
     def common_seeds(self, policies: Sequence[Policy]) -> list[int]:
@@ -106,12 +122,16 @@ class Scores:
         levels = np.stack([np.nanmean(self.values(policy), axis=(0, -1)) for policy in policies])
         alike = (np.nanmax(values, 0, initial=-np.inf) == np.nanmin(values, 0, initial=np.inf)).sum(-1)
         problems = (~np.isnan(values)).any(0).sum(-1)
-        for label, level, share in zip(self.labels, levels.min(0), alike / problems, strict=True):
-            if share >= CONSTANT:
-                reasons[label] = f"{share:.0%} of its problems are answered alike by all"
+        for label, level, same in zip(self.labels, levels.min(0), alike / problems, strict=True):
+            if same >= CONSTANT:
+                reasons[label] = f"{same:.0%} of its problems are answered alike by all"
             elif level >= CEILING:
                 reasons[label] = f"all at {level:.0f} % or more"
         return reasons
+
+
+def _range(counts: Sequence[int]) -> str:
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
 def outcomes(table: pd.DataFrame, keys: list[str]) -> dict[tuple[Any, ...], np.ndarray]:

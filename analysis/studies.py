@@ -3,46 +3,33 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tspin.errors import UserError
-from tspin.schema import BASE, RUN, STUDY_MEASURES
+from tspin.schema import RUN, STUDY_MEASURES
 
-from .drawing import BASE_X, beside, draw_means, draw_paper, label_iterations, new_figure, put_legend
+from .drawing import (
+    beside,
+    contrast_texts,
+    draw_means,
+    draw_paper,
+    label_iterations,
+    new_figure,
+    put_legend,
+    put_note,
+)
 from .intervals import estimate
 from .reading import PAPER
 from .scores import outcomes
-from .style import Look, in_order, look
+from .style import in_order, look
 from .writing import markdown
 
 NO_SETTINGS = {*RUN, *STUDY_MEASURES, "cell"}  # every other column of a study is a setting
 NEEDED = {*RUN, "cell"}
-# Settings in their order: dark to light, apart without colour too.
-SETTINGS = [("#440154", "o"), ("#31688E", "s"), ("#35B779", "v"), ("#B5DE2B", "^")]
-
-
-class Panels(NamedTuple):
-    """A study by iteration: a panel per method and a line per setting, or without setting a line per method."""
-
-    setting: str | None = None
-    legend: str | None = None
-    names: dict[Any, str] = {}
-
-
-STUDIES = {
-    "base": Panels("path", "Initial policy", {"runs/pocket-bases/weak": "weak", "pocket": "as shipped",
-                                              "runs/pocket-bases/strong": "strong"}),
-    "decoding": Panels("temperature", "Decoding of y′ and y0", {0.0: "greedy", 0.7: "temperature 0.7",
-                                                                1.0: "temperature 1"}),
-    "neighbours": Panels(),
-    "scale": Panels("alpha", "Scale of the reward: λ of SPIN, α of T-SPIN", {0.1: "0.1", 1.0: "1"}),
-    "ten": Panels(),
-}  # fmt: skip
+INTERVALS = "95 % intervals, seeds and problems crossed"
 
 
 class Study:
@@ -82,6 +69,12 @@ class Study:
         return pd.DataFrame(averages)
 
     @property
+    def size(self) -> str:
+        """How many problems an average is over, in words."""
+        values = self.values(self.table.iloc[:1])[0]
+        return f"{int((~np.isnan(values)).sum()):,} problems of {len(values)} benchmarks"
+
+    @property
     def seeds(self) -> str:
         """How many seeds there are, in words."""
         count = self.table["seed"].nunique()
@@ -89,26 +82,30 @@ class Study:
 
 
 def figure4a(folder: Path) -> Figure:
-    """Avg against the number of labels, T-SPIN after its last iteration and SFT; the paper's points below."""
+    """Avg against the share of all labels, T-SPIN after its last iteration and SFT; the paper's points below."""
     study = Study(folder, "data")
     table, last = study.table, int(study.table["iteration"].max())
     means = study.averaged(["method", "labels"], table[table["iteration"].isna() | (table["iteration"] == last)])
-    with new_figure(1, 3.6) as figure:
-        ours, paper = figure.subplots(2, 1, height_ratios=[3, 2])
+    printed = pd.read_csv(PAPER / "figure4a_data_efficiency.csv")
+    everything = [int(each["labels"].max()) for each in (means, printed)]
+    with new_figure(1, 3.8) as figure:
+        ours, paper = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
         for method, rows in _by_method(means):
-            draw_means(ours, rows["labels"], rows["avg"], rows["half"], look(method))
-        for method, rows in _by_method(pd.read_csv(PAPER / "figure4a_data_efficiency.csv")):
-            draw_paper(paper, rows["labels"], rows["avg"], look(method))
-        ours.set_title(f"Ours ({folder.name}): T-SPIN after iteration {last}, {study.seeds}", loc="left")
-        paper.set_title("The paper's (Zephyr-7B; the points it states)", loc="left")
+            draw_means(ours, rows["labels"] / everything[0], rows["avg"], rows["half"], look(method))
+        for method, rows in _by_method(printed):
+            draw_paper(paper, rows["labels"] / everything[1], rows["avg"], look(method))
+        ours.set_title(f"Ours ({folder.name}), of {everything[0]:,} labels", loc="left")
+        paper.set_title(f"The paper's (Zephyr-7B), of {everything[1]:,} labels", loc="left")
         for axes in (ours, paper):
             axes.set(xscale="log", ylabel="Avg (%)")
-            axes.minorticks_off()
-        labels = sorted(means["labels"].unique())
-        ours.set_xticks(labels, [f"{count:,}" for count in labels])
-        paper.set_xticks([50_000, 200_000], ["50k", "200k"])
-        paper.set_xlabel("Labels")
-        ours.legend(frameon=False)
+        shares = sorted({*(means["labels"] / everything[0]), *(printed["labels"] / everything[1])})
+        paper.set_xticks(shares, [f"{100 * share:.3g} %" for share in shares])
+        paper.minorticks_off()
+        paper.set_xlabel("Share of all labels")
+        figure.align_ylabels()
+        put_legend(figure, [ours])
+        put_note(figure, f"Ours: T-SPIN after iteration {last}, {study.seeds}, {study.size}; {INTERVALS}. The "
+                         "paper's: the points that it states, T-SPIN after two iterations.")  # fmt: skip
         return figure
 
 
@@ -119,38 +116,33 @@ def figure4c(folder: Path) -> Figure:
     study = Study(folder, "grid")
     means = study.averaged(["alpha", "beta"], study.table[study.table["iteration"] == 1])
     cells = means.pivot(index="alpha", columns="beta", values="avg").sort_index(ascending=False)
-    with new_figure(1, 2.7) as figure:
+    low, high = means["avg"].min(), means["avg"].max()
+    with new_figure(1, 2.9) as figure:
         axes = figure.subplots()
-        seaborn.heatmap(cells, ax=axes, annot=True, fmt=".1f", cmap="viridis", linewidths=1,
-                        cbar_kws={"label": "Avg at iteration 1 (%)"})  # fmt: skip
-        half = means["half"].mean()
-        axes.set_title(f"T-SPIN ({folder.name}), {study.seeds}; ± {half:.1f} per cell", loc="left")
+        seaborn.heatmap(cells, ax=axes, annot=True, fmt=".1f", cmap="Blues", linewidths=1, vmax=high,
+                        vmin=low - (high - low) / 4, cbar_kws={"label": "Avg at iteration 1 (%)"})  # fmt: skip
+        contrast_texts(axes)
+        axes.set_title(f"T-SPIN ({folder.name})", loc="left")
         axes.set(xlabel="β", ylabel="α")
+        half = means["half"].mean()
+        put_note(figure, f"{study.seeds}, {study.size}; ± {half:.1f} per cell, {INTERVALS}.")
         return figure
 
 
-def by_iteration(name: str, folder: Path) -> Figure:
-    """A study of STUDIES: Avg against the iteration, with 95 % intervals (`intervals`)."""
-    study, panels = Study(folder, name), STUDIES[name]
-    means = study.averaged(["method", "iteration", *([panels.setting] if panels.setting else [])])
-    base, means = means[means["method"] == BASE].assign(iteration=BASE_X), means[means["method"] != BASE]
+def course(name: str, folder: Path) -> Figure:
+    """A study at one setting: Avg against the iteration, a line per method, with 95 % intervals (`intervals`)."""
+    study = Study(folder, name)
+    means = study.averaged(["method", "iteration"])
     methods = _by_method(means)
-    columns, height = (0.9 * len(methods), 2.8) if panels.setting else (1, 2.7)
-    with new_figure(columns, height) as figure:
-        grid = figure.subplots(1, len(methods) if panels.setting else 1, sharey=True, squeeze=False)[0]
-        if panels.setting is None:
-            _draw_lines(grid[0], [(rows, look(method)) for method, rows in methods])
-            grid[0].set_title(f"{folder.name}, {study.seeds}", loc="left")
-        else:
-            for axes, (method, rows) in zip(grid, methods, strict=True):
-                _draw_lines(axes, _by_setting(pd.concat([base, rows]), rows[panels.setting], panels))
-                axes.set_title(f"{look(method).label} ({folder.name}), {study.seeds}", loc="left")
-        count = len(grid[0].get_legend_handles_labels()[1])
-        put_legend(figure, [grid[0]], columns=min(3, count), title=panels.legend)
-        for axes in grid:
-            axes.set_xlabel("Iteration")
-            label_iterations(axes, range(int(means["iteration"].max()) + 1), base=len(base) > 0)
-        grid[0].set_ylabel("Avg (%)")
+    with new_figure(1, 2.9) as figure:
+        axes = figure.subplots()
+        for (method, rows), shift in zip(methods, beside(len(methods)), strict=True):
+            draw_means(axes, rows["iteration"] + shift, rows["avg"], rows["half"], look(method))
+        label_iterations(axes, range(int(means["iteration"].max()) + 1), base=False)
+        axes.set(xlabel="Iteration", ylabel="Avg (%)")
+        put_legend(figure, [axes])
+        settings = [f"{n} {v:g}" for n in study.table if n not in NO_SETTINGS for v in study.table[n].unique()]
+        put_note(figure, f"{', '.join([folder.name, *settings])}, {study.seeds}, {study.size}; {INTERVALS}.")
         return figure
 
 
@@ -171,25 +163,11 @@ def _by_method(means: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(method, means[means["method"] == method]) for method in in_order(means["method"])]
 
 
-def _by_setting(rows: pd.DataFrame, values: pd.Series, panels: Panels) -> list[tuple[pd.DataFrame, Look]]:
-    """The rows of each setting among `values`, and how they are drawn: named settings first, in their order."""
-    present = set(values)
-    order = [value for value in panels.names if value in present] + sorted(present - set(panels.names))
-    return [
-        (rows[rows[panels.setting] == value], Look(panels.names.get(value, str(value)), *style))
-        for value, style in zip(order, SETTINGS, strict=False)
-    ]
-
-
-def _draw_lines(axes: Axes, lines: list[tuple[pd.DataFrame, Look]]) -> None:
-    for (rows, style), shift in zip(lines, beside(len(lines)), strict=True):
-        draw_means(axes, rows["iteration"] + shift, rows["avg"], rows["half"], style)
-
-
-# What `tspin figure` draws from here: the figure's name → the study, and how it is drawn.
-STUDY_OF = {"4a": "data", "4c": "grid", **{name: name for name in STUDIES}}
+# The figure's name → its study, and how it is drawn.
+COURSES = ("rate", "ten")
+STUDY_OF = {"4a": "data", "4c": "grid", **{name: name for name in COURSES}}
 FIGURES: dict[str, Callable[[Path], Figure]] = {
     "4a": figure4a,
     "4c": figure4c,
-    **{name: partial(by_iteration, name) for name in STUDIES},
+    **{name: partial(course, name) for name in COURSES},
 }

@@ -1,19 +1,35 @@
-"""How a method looks, in every table and figure: its display name, colour and marker, in the order of the rows."""
+"""How methods and arms look, in every table and figure: display name, colour and marker, in the order of the rows."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 
 class Look(NamedTuple):
-    """Display name, colour (told apart by colour-blind readers) and Matplotlib marker of a method.
+    """Display name, colour (told apart by colour-blind readers), Matplotlib marker and line of a method.
 
     The colours are Okabe and Ito's but for their yellow, which white paper swallows.
+    filled: else the marker is an outline.
     """
 
     label: str
     colour: str
     marker: str
+    line: Any = "-"
+    filled: bool = True
+
+
+class Arm(NamedTuple):
+    """A method at a setting. scale: λ or α of its reward; None where it has none, or none was asked for.
+
+    history: it trains on the earlier iteration's pairs too, as SPIN was released. proto: whose y0 it takes, in words;
+    empty where they are the initial policy's.
+    """
+
+    method: str
+    scale: float | None = None
+    history: bool = False
+    proto: str = ""
 
 
 METHODS = {
@@ -27,6 +43,10 @@ METHODS = {
     "simpo": Look("SimPO", "#661100", "<"),
     "space": Look("SPACE", "#7F7F7F", ">"),
 }
+SCALES = {"spin": ("λ", 0.1), "dpo": ("λ", 0.1)}  # the symbol of a method's scale, and the paper's value
+TSPIN_SCALE = ("α", 1.0)
+# Lines of an arm that is not at the paper's settings.
+OTHER_SCALE, RELEASED, OTHER_PROTO = (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2))
 SPARE = [("#882255", "*"), ("#44AA99", "p"), ("#999933", "h"), ("#332288", "d"), ("#AA4499", "8")]
 
 COLUMN_WIDTH = 3.5  # inches: one column of a two-column page
@@ -62,7 +82,38 @@ def look(method: str) -> Look:
     return Look(method, *SPARE[zlib.crc32(method.encode()) % len(SPARE)])
 
 
+def scale_of(method: str) -> tuple[str, float] | None:
+    """The symbol of a method's scale and the value that the paper gives it; None where a method has none."""
+    return TSPIN_SCALE if method.startswith("tspin") else SCALES.get(method)
+
+
+def arm_look(arm: Arm) -> Look:
+    """How an arm is drawn: its method's colour; an outline and a broken line where it is not at the paper's scale."""
+    of, scale = look(arm.method), scale_of(arm.method)
+    if arm.proto:
+        own = arm_look(arm._replace(proto=""))
+        return own._replace(label=f"{own.label}, {arm.proto} y0", line=OTHER_PROTO, filled=False)
+    if arm.history:
+        return of._replace(label=f"{of.label} as released", marker="d", line=RELEASED, filled=False)
+    if scale is None or arm.scale is None:
+        return of
+    symbol, papers = scale
+    named = of._replace(label=f"{of.label} {symbol} {arm.scale:g}")
+    return named if arm.scale == papers else named._replace(line=OTHER_SCALE, filled=False)
+
+
 def in_order(methods: Iterable[str]) -> list[str]:
     """The different methods among some names: in the order of METHODS, then those that it lacks, by name."""
     order = {method: position for position, method in enumerate(METHODS)}
     return sorted(set(methods), key=lambda method: (order.get(method, len(order)), method))
+
+
+def contrast(first: Sequence[float], second: Sequence[float]) -> float:
+    """The contrast of two colours (red, green, blue from 0 to 1) by WCAG 2, from 1 to 21."""
+    dark, light = sorted(map(_luminance, (first, second)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(colour: Sequence[float]) -> float:
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in colour[:3]]
+    return sum(weight * value for weight, value in zip([0.2126, 0.7152, 0.0722], linear, strict=True))

@@ -153,10 +153,10 @@ def test_files(results: Path) -> None:
     assert lines[-1] == "Table 1"
 
     stem = results / "average_by_iteration"
-    png, svg = writing.write_figure(curves.average_by_iteration(table, "pocket"), stem)
+    png, svg = writing.write_figure(curves.average_by_iteration(table, results), stem)
     assert png.read_bytes().startswith(b"\x89PNG")
     before = svg.read_bytes()
-    writing.write_figure(curves.average_by_iteration(table, "pocket"), stem)
+    writing.write_figure(curves.average_by_iteration(table, results), stem)
     assert svg.read_bytes() == before and b"<dc:date>" not in before
     assert latex.read_text().count(r"\\") == 13 and r"\begin{tabular}{lrrrr}" in latex.read_text()
     written = {csv.name, latex.name, markdown.name, png.name, svg.name}

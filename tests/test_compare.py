@@ -85,6 +85,9 @@ def test_runs_from_folders_and_from_results(tmp_path, model_folder, rows):
     assert loaded.method == "tspin" and len(loaded.prompts) == len(rows)
     assert set(loaded.samples["iteration"]) == {0, 1} and (loaded.costs["seconds"] > 0).all()
     assert loaded.costs["iteration"].tolist() == [0, 1]
+    drawn = pd.read_parquet(tmp_path / "tspin" / "iteration-1" / "diagnostics.parquet").query("role == 'synthetic'")
+    assert loaded.entropy()[1] == pytest.approx(-drawn["before"].mean(), rel=1e-5)
+    assert len(compare.picture(loaded, loaded).axes[3].lines) == 2
     assert set(loaded.responses["iteration"]) == {0}  # the second y′, drawn from the policy that iteration 0 ended with
     result = CliRunner().invoke(app, ["compare", *paths, "--out", str(tmp_path / "page.html")])
     assert result.exit_code == 0, result.output

@@ -47,7 +47,7 @@ def test_none_is_left_out():
 
 
 def test_benchmark(tmp_path):
-    from tspin_analysis.benchmark import COLOURS, report
+    from tspin_analysis.timing import COLOURS, report
 
     said = run("experiments.checks.benchmark.run", "--tiny", "--out", tmp_path)
     folder = next(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from scipy import stats
 from scipy.special import ndtr
 from statsmodels.stats.multitest import multipletests
 
-from tspin_analysis.intervals import Estimate, corrected, estimate, estimates, of_errors, of_seeds
+from tspin_analysis.intervals import Estimate, corrected, estimate, estimates, none_of, of_errors, of_seeds, share
 
 EXPERIMENTS = 2000
 LEVELS = np.linspace(-0.5, 0.5, 4)[:, None]  # of four benchmarks, on the scale of the answers' threshold
@@ -90,6 +90,16 @@ def test_seeds_alone_give_students_interval_and_problems_alone_the_normal_one():
     single = estimate(scores(1, 40, 0, problems=2000))
     assert single.seeds == 1 and single.seed_variance == 0
     assert single.half == pytest.approx(1.96 * 10 / 4000**0.5, rel=0.05)
+
+
+def test_a_share_of_none_or_all_has_wilsons_interval():
+    none, whole = (share(estimate(np.full((5, 1, 200), value)), 200, 100) for value in (0.0, 100.0))
+    test = stats.binomtest(0, 200).proportion_ci(method="wilson")
+    assert (none.low, none.high) == (0, pytest.approx(100 * test.high)) and none_of(200) == pytest.approx(test.high)
+    assert (whole.low, whole.high) == (pytest.approx(100 - 100 * test.high), 100)
+    assert f"{none:.1f}" == "0.0 [0.0, 1.9]" and none.at(20).high == none.high
+    other = estimate(scores(5, 40, 3))
+    assert (share(other, 50, 100).low, share(other, 50, 100).high) == (other.low, other.high)
 
 
 def test_missing_problems():

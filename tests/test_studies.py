@@ -6,19 +6,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import to_rgb
 from typer.testing import CliRunner
 
 from tspin.cli import app
 from tspin.errors import UserError
 from tspin_analysis import studies
 from tspin_analysis.intervals import estimate
+from tspin_analysis.style import contrast
 
 SETTINGS = {
-    "base": ("path", ["runs/pocket-bases/weak", "pocket", "runs/pocket-bases/strong"], ("base", "spin", "tspin")),
     "data": ("labels", [250, 1000, 4000], ("sft", "tspin")),
-    "decoding": ("temperature", [0.0, 0.7, 1.0], ("spin", "tspin")),
-    "neighbours": (None, [None], ("spin", "tspin", "dpo", "simpo", "space")),
-    "scale": ("alpha", [0.1, 1.0], ("spin", "tspin")),
     "ten": (None, [None], ("spin", "tspin")),
 }
 
@@ -84,7 +83,17 @@ def test_the_grid_is_drawn(tmp_path):
     outcomes(rows).to_parquet(folder / "grid_problems.parquet")
     (axes, *_) = studies.figure4c(tmp_path / "pocket").axes
     assert sorted(float(text.get_text()) for text in axes.texts) == [40.7, 40.7, 42.5, 42.5]
-    assert "2 seeds" in axes.get_title(loc="left")
+    assert "2 seeds, 40 problems of 2 benchmarks" in axes.figure.get_supxlabel()
+    (mesh,) = (each for each in axes.collections if isinstance(each, QuadMesh))
+    pairs = zip(axes.texts, mesh.get_facecolor(), strict=True)
+    assert min(contrast(to_rgb(text.get_color()), cell) for text, cell in pairs) > 4.5  # WCAG 2, level AA
+
+
+def test_labels_are_shares_of_all(tmp_path):
+    write(tmp_path, "data")
+    ours, paper = studies.figure4a(tmp_path / "pocket").axes
+    assert ours.containers[0].lines[0].get_xdata().tolist() == [0.0625, 0.25, 1]  # of 4,000
+    assert paper.lines[0].get_xdata().tolist() == [0.25, 1] and ours.get_xlim() == paper.get_xlim()
 
 
 def test_seeds_of_a_setting_are_crossed_with_their_problems(tmp_path):
@@ -101,8 +110,8 @@ def test_seeds_of_a_setting_are_crossed_with_their_problems(tmp_path):
 
 
 def test_a_study_that_was_not_run_says_how(tmp_path):
-    result = CliRunner().invoke(app, ["figure", "decoding", "--results", str(tmp_path)])
-    assert result.exit_code == 2 and "make study STUDY=decoding" in " ".join(result.output.split())
+    result = CliRunner().invoke(app, ["figure", "ten", "--results", str(tmp_path)])
+    assert result.exit_code == 2 and "make study STUDY=ten" in " ".join(result.output.split())
     (tmp_path / "pocket" / "studies").mkdir(parents=True)
     (tmp_path / "pocket" / "studies" / "ten.csv").write_text("method,seed\nspin,0\n")
     result = CliRunner().invoke(app, ["figure", "ten", "--results", str(tmp_path)])

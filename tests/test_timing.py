@@ -11,7 +11,7 @@ from experiments.checks.benchmark.contenders import CONTENDERS
 from experiments.checks.benchmark.details import attention_ways, balance_rows
 from experiments.checks.benchmark.workload import TINY, build, flops, prompt_tokens, response_tokens, triplets
 from tspin.schema import ROLES
-from tspin_analysis.benchmark import COLOURS, TARGETS, ratios, report
+from tspin_analysis.timing import COLOURS, TARGETS, ratios, report
 
 
 def test_the_report_has_a_colour_for_every_contender():

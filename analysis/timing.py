@@ -1,4 +1,4 @@
-"""`python -m tspin_analysis.benchmark`: the table and the picture of results/benchmarks/<device>/."""
+"""`python -m tspin_analysis.timing`: the table and the picture of results/benchmarks/<device>/, by `make benchmark`."""
 
 import json
 import sys

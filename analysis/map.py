@@ -1,0 +1,196 @@
+"""When T-SPIN helps, and which part of it: the study `map`, arms (a method at a setting) by start and decoding.
+
+Its table, results/<preset>/studies/map.csv, has the settings path (the start: the initial policy), temperature, lam,
+history, alpha and proto_model; where an arm leaves one empty, the preset's own holds (OWN).
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from tspin.errors import UserError
+from tspin.schema import BASE, ONCE
+
+from .intervals import Estimate, corrected, estimate
+from .studies import NO_SETTINGS, Study
+from .style import METHODS, Arm, arm_look, look, scale_of
+
+STARTS = {"pocket": "fine-tuned", "runs/pocket-starts/half": "half fine-tuned", "pocket-cold": "cold"}
+DECODINGS = {1.0: "temperature 1", 0.0: "greedy"}
+OWN: dict[str, Any] = {"path": "pocket", "temperature": 1.0, "lam": 0.1, "history": 0.0, "alpha": 1.0,
+                       "proto_model": ""}  # fmt: skip
+SCALE = {"λ": "lam", "α": "alpha"}  # the column that holds a method's scale
+
+SFT, START = Arm("sft"), Arm(BASE)
+SPIN, SPIN_AT_1, RELEASED = Arm("spin", 0.1), Arm("spin", 1.0), Arm("spin", 0.1, history=True)
+TSPIN, TSPIN_AT_01 = Arm("tspin", 1.0), Arm("tspin", 0.1)
+COLD_SPIN, COLD_TSPIN = Arm("spin", 0.1, proto="cold"), Arm("tspin", 1.0, proto="cold")
+
+
+class Place(NamedTuple):
+    """Where an arm ran: a start (a path of STARTS, or another) and the temperature of y′ and y0."""
+
+    start: str
+    temperature: float
+
+    @property
+    def start_name(self) -> str:
+        """The start in words."""
+        return STARTS.get(self.start, self.start)
+
+    @property
+    def decoding(self) -> str:
+        """The decoding in words."""
+        return DECODINGS.get(self.temperature, f"temperature {self.temperature:g}")
+
+    def __str__(self) -> str:
+        return f"{self.start_name}, {self.decoding}"
+
+
+class Contrast(NamedTuple):
+    """first − second after their last iteration, and what it says."""
+
+    question: str
+    words: str
+    first: Arm
+    second: Arm
+
+
+def _contrast(question: str, first: Arm, second: Arm, setting: str) -> Contrast:
+    return Contrast(question, f"{look(first.method).label} − {look(second.method).label}, {setting}", first, second)
+
+
+HISTORY, REFERENCE, SCALE_ALONE = "What the history adds", "What a reference adds", "What the scale does"
+OTHER_Y0 = "With y0 of the cold base"
+CONTRASTS = [
+    _contrast("T-SPIN − SPIN", TSPIN, SPIN, "the papers' scales: α 1, λ 0.1"),
+    _contrast("T-SPIN − SPIN", TSPIN_AT_01, SPIN, "both scales 0.1"),
+    _contrast("T-SPIN − SPIN", TSPIN, SPIN_AT_1, "both scales 1"),
+    _contrast("T-SPIN − SPIN", TSPIN, RELEASED, "SPIN as released"),
+    _contrast(HISTORY, TSPIN, Arm("tspin_no_history", 1.0), "α 1"),
+    _contrast(HISTORY, TSPIN_AT_01, Arm("tspin_no_history", 0.1), "α 0.1"),
+    _contrast(REFERENCE, Arm("tspin_reference", 1.0), TSPIN, "α 1"),
+    _contrast(REFERENCE, Arm("tspin_reference", 0.1), TSPIN_AT_01, "α 0.1"),
+    Contrast(SCALE_ALONE, "T-SPIN, α 1 − α 0.1", TSPIN, TSPIN_AT_01),
+    Contrast(SCALE_ALONE, "SPIN, λ 1 − λ 0.1", SPIN_AT_1, SPIN),
+    _contrast(OTHER_Y0, COLD_TSPIN, COLD_SPIN, "α 1, λ 0.1"),
+    Contrast(OTHER_Y0, "T-SPIN with them − without", COLD_TSPIN, TSPIN),
+]
+
+
+class Found(NamedTuple):
+    """A contrast at a place: its paired difference in points, and p corrected for those of the same question."""
+
+    contrast: Contrast
+    place: Place
+    difference: Estimate
+    p: float
+
+
+class Map:
+    """The study `map` of a preset's results. Raises UserError where it is missing or sets what is not known here."""
+
+    def __init__(self, folder: Path):
+        self.study = Study(folder, "map")
+        table = self.study.table
+        if unknown := {str(name) for name in table} - NO_SETTINGS - set(OWN):
+            raise UserError(f"{self.study.path}: sets {', '.join(sorted(unknown))}, which the map does not know")
+        table = table.reindex(columns=[*table, *(name for name in OWN if name not in table)]).fillna(OWN)
+        self.table = table.assign(arm=pd.Series([_arm_of(row) for row in table.to_dict("records")], dtype=object))
+        self._last = self.table.groupby("cell")["iteration"].transform("max")
+
+    @property
+    def starts(self) -> list[str]:
+        """The starts, in the order of STARTS and then by name."""
+        order = {start: number for number, start in enumerate(STARTS)}
+        return sorted(set(self.table["path"]), key=lambda start: (order.get(start, len(order)), start))
+
+    @property
+    def temperatures(self) -> list[float]:
+        """How y′ was drawn, sampled before greedy."""
+        return sorted(set(self.table.loc[~self.table["method"].isin(ONCE), "temperature"]), reverse=True)
+
+    @property
+    def places(self) -> list[Place]:
+        """Every start with every decoding, whether anything ran there or not."""
+        return [Place(start, temperature) for start in self.starts for temperature in self.temperatures]
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms of self-play that ran anywhere; at the papers' settings before others."""
+        found = {arm for arm in self.table["arm"] if arm.method not in ONCE}
+        return sorted(
+            found, key=lambda arm: (_order(arm.method), arm.proto, arm.history, arm != papers(arm.method), arm)
+        )
+
+    def rows(self, arm: Arm, place: Place) -> pd.DataFrame:
+        """Every iteration of an arm at a place. How y′ is decoded is nothing to the start and to SFT."""
+        here = self.table[(self.table["arm"] == arm) & (self.table["path"] == place.start)]
+        if arm.method not in ONCE:
+            here = here[here["temperature"] == place.temperature]
+        return here.drop_duplicates(["seed", "iteration"])
+
+    def last(self, arm: Arm, place: Place) -> pd.DataFrame:
+        """The rows after an arm's last iteration, one a seed, in their order; none where it was not run."""
+        rows = self.rows(arm, place)
+        ends = rows["iteration"].isna() | (rows["iteration"] == self._last[rows.index])
+        return rows[ends].sort_values("seed")
+
+    def difference(self, first: Arm, second: Arm, place: Place) -> Estimate | None:
+        """first − second after their last iterations, paired by seed and problem; None where they share no seed.
+
+        The start is one policy, whatever the seed.
+        """
+        one, other = self.last(first, place), self.last(second, place)
+        if second == START and len(other):
+            return estimate(self.study.values(one) - self.study.values(other)[:1]) if len(one) else None
+        one, other = one[one["seed"].isin(other["seed"])], other[other["seed"].isin(one["seed"])]
+        return estimate(self.study.values(one) - self.study.values(other)) if len(one) else None
+
+    def contrasts(self) -> list[Found]:
+        """Every contrast of CONTRASTS wherever both of its arms ran; p corrected (Holm) within each question."""
+        results = []
+        for question in dict.fromkeys(contrast.question for contrast in CONTRASTS):
+            asked = [contrast for contrast in CONTRASTS if contrast.question == question]
+            tried = [(c, place, self.difference(c.first, c.second, place)) for c in asked for place in self.places]
+            there = [(contrast, place, found) for contrast, place, found in tried if found is not None]
+            p_values = corrected([found.p for _, _, found in there])
+            results += [Found(*each, float(p)) for each, p in zip(there, p_values, strict=True)]
+        return results
+
+    def absent(self, arms: Sequence[Arm]) -> str:
+        """What of some arms was not run, in words; nothing where all was."""
+        empty = [place for place in self.places if all(self.rows(arm, place).empty for arm in self.arms)]
+        words = [f"anything ({place})" for place in empty]
+        places = [place for place in self.places if place not in empty]
+        for arm in dict.fromkeys(arms):
+            missing = [place for place in places if self.last(arm, place).empty]
+            where = "anywhere" if len(missing) == len(places) else "; ".join(map(str, missing))
+            words += [f"{arm_look(arm).label} ({where})"] if missing else []
+        return f"Not run: {', '.join(words)}." if words else ""
+
+
+@lru_cache(maxsize=4)
+def map_of(folder: Path) -> Map:
+    """`Map`, read once."""
+    return Map(folder)
+
+
+def papers(method: str) -> Arm:
+    """A method at the papers' scale."""
+    scale = scale_of(method)
+    return Arm(method, scale[1] if scale else None)
+
+
+def _arm_of(row: Mapping[Any, Any]) -> Arm:
+    method = str(row["method"])
+    scale = scale_of(method)
+    proto = str(row["proto_model"])
+    return Arm(method, float(row[SCALE[scale[0]]]) if scale else None, bool(row["history"]), STARTS.get(proto, proto))
+
+
+def _order(method: str) -> int:
+    return list(METHODS).index(method) if method in METHODS else len(METHODS)

@@ -1,0 +1,244 @@
+"""Figures of the study `map`: what helps where (map, map_sft), Avg by iteration (map_course), and why (map_entropy)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import blended_transform_factory
+
+from .drawing import (
+    BASE_X,
+    beside,
+    draw_band,
+    draw_level,
+    draw_means,
+    label_iterations,
+    new_figure,
+    put_legend,
+    put_note,
+)
+from .entropy import by_iteration
+from .intervals import Estimate, none_of
+from .map import CONTRASTS, SFT, START, STARTS, Map, Place, map_of
+from .reading import labels_of
+from .style import Arm, Look, arm_look
+
+ROW = 0.135  # inches
+# The starts in their order, apart without colour too.
+START_LOOKS = [Look("", "#332288", "o"), Look("", "#117A65", "s"), Look("", "#AA4400", "D")]
+INTERVALS = "95 % intervals, paired by seed and problem"
+
+
+class Section(NamedTuple):
+    """A difference, and what it is at each place where it could be taken."""
+
+    title: str
+    found: dict[Place, Estimate]
+
+
+class Measure(NamedTuple):
+    """A small multiple: a column of STUDY_MEASURES; rows of one `scale` have the same limits. share: 0 to 1."""
+
+    column: str
+    title: str
+    scale: str = ""
+    share: bool = False
+
+
+MEASURES = [
+    Measure("nats", "Entropy: −log π(y′), nats a response"),
+    Measure("nats_per_token", "Entropy, nats a token"),
+    Measure("held_out_nats", "Held-out −log π(y), nats a response"),
+    Measure("equal_share", "Share of y′ that are y", share=True),
+    Measure("gradient_signal", "Gradient signal (norm of the mean over noise)"),
+    Measure("weight_ess", "Effective sample size, share of pairs", share=True),
+    Measure("misaligned", "Misaligned: higher reward, lower likelihood", "misaligned", share=True),
+    Measure("misaligned_matched", "Misaligned, pairs of like length", "misaligned", share=True),
+    Measure("misaligned_per_token", "Misaligned, by means a token", "misaligned", share=True),
+]
+
+
+def differences(folder: Path) -> Figure:
+    """The contrasts of CONTRASTS after the last iteration: a panel per decoding, a row per start."""
+    known = map_of(folder)
+    found = known.contrasts()
+    sections = []
+    for contrast in CONTRASTS:
+        here = {each.place: each.difference for each in found if each.contrast == contrast}
+        why = "" if contrast.question == CONTRASTS[0].question else f"{contrast.question}: "
+        sections.append(Section(f"{why}{contrast.words}", here))
+    arms = [arm for contrast in CONTRASTS for arm in (contrast.first, contrast.second)]
+    return _forest(known, sections, f"{folder.name}: final difference of Avg", arms)
+
+
+def over_sft(folder: Path) -> Figure:
+    """Every arm − SFT that goes on from the same start, after the last iteration."""
+    known = map_of(folder)
+    sections = []
+    for arm in known.arms:
+        found = {place: known.difference(arm, SFT, place) for place in known.places}
+        here = {place: each for place, each in found.items() if each is not None}
+        sections.append(Section(f"{arm_look(arm).label} − SFT", here))
+    return _forest(known, sections, f"{folder.name}: final Avg − Avg of SFT going on from the same start", [SFT])
+
+
+def _forest(known: Map, sections: list[Section], title: str, arms: list[Arm]) -> Figure:
+    """A row per section and start, a panel per decoding. A section that was run nowhere is left out."""
+    shown = [section for section in sections if section.found]
+    starts, each = known.starts, 1 + len(known.starts)  # rows of a section: its title and the starts
+    note = f"{title} (points), {INTERVALS}; n: seeds. {known.study.size}. {known.absent(arms)}".strip()
+    with new_figure(1.15, 1.2 + len(note) / 550 + ROW * each * len(shown)) as figure:
+        panels = figure.subplots(1, len(known.temperatures), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, temperature in zip(panels, known.temperatures, strict=True):
+            for number, section in enumerate(shown):
+                for row, start in enumerate(starts, start=number * each + 1):
+                    _draw_row(axes, row, section.found.get(Place(start, temperature)), _start_look(start))
+            axes.axvline(0, color="black", linewidth=0.6, zorder=1)
+            axes.grid(visible=False, axis="y")
+            axes.grid(visible=True, axis="x")
+            axes.tick_params(axis="y", length=0)
+            axes.spines["left"].set_visible(False)
+            axes.set_title(Place("", temperature).decoding, loc="left")
+            axes.set_xlabel("Difference (points)")
+            axes.patch.set_visible(False)  # the sections' titles reach from the first panel over the others
+        rows = [number * each + 1 + row for number in range(len(shown)) for row in range(len(starts))]
+        panels[0].set_yticks(rows, [STARTS.get(start, start) for start in starts] * len(shown), fontsize=7)
+        panels[0].set_ylim(each * len(shown) - 0.5, -0.6)
+        panels[0].set_zorder(2)
+        where = blended_transform_factory(figure.transFigure, panels[0].transData)
+        for number, section in enumerate(shown):
+            head = panels[0].text(0.012, number * each, section.title, transform=where, va="center", fontsize=7,
+                                  fontweight="bold", zorder=5,
+                                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
+            head.set_in_layout(False)
+        put_note(figure, note)
+        return figure
+
+
+def _draw_row(axes: Axes, y: float, found: Estimate | None, of: Look) -> None:
+    middle = axes.get_yaxis_transform()
+    if found is None:
+        axes.text(0.16, y, "not run", transform=middle, va="center_baseline", fontsize=6.5, color="#666666")
+        return
+    axes.errorbar(found.mean, y, xerr=found.half, color=of.colour, marker=of.marker, markersize=3.5, elinewidth=1.2)
+    axes.text(1.01, y, f"n {found.seeds}", transform=middle, va="center_baseline", fontsize=6.5, color="#444444")
+
+
+def _start_look(start: str) -> Look:
+    position = list(STARTS).index(start) if start in STARTS else len(START_LOOKS) - 1
+    return START_LOOKS[position]
+
+
+def course(folder: Path) -> Figure:
+    """Avg by iteration of every arm, a panel per start and decoding; at −1 the start itself."""
+    known = map_of(folder)
+    starts, decodings = known.starts, known.temperatures
+    with new_figure(1.3, 1.3 + 1.5 * len(starts)) as figure:
+        grid = figure.subplots(len(starts), len(decodings), sharex=True, sharey="row", squeeze=False)
+        for row, start in zip(grid, starts, strict=True):
+            for axes, temperature in zip(row, decodings, strict=True):
+                _draw_course(axes, known, Place(start, temperature))
+            row[0].set_ylabel("Avg (%)")
+        for axes in grid[-1]:
+            axes.set_xlabel("Iteration")
+        put_legend(figure, grid.flat, columns=3, fontsize=7, columnspacing=1, handlelength=2.4)
+        put_note(figure, f"{folder.name}: means over n seeds; 95 % intervals at the last iteration, of SFT as a band "
+                         f"(seeds and problems crossed). {known.study.size}. {known.absent(known.arms)}")  # fmt: skip
+        return figure
+
+
+def _draw_course(axes: Axes, known: Map, place: Place) -> None:
+    start, sft = known.last(START, place), known.last(SFT, place)
+    base = known.study.averaged(["method"], start)["avg"].item() if len(start) else np.nan
+    counts, last = set(), 0
+    arms = [arm for arm in known.arms if len(known.rows(arm, place))]
+    for arm, shift in zip(arms, beside(len(arms), 0.06), strict=True):
+        means = known.study.averaged(["iteration"], known.rows(arm, place))
+        last = max(last, int(means["iteration"].max()))
+        counts |= set(means["seeds"])
+        bars = [np.nan, *means["half"].where(means["iteration"] == means["iteration"].max())]
+        draw_means(axes, [BASE_X, *(means["iteration"] + shift)], [base, *means["avg"]], bars, arm_look(arm),
+                   markersize=3, linewidth=1, markevery=slice(1, None))  # fmt: skip
+    if len(sft):
+        level = known.study.averaged(["method"], sft).iloc[0]
+        draw_level(axes, "sft", level["avg"])
+        draw_band(axes, "sft", level["avg"] - level["half"], level["avg"] + level["half"])
+    if len(start):
+        draw_means(axes, BASE_X, base, None, arm_look(START)._replace(label="start"), markersize=3.5, zorder=4)
+    numbers = sorted(counts)
+    count = f"n {numbers[0]}" if len(numbers) == 1 else f"n {numbers[0]}–{numbers[-1]}" if numbers else "not run"
+    axes.set_title(f"{place}, {count}", loc="left", fontsize=7)
+    if counts:
+        label_iterations(axes, range(last + 1), base=False)
+        axes.set_xticks([BASE_X, *range(last + 1)], ["start", *map(str, range(last + 1))])
+
+
+def entropy(folder: Path) -> Figure:
+    """What y′ drawn at temperature 1 tell by iteration: a row per measure of MEASURES, a column per start."""
+    known = map_of(folder)
+    places = [place for place in known.places if place.temperature == 1]
+    measures = [measure for measure in MEASURES if measure.column in known.table]
+    prompts = labels_of(folder)
+    with new_figure(1.3, 0.9 + 0.92 * len(measures)) as figure:
+        grid = figure.subplots(len(measures), max(len(places), 1), sharex=True, sharey="row", squeeze=False)
+        for row, measure in zip(grid, measures, strict=True):
+            for axes, place in zip(row, places, strict=True):
+                for arm in known.arms:
+                    _draw_measure(axes, known.rows(arm, place), measure, arm_look(arm), prompts)
+                if measure.share:
+                    axes.set_ylim(bottom=0)
+            row[0].set_title(measure.title, loc="left", fontsize=7.5)
+        _share_limits(grid, measures)
+        for axes, place in zip(grid[0], places, strict=True):
+            axes.annotate(place.start_name, (0, 1), (0, 15), "axes fraction", "offset points", fontsize=7.5,
+                          fontweight="bold")  # fmt: skip
+        for axes in grid[-1]:
+            axes.set_xlabel("Iteration")
+        put_legend(figure, grid.flat, columns=3, fontsize=7, columnspacing=1, handlelength=2.4)
+        counts = [known.last(arm, place)["seed"].nunique() for arm in known.arms for place in places]
+        low, high = min(filter(None, counts), default=0), max(counts, default=0)
+        seeds = f"{low}" if low == high else f"{low} to {high}"
+        note = f"{folder.name}, y′ drawn at temperature 1: means and 95 % t intervals over {seeds} seeds."
+        shares = f" Shares are of {prompts:,} prompts; at 0 and 1 the interval is Wilson's." if prompts else ""
+        put_note(figure, note + shares)
+        return figure
+
+
+def _draw_measure(axes: Axes, rows: pd.DataFrame, measure: Measure, of: Look, prompts: int | None) -> None:
+    """Mean and 95 % interval (Student's t over seeds) by iteration, as a line and a band."""
+    found = by_iteration(rows, measure.column)
+    if not found:
+        return
+    ends = np.array([_ends(each, measure.share, prompts) for each in found.values()])
+    means = [each.mean for each in found.values()]
+    draw_means(axes, list(found), means, None, of, markersize=2.5, linewidth=1)
+    axes.fill_between(list(found), *ends.T, color=of.colour, alpha=0.12, linewidth=0)
+
+
+def _ends(found: Estimate, share: bool, prompts: int | None) -> tuple[float, float]:
+    """The interval; of a share that is 0 or 1 for every seed, Wilson's; of one seed else, nothing."""
+    if share and prompts and found.mean in (0, 1):
+        reach = none_of(prompts)
+        return (0.0, reach) if found.mean == 0 else (1 - reach, 1.0)
+    return (found.low, found.high) if found.seeds > 1 else (found.mean, found.mean)
+
+
+def _share_limits(grid: Any, measures: list[Measure]) -> None:
+    """The same limits for the rows of one scale."""
+    for scale in {measure.scale for measure in measures} - {""}:
+        rows = [row for row, measure in zip(grid, measures, strict=True) if measure.scale == scale]
+        top = max(axes.get_ylim()[1] for row in rows for axes in row)
+        for row in rows:
+            row[0].set_ylim(0, top)
+
+
+FIGURES: dict[str, Callable[[Path], Figure]] = {
+    "map": differences,
+    "map_sft": over_sft,
+    "map_course": course,
+    "map_entropy": entropy,
+}

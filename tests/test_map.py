@@ -1,0 +1,204 @@
+"""The study `map`: arms, pairs and contrasts by hand, and its figures and table, from a made-up study."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from tspin.cli import app
+from tspin.errors import UserError
+from tspin_analysis import figures, map_figures
+from tspin_analysis.map import (
+    COLD_TSPIN,
+    CONTRASTS,
+    RELEASED,
+    SFT,
+    SPIN,
+    SPIN_AT_1,
+    START,
+    TSPIN,
+    TSPIN_AT_01,
+    Map,
+    Place,
+    map_of,
+)
+from tspin_analysis.map_text import map_text
+from tspin_analysis.style import Arm, arm_look
+
+ABSENT = 3  # contrasts: no ablation at α 0.1 was run, and no SPIN with another y0
+HALF = "runs/pocket-starts/half"
+# Of the final average: an arm's settings → points above the start; T-SPIN's seed 11 has one more.
+ARMS = {
+    ("spin", ()): 2.0,
+    ("spin", (("lam", 1.0),)): 4.0,
+    ("spin", (("history", 1.0),)): 3.0,
+    ("tspin", ()): 5.0,
+    ("tspin", (("alpha", 0.1),)): 1.0,
+    ("tspin_no_history", ()): 5.5,
+    ("tspin_reference", ()): 4.5,
+    ("space", ()): 0.0,
+    ("tspin", (("proto_model", "pocket-cold"),)): 5.25,
+}
+MEASURES = {"nats": 3.0, "nats_per_token": 0.4, "held_out_nats": 2.5, "equal_share": 0.0, "gradient_signal": 0.3,
+            "weight_ess": 0.6, "misaligned": 0.07, "misaligned_matched": 0.05,
+            "misaligned_per_token": 0.02}  # fmt: skip
+
+
+def table() -> pd.DataFrame:
+    """Two starts, of which `half` has no greedy cells; SPIN has three seeds at the fine-tuned start, all others two."""
+    rows = []
+
+    def add(path: str, method: str, seed: int, averages: list[float], **settings: object) -> None:
+        cell = f"{method} {seed} {path} {settings}"
+        for iteration, avg in enumerate(averages):
+            once = len(averages) == 1
+            row = {"cell": cell, "path": path, "method": method, "seed": seed, "avg": avg, **settings}
+            rows.append({**row, "iteration": pd.NA if once else iteration, **({} if once else MEASURES)})
+
+    for path, level in (("pocket", 50.0), (HALF, 40.0)):
+        add(path, "base", 10, [level])
+        for seed in (10, 11):
+            add(path, "sft", seed, [level + 3])
+        for (method, settings), gain in ARMS.items():
+            for temperature in (1.0, 0.0) if path == "pocket" else (1.0,):
+                many = method == "spin" and not settings and path == "pocket"
+                for seed in (10, 11, 12) if many else (10, 11):
+                    more = 1.0 if method == "tspin" and seed == 11 else 0.0
+                    add(path, method, seed, [level, level + gain + more], temperature=temperature, **dict(settings))
+    return pd.DataFrame(rows).astype({"iteration": "Int64"})
+
+
+def write(root: Path, rows: pd.DataFrame) -> Path:
+    """The study's files; returns the preset's folder."""
+    map_of.cache_clear()
+    folder = root / "pocket" / "studies"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(folder / "map.csv", index=False)
+    parts = [
+        pd.DataFrame({"cell": row.cell, "iteration": row.iteration, "benchmark": benchmark, "doc_id": range(10),
+                      "value": row.avg + np.linspace(-9, 9, 10)})
+        for row in rows.itertuples() for benchmark in ("b0", "b1")
+    ]  # fmt: skip
+    pd.concat(parts).astype({"iteration": "Int8"}).to_parquet(folder / "map_problems.parquet")
+    (root / "pocket" / "config.json").write_text(json.dumps({"config": {"data": {"labels": 1000}}}))
+    return root / "pocket"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path, table())
+
+
+SAMPLED, GREEDY, HALF_WAY = Place("pocket", 1.0), Place("pocket", 0.0), Place(HALF, 1.0)
+
+
+def test_arms_at_their_places(folder):
+    known = Map(folder)
+    assert known.places == [SAMPLED, GREEDY, HALF_WAY, Place(HALF, 0.0)]
+    assert [str(place) for place in known.places[1:3]] == ["fine-tuned, greedy", "half fine-tuned, temperature 1"]
+    assert known.arms == [SPIN, SPIN_AT_1, RELEASED, TSPIN, TSPIN_AT_01, COLD_TSPIN, Arm("tspin_no_history", 1.0),
+                          Arm("tspin_reference", 1.0), Arm("space")]  # fmt: skip
+    assert known.last(SPIN, SAMPLED)["avg"].tolist() == [52, 52, 52]
+    assert known.last(TSPIN, HALF_WAY)["seed"].tolist() == [10, 11] and known.last(TSPIN, Place(HALF, 0.0)).empty
+    assert known.last(SFT, GREEDY)["avg"].tolist() == known.last(SFT, SAMPLED)["avg"].tolist() == [53, 53]
+    assert known.absent(known.arms) == "Not run: anything (half fine-tuned, greedy)."
+    assert known.absent([TSPIN, Arm("dpo", 0.1)]).endswith("(half fine-tuned, greedy), DPO λ 0.1 (anywhere).")
+
+
+def test_differences_are_paired(folder):
+    """T-SPIN − SPIN is +3 and +4 with the two seeds that both have: one problem is as hard for both."""
+    known = Map(folder)
+    found = known.difference(TSPIN, SPIN, SAMPLED)
+    assert (found.mean, found.seeds) == (pytest.approx(3.5), 2)
+    assert found.error == pytest.approx(0.5)  # of two seeds, half a point apart from their mean each
+    assert known.difference(SPIN, START, SAMPLED).mean == pytest.approx(2)
+    assert known.difference(SPIN, SFT, GREEDY).seeds == 2
+    assert known.difference(SPIN, Arm("dpo", 0.1), SAMPLED) is None
+
+
+def test_contrasts(folder):
+    found = {(each.contrast.words, each.place): each for each in Map(folder).contrasts()}
+    assert len({words for words, _ in found}) == len(CONTRASTS) - ABSENT
+    means = {words: round(each.difference.mean, 6) for (words, place), each in found.items() if place == SAMPLED}
+    assert means == {
+        "T-SPIN − SPIN, the papers' scales: α 1, λ 0.1": 3.5,
+        "T-SPIN − SPIN, both scales 0.1": -0.5,
+        "T-SPIN − SPIN, both scales 1": 1.5,
+        "T-SPIN − SPIN, SPIN as released": 2.5,
+        "T-SPIN − T-SPIN w/o H-A, α 1": 0.0,
+        "T-SPIN_ref − T-SPIN, α 1": -1.0,
+        "T-SPIN, α 1 − α 0.1": 4.0,
+        "SPIN, λ 1 − λ 0.1": 2.0,
+        "T-SPIN with them − without": 0.25,
+    }
+    assert all(each.p >= each.difference.p for each in found.values())
+
+
+def test_settings_that_the_map_does_not_know(tmp_path):
+    with pytest.raises(UserError, match="map.csv: sets beta, which the map does not know"):
+        Map(write(tmp_path, table().assign(beta=0.3)))
+
+
+def test_looks_of_arms():
+    looks = [
+        arm_look(arm)
+        for arm in (SPIN, SPIN_AT_1, RELEASED, TSPIN, TSPIN_AT_01, Arm("dpo", 0.1), Arm("space"), COLD_TSPIN)
+    ]
+    assert [look.label for look in looks] == ["SPIN λ 0.1", "SPIN λ 1", "SPIN as released", "T-SPIN α 1",
+                                              "T-SPIN α 0.1", "DPO λ 0.1", "SPACE", "T-SPIN α 1, cold y0"]  # fmt: skip
+    assert len({(look.colour, look.line) for look in looks}) == len(looks)
+    assert [look.filled for look in looks] == [True, False, False, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("name", map_figures.FIGURES)
+def test_drawn(folder, name):
+    result = CliRunner().invoke(app, ["figure", name, "--results", str(folder.parent)])
+    assert result.exit_code == 0, result.output
+    assert all((folder / "studies" / f"{name}.{form}").stat().st_size > 10_000 for form in ("png", "svg"))
+    assert (folder / "studies" / "map.md").is_file() == (name == "map")
+
+
+def test_the_map_says_seeds_and_what_was_not_run(folder):
+    figure = map_figures.differences(folder)
+    sampled, greedy = figure.axes
+    texts = [text.get_text() for text in sampled.texts]
+    assert texts.count("n 2") == 2 * (len(CONTRASTS) - ABSENT) and "not run" not in texts
+    assert [text.get_text() for text in greedy.texts].count("not run") == len(CONTRASTS) - ABSENT
+    note = " ".join(figure.get_supxlabel().split())
+    assert "20 problems of 2 benchmarks" in note and "T-SPIN w/o H-A α 0.1 (anywhere)" in note
+    assert sampled.get_xlim() == greedy.get_xlim()
+
+
+def test_a_course_begins_at_the_start(folder):
+    first, *_ = map_figures.course(folder).axes
+    lines = {container.get_label(): container.lines[0] for container in first.containers}
+    assert lines["T-SPIN α 1"].get_xdata()[0] == -1 and lines["T-SPIN α 1"].get_ydata().tolist() == [50, 50, 55.5]
+
+
+def test_scales_of_like_measures_and_shares_of_none(folder):
+    figure = map_figures.entropy(folder)
+    rows = [figure.axes[2 * row : 2 * row + 2] for row in range(len(map_figures.MEASURES))]
+    assert len({axes.get_ylim() for row in rows[-3:] for axes in row}) == 1  # the three shares of misaligned prompts
+    band = rows[3][0].collections[0].get_paths()[0].vertices[:, 1]  # y′ = y: 0 of 1,000 for every seed
+    assert band.max() == pytest.approx(3.8415 / 1003.8415, rel=1e-4) and band.min() == 0
+
+
+def test_the_table(folder):
+    text = map_text(folder)
+    arms, contrasts = (text.split("## ")[part].split("\n| ")[2:] for part in (0, 1))
+    assert len(arms) == 2 + 3 * len(ARMS) and len(contrasts) == 3 * (len(CONTRASTS) - ABSENT)
+    (row,) = (row for row in arms if row.startswith("T-SPIN α 1 ") and " fine-tuned |" in row and "greedy" in row)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3] == "2" and cells[4].startswith("50.0 [") and cells[5].startswith("55.5 [")
+    assert cells[6].startswith("+5.5 [") and cells[7:12] == ["3.0 → 3.0", "0% → 0%", "60% → 60%", "0.30 → 0.30",
+                                                             "7.0% → 7.0%"]  # fmt: skip
+    assert "Not run: anything (half fine-tuned, greedy)." in text
+
+
+def test_every_figure_has_a_place():
+    assert figures.FIGURES["2"].stem == "figure2" and figures.FIGURES["entropy"].stem == "entropy"
+    assert figures.FIGURES["ten"].stem == "studies/ten" and figures.FIGURES["4a"].stem == "figure4a"
+    assert set(figures.FIGURES["4a"].texts) == {"studies/data.md"}
