@@ -22,6 +22,7 @@ from tspin.experiment.jobs import prepare, run_sweep
 from tspin.runs.files import read_json, write_json
 from tspin.schema import CELL, RUN, STUDY_MEASURES
 from tspin.yaml_files import find_yaml
+from tspin_analysis import studies
 
 TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=1", "batch_size=8"]
 FILES = sorted((REPOSITORY / "experiments" / "studies").glob("*.yaml"))
