@@ -52,12 +52,14 @@ claims: $(READY)
 
 # STUDY: a file of experiments/studies/, drawn as the figure of its name (or FIGURE).
 FIGURES_map := map map_sft map_course map_entropy
+FIGURES_proto := $(FIGURES_map)
+FIGURES_rate := $(FIGURES_map)
 study: $(READY)
 	$(TSPIN) sweep experiments/studies/$(STUDY).yaml --results $(RESULTS)
 	set -e; for name in $(or $(FIGURE),$(FIGURES_$(STUDY)),$(STUDY)); do $(TSPIN) figure $$name $(OF); done
 
 studies: $(READY)
-	set -e; for name in map ten; do $(MAKE) study STUDY=$$name; done
+	set -e; for name in map proto rate ten; do $(MAKE) study STUDY=$$name; done
 
 notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab
@@ -93,7 +95,7 @@ plan-check: $(READY)
 
 # The committed evidence again, for one seed and iteration; each average within 3 standard errors.
 regenerate: $(READY)
-	$(TSPIN) rerun results/reference/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1 --out runs/regenerated
+	$(TSPIN) rerun results/reference/pocket/provenance.json --methods base,spin,tspin --seeds 10 --iterations 1 --out runs/regenerated
 
 # WORKERS: pytest's processes, one thread each; one that is done takes over tests of another.
 WORKERS ?= 2

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from tspin.config import REPOSITORY
+from tspin.config import REPOSITORY, load_config
 from tspin.errors import UserError
 from tspin.experiment import gathering
 from tspin.experiment.grid import Cell, Choice, load_sweep
@@ -336,34 +336,39 @@ def test_the_rule_of_choice(choice, expected):
     assert scores["path"].iloc[0] == "30.5 → 33.5"
 
 
-def test_the_pocket_sweeps_rule_chooses_the_presets_rates():
-    path = REPOSITORY / "results" / "reference" / "pocket" / "studies" / "sweep-rate.csv"
-    if not path.is_file():
-        pytest.skip("not run yet")
-    choice = load_sweep(Path("sweep-rate"), None, Path("runs"), Path("results")).study.choose
-    scores = gathering.scores_of(pd.read_csv(path), ["learning_rate", "num_train_epochs"])
-    marked = scores[gathering.chosen(scores, choice)].set_index("method")
-    preset = yaml.safe_load((REPOSITORY / "experiments" / "presets" / "pocket.yaml").read_text())
-    assert marked["learning_rate"]["spin"] == marked["learning_rate"]["tspin"] == preset["learning_rate"]
-    assert marked["learning_rate"]["sft"] == preset["methods"]["sft"]["learning_rate"]
+SWEEPS = ("sweep-rate", "sweep-scale")
+
+
+def test_the_pocket_sweeps_rule_chooses_what_the_preset_has():
+    sweep = load_sweep(Path("sweep-rate"), None, Path("runs"), REPOSITORY / "results" / "reference")
+    table = pd.read_csv(sweep.target.with_suffix(".csv"))
+    names = ["learning_rate", "num_train_epochs"]
+    scores = gathering.scores_of(table, names)
+    marked = scores[gathering.chosen(scores, sweep.study.choose)]
+    assert set(table[CELL]) == {cell.name for cell in sweep.cells}
+    config = load_config("pocket")
+    for method, values in marked.groupby("method"):
+        training = config.for_method(str(method)).training
+        assert training.learning_rate in set(values["learning_rate"])
+        assert method != "sft" or training.num_train_epochs in set(values["num_train_epochs"])
+        tried = sorted(set(scores.loc[scores["method"] == method, "learning_rate"]))
+        assert training.learning_rate not in (tried[0], tried[-1])  # no choice at the edge of what was tried
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_committed_study_is_whole(path):
     """Loading one checks every setting against the config, and its suite."""
-    load_sweep(path, None, Path("runs"), Path("results"))
+    assert load_sweep(path, None, Path("runs"), Path("results")).cells
 
 
-def test_the_sweeps_give_every_method_the_same_budget():
-    sweeps = [load_sweep(path, None, Path("runs"), Path("results")).study for path in FILES if "sweep" in path.stem]
-    counts = Counter({"sft": 0})
-    for study in sweeps:
-        counts.update({method: len(study.settings(method)) for method in study.methods})
-    assert len(sweeps) == 2 and len(set(counts.values())) == 1
+def test_the_sweeps_have_the_same_budget_for_every_method():
+    cells = [cell for name in SWEEPS for cell in load_sweep(Path(name), None, Path("runs"), Path("results")).cells]
+    counts = Counter(cell.method for cell in cells)
+    assert set(counts) == {"spin", "tspin", "sft"} and len(set(counts.values())) == 1
 
 
 def test_studies_are_drawn():
-    assert {path.stem for path in FILES} == figures.STUDIES | {"sweep-rate", "sweep-scale", "zephyr-7b"}
+    assert {path.stem for path in FILES} == figures.STUDIES | {*SWEEPS, "zephyr-7b"}
 
 
 # What Slurm's commands do for one machine: a job is a process, its state is in a file.

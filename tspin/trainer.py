@@ -352,7 +352,8 @@ class GradientSignal:
         gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
         self._squares.append(_square(gradients))
         if self._sums:
-            torch._foreach_add_(self._sums, gradients)
+            for total, gradient in zip(self._sums, gradients, strict=True):
+                total.add_(gradient)
         else:
             self._sums = [gradient.clone() for gradient in gradients]
 
