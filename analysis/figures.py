@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from tspin.errors import UserError
 
 from . import benchmarks, curves, dynamics, entropy, map_figures, map_text, studies
+from .map import BESIDE
 
 
 class Drawn(NamedTuple):
@@ -44,4 +45,4 @@ FIGURES = {
     **{name: Drawn(draw, f"studies/{name}") for name, draw in map_figures.FIGURES.items()},
     "map": Drawn(map_figures.FIGURES["map"], "studies/map", {"studies/map.md": map_text.map_text}),
 }
-STUDIES = {*studies.STUDY_OF.values(), "map"}  # those that are drawn
+STUDIES = {*studies.STUDY_OF.values(), "map", *BESIDE}  # those that are drawn

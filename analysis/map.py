@@ -1,7 +1,8 @@
 """When T-SPIN helps, and which part of it: the study `map`, arms (a method at a setting) by start and decoding.
 
 Its table, results/<preset>/studies/map.csv, has the settings path (the start: the initial policy), temperature, lam,
-history, alpha and proto_model; where an arm leaves one empty, the preset's own holds (OWN).
+history and alpha; where an arm leaves one empty, the preset's own holds (OWN). Beside it stand, where they were run,
+the studies `proto` (proto_model: y0 of another model) and `rate` (learning_rate): a rate is a start of its own here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,16 +19,20 @@ from .intervals import Estimate, corrected, estimate
 from .studies import NO_SETTINGS, Study
 from .style import METHODS, Arm, arm_look, look, scale_of
 
-STARTS = {"pocket": "fine-tuned", "runs/pocket-starts/half": "half fine-tuned", "pocket-cold": "cold"}
+BESIDE = ("proto", "rate")
+FAST = "pocket at 3e-05"  # the start `pocket` at another rate than the preset's
+STARTS = {"pocket": "fine-tuned", FAST: "the same, rate × 10", "runs/pocket-starts/half": "half fine-tuned",
+          "pocket-cold": "cold"}  # fmt: skip
 DECODINGS = {1.0: "temperature 1", 0.0: "greedy"}
 OWN: dict[str, Any] = {"path": "pocket", "temperature": 1.0, "lam": 0.1, "history": 0.0, "alpha": 1.0,
                        "proto_model": ""}  # fmt: skip
+RATE = "learning_rate"
 SCALE = {"λ": "lam", "α": "alpha"}  # the column that holds a method's scale
 
 SFT, START = Arm("sft"), Arm(BASE)
 SPIN, SPIN_AT_1, RELEASED = Arm("spin", 0.1), Arm("spin", 1.0), Arm("spin", 0.1, history=True)
 TSPIN, TSPIN_AT_01 = Arm("tspin", 1.0), Arm("tspin", 0.1)
-COLD_SPIN, COLD_TSPIN = Arm("spin", 0.1, proto="cold"), Arm("tspin", 1.0, proto="cold")
+COLD_TSPIN = Arm("tspin", 1.0, proto="cold")
 
 
 class Place(NamedTuple):
@@ -76,7 +81,6 @@ CONTRASTS = [
     _contrast(REFERENCE, Arm("tspin_reference", 0.1), TSPIN_AT_01, "α 0.1"),
     Contrast(SCALE_ALONE, "T-SPIN, α 1 − α 0.1", TSPIN, TSPIN_AT_01),
     Contrast(SCALE_ALONE, "SPIN, λ 1 − λ 0.1", SPIN_AT_1, SPIN),
-    _contrast(OTHER_Y0, COLD_TSPIN, COLD_SPIN, "α 1, λ 0.1"),
     Contrast(OTHER_Y0, "T-SPIN with them − without", COLD_TSPIN, TSPIN),
 ]
 
@@ -94,11 +98,14 @@ class Map:
     """The study `map` of a preset's results. Raises UserError where it is missing or sets what is not known here."""
 
     def __init__(self, folder: Path):
-        self.study = Study(folder, "map")
+        self.study = Study(folder, "map", BESIDE)
         table = self.study.table
-        if unknown := {str(name) for name in table} - NO_SETTINGS - set(OWN):
+        if unknown := {str(name) for name in table} - NO_SETTINGS - {*OWN, RATE}:
             raise UserError(f"{self.study.path}: sets {', '.join(sorted(unknown))}, which the map does not know")
         table = table.reindex(columns=[*table, *(name for name in OWN if name not in table)]).fillna(OWN)
+        if RATE in table:
+            rates = [f" at {rate:g}" if rate > 0 else "" for rate in table[RATE]]
+            table["path"] = table["path"] + pd.Series(rates, dtype=str)
         self.table = table.assign(arm=pd.Series([_arm_of(row) for row in table.to_dict("records")], dtype=object))
         self._last = self.table.groupby("cell")["iteration"].transform("max")
 
@@ -128,7 +135,8 @@ class Map:
 
     def rows(self, arm: Arm, place: Place) -> pd.DataFrame:
         """Every iteration of an arm at a place. How y′ is decoded is nothing to the start and to SFT."""
-        here = self.table[(self.table["arm"] == arm) & (self.table["path"] == place.start)]
+        start = place.start.split(" at ")[0] if arm == START else place.start  # whatever the rate
+        here = self.table[(self.table["arm"] == arm) & (self.table["path"] == start)]
         if arm.method not in ONCE:
             here = here[here["temperature"] == place.temperature]
         return here.drop_duplicates(["seed", "iteration"])

@@ -29,7 +29,7 @@ from .style import Arm, Look, arm_look
 
 ROW = 0.135  # inches
 # The starts in their order, apart without colour too.
-START_LOOKS = [Look("", "#332288", "o"), Look("", "#117A65", "s"), Look("", "#AA4400", "D")]
+COLOURS = [("#332288", "o"), ("#882255", "^"), ("#117A65", "s"), ("#AA4400", "D"), ("#555555", "v")]
 INTERVALS = "95 % intervals, paired by seed and problem"
 
 
@@ -38,6 +38,11 @@ class Section(NamedTuple):
 
     title: str
     found: dict[Place, Estimate]
+
+    def starts(self, known: Map) -> list[str]:
+        """Those of any of its places, in the map's order."""
+        there = {place.start for place in self.found}
+        return [start for start in known.starts if start in there]
 
 
 class Measure(NamedTuple):
@@ -87,16 +92,13 @@ def over_sft(folder: Path) -> Figure:
 
 
 def _forest(known: Map, sections: list[Section], title: str, arms: list[Arm]) -> Figure:
-    """A row per section and start, a panel per decoding. A section that was run nowhere is left out."""
+    """A row per section and start, a panel per decoding; sections and starts without any difference are left out."""
     shown = [section for section in sections if section.found]
-    starts, each = known.starts, 1 + len(known.starts)  # rows of a section: its title and the starts
+    rows = [(section, start) for section in shown for start in ("", *section.starts(known))]  # "": its title
     note = f"{title} (points), {INTERVALS}; n: seeds. {known.study.size}. {known.absent(arms)}".strip()
-    with new_figure(1.15, 1.2 + len(note) / 550 + ROW * each * len(shown)) as figure:
+    with new_figure(1.15, 1.2 + len(note) / 550 + ROW * len(rows)) as figure:
         panels = figure.subplots(1, len(known.temperatures), sharex=True, sharey=True, squeeze=False)[0]
         for axes, temperature in zip(panels, known.temperatures, strict=True):
-            for number, section in enumerate(shown):
-                for row, start in enumerate(starts, start=number * each + 1):
-                    _draw_row(axes, row, section.found.get(Place(start, temperature)), _start_look(start))
             axes.axvline(0, color="black", linewidth=0.6, zorder=1)
             axes.grid(visible=False, axis="y")
             axes.grid(visible=True, axis="x")
@@ -105,16 +107,20 @@ def _forest(known: Map, sections: list[Section], title: str, arms: list[Arm]) ->
             axes.set_title(Place("", temperature).decoding, loc="left")
             axes.set_xlabel("Difference (points)")
             axes.patch.set_visible(False)  # the sections' titles reach from the first panel over the others
-        rows = [number * each + 1 + row for number in range(len(shown)) for row in range(len(starts))]
-        panels[0].set_yticks(rows, [STARTS.get(start, start) for start in starts] * len(shown), fontsize=7)
-        panels[0].set_ylim(each * len(shown) - 0.5, -0.6)
-        panels[0].set_zorder(2)
-        where = blended_transform_factory(figure.transFigure, panels[0].transData)
-        for number, section in enumerate(shown):
-            head = panels[0].text(0.012, number * each, section.title, transform=where, va="center", fontsize=7,
-                                  fontweight="bold", zorder=5,
-                                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
-            head.set_in_layout(False)
+        first, names = panels[0], {}
+        first.set_zorder(2)
+        where = blended_transform_factory(figure.transFigure, first.transData)
+        for y, (section, start) in enumerate(rows):
+            if not start:
+                head = first.text(0.012, y, section.title, transform=where, va="center", fontsize=7, fontweight="bold",
+                                  zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
+                head.set_in_layout(False)
+                continue
+            names[y] = STARTS.get(start, start)
+            for axes, temperature in zip(panels, known.temperatures, strict=True):
+                _draw_row(axes, y, section.found.get(Place(start, temperature)), _start_look(start))
+        first.set_yticks(list(names), list(names.values()), fontsize=7)
+        first.set_ylim(len(rows) - 0.5, -0.6)
         put_note(figure, note)
         return figure
 
@@ -129,8 +135,8 @@ def _draw_row(axes: Axes, y: float, found: Estimate | None, of: Look) -> None:
 
 
 def _start_look(start: str) -> Look:
-    position = list(STARTS).index(start) if start in STARTS else len(START_LOOKS) - 1
-    return START_LOOKS[position]
+    position = list(STARTS).index(start) if start in STARTS else len(STARTS)
+    return Look(STARTS.get(start, start), *COLOURS[position])
 
 
 def course(folder: Path) -> Figure:

@@ -1,7 +1,6 @@
 """Figures of studies: results/<preset>/studies/<name>.csv, each made by `make study STUDY=<name>`."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,28 +34,23 @@ INTERVALS = "95 % intervals, seeds and problems crossed"
 class Study:
     """A study's results: `table` (cell, settings, RUN and STUDY_MEASURES of tspin.schema) and its cells' outcomes.
 
-    Raises UserError where a file is missing, or lacks a column or a cell.
+    beside: studies whose cells are added, where they were run. Raises UserError where a file is missing, or lacks a
+    column or a cell.
     """
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, beside: Sequence[str] = ()):
         self.path = folder / "studies" / f"{name}.csv"
         self.again = f"make it with: make study STUDY={name}"
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: not run; {self.again}")
-        self.table = pd.read_csv(self.path)
-        self.problems = self.path.with_name(f"{name}_problems.parquet")
-        if absent := NEEDED - set(self.table):
-            raise UserError(f"{self.path}: lacks the columns {', '.join(sorted(absent))}; {self.again}")
-        if not self.problems.is_file():
-            raise UserError(f"{self.problems}: no such file, and no interval without it; {self.again}")
-        rows = pd.read_parquet(self.problems)
+        more = [path for path in (self.path.with_stem(other) for other in beside) if path.is_file()]
+        read = [_read(path) for path in (self.path, *more)]
+        self.table, rows = (pd.concat(tables, ignore_index=True) for tables in zip(*read, strict=True))
         self._outcomes = outcomes(rows.assign(benchmark=pd.factorize(rows["benchmark"])[0]), ["cell", "iteration"])
 
     def values(self, rows: pd.DataFrame) -> np.ndarray:
         """(seeds, benchmarks, problems) in percent of some rows of `table`, each of another seed."""
         keys = [(cell, None if pd.isna(t) else int(t)) for cell, t in zip(rows["cell"], rows["iteration"], strict=True)]
         if absent := [key for key in keys if key not in self._outcomes]:
-            raise UserError(f"{self.problems}: lacks {absent[0][0]}; {self.again}")
+            raise UserError(f"{_problems(self.path)}: lacks {absent[0][0]}; {self.again}")
         return np.stack([self._outcomes[key] for key in keys])
 
     def averaged(self, keys: list[str], rows: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -79,6 +73,23 @@ class Study:
         """How many seeds there are, in words."""
         count = self.table["seed"].nunique()
         return f"{count} seeds" if count > 1 else "1 seed, its spread unknown"
+
+
+def _read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The table of a study, by its path, and its problems."""
+    again = f"make it with: make study STUDY={path.stem}"
+    if not path.is_file():
+        raise UserError(f"{path}: not run; {again}")
+    table = pd.read_csv(path)
+    if absent := NEEDED - set(table):
+        raise UserError(f"{path}: lacks the columns {', '.join(sorted(absent))}; {again}")
+    if not _problems(path).is_file():
+        raise UserError(f"{_problems(path)}: no such file, and no interval without it; {again}")
+    return table, pd.read_parquet(_problems(path))
+
+
+def _problems(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_problems.parquet")
 
 
 def figure4a(folder: Path) -> Figure:
@@ -129,9 +140,9 @@ def figure4c(folder: Path) -> Figure:
         return figure
 
 
-def course(name: str, folder: Path) -> Figure:
-    """A study at one setting: Avg against the iteration, a line per method, with 95 % intervals (`intervals`)."""
-    study = Study(folder, name)
+def ten(folder: Path) -> Figure:
+    """Ten iterations: Avg against the iteration, a line per method, with 95 % intervals (`intervals`)."""
+    study = Study(folder, "ten")
     means = study.averaged(["method", "iteration"])
     methods = _by_method(means)
     with new_figure(1, 2.9) as figure:
@@ -141,8 +152,7 @@ def course(name: str, folder: Path) -> Figure:
         label_iterations(axes, range(int(means["iteration"].max()) + 1), base=False)
         axes.set(xlabel="Iteration", ylabel="Avg (%)")
         put_legend(figure, [axes])
-        settings = [f"{n} {v:g}" for n in study.table if n not in NO_SETTINGS for v in study.table[n].unique()]
-        put_note(figure, f"{', '.join([folder.name, *settings])}, {study.seeds}, {study.size}; {INTERVALS}.")
+        put_note(figure, f"{folder.name}, {study.seeds}, {study.size}; {INTERVALS}.")
         return figure
 
 
@@ -164,10 +174,5 @@ def _by_method(means: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 # The figure's name → its study, and how it is drawn.
-COURSES = ("rate", "ten")
-STUDY_OF = {"4a": "data", "4c": "grid", **{name: name for name in COURSES}}
-FIGURES: dict[str, Callable[[Path], Figure]] = {
-    "4a": figure4a,
-    "4c": figure4c,
-    **{name: partial(course, name) for name in COURSES},
-}
+STUDY_OF = {"4a": "data", "4c": "grid", "ten": "ten"}
+FIGURES: dict[str, Callable[[Path], Figure]] = {"4a": figure4a, "4c": figure4c, "ten": ten}

@@ -22,7 +22,7 @@ from tspin.experiment.jobs import prepare, run_sweep
 from tspin.runs.files import read_json, write_json
 from tspin.schema import CELL, RUN, STUDY_MEASURES
 from tspin.yaml_files import find_yaml
-from tspin_analysis import studies
+from tspin_analysis import figures
 
 TINY = ["data.labels=8", "methods.sft.data.labels=8", "evaluation.limit=1", "batch_size=8"]
 FILES = sorted((REPOSITORY / "experiments" / "studies").glob("*.yaml"))
@@ -368,8 +368,7 @@ def test_the_sweeps_have_the_same_budget_for_every_method():
 
 
 def test_studies_are_drawn():
-    drawn = set(studies.STUDY_OF.values())
-    assert {path.stem for path in FILES} == drawn | {*SWEEPS, "map", "zephyr-7b"}
+    assert {path.stem for path in FILES} == figures.STUDIES | {*SWEEPS, "zephyr-7b"}
 
 
 # What Slurm's commands do for one machine: a job is a process, its state is in a file.

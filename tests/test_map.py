@@ -14,6 +14,7 @@ from tspin_analysis import figures, map_figures
 from tspin_analysis.map import (
     COLD_TSPIN,
     CONTRASTS,
+    FAST,
     RELEASED,
     SFT,
     SPIN,
@@ -28,7 +29,7 @@ from tspin_analysis.map import (
 from tspin_analysis.map_text import map_text
 from tspin_analysis.style import Arm, arm_look
 
-ABSENT = 3  # contrasts: no ablation at α 0.1 was run, and no SPIN with another y0
+ABSENT = 2  # contrasts: no ablation at α 0.1 was run
 HALF = "runs/pocket-starts/half"
 # Of the final average: an arm's settings → points above the start; T-SPIN's seed 11 has one more.
 ARMS = {
@@ -68,6 +69,9 @@ def table() -> pd.DataFrame:
                 for seed in (10, 11, 12) if many else (10, 11):
                     more = 1.0 if method == "tspin" and seed == 11 else 0.0
                     add(path, method, seed, [level, level + gain + more], temperature=temperature, **dict(settings))
+    for method, gain in (("spin", -2.0), ("tspin", -8.0)):
+        for seed in (10, 11):
+            add("pocket", method, seed, [50.0, 50 + gain], learning_rate=3e-5)
     return pd.DataFrame(rows).astype({"iteration": "Int64"})
 
 
@@ -76,15 +80,22 @@ def write(root: Path, rows: pd.DataFrame) -> Path:
     map_of.cache_clear()
     folder = root / "pocket" / "studies"
     folder.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(folder / "map.csv", index=False)
+    other = rows["proto_model"].notna(), rows["learning_rate"].notna()
+    write_study(folder, "proto", rows[other[0]].dropna(axis="columns", how="all"))
+    write_study(folder, "rate", rows[other[1]].dropna(axis="columns", how="all"))
+    write_study(folder, "map", rows[~other[0] & ~other[1]].drop(columns=["proto_model", "learning_rate"]))
+    (root / "pocket" / "config.json").write_text(json.dumps({"config": {"data": {"labels": 1000}}}))
+    return root / "pocket"
+
+
+def write_study(folder: Path, name: str, rows: pd.DataFrame) -> None:
+    rows.to_csv(folder / f"{name}.csv", index=False)
     parts = [
         pd.DataFrame({"cell": row.cell, "iteration": row.iteration, "benchmark": benchmark, "doc_id": range(10),
                       "value": row.avg + np.linspace(-9, 9, 10)})
         for row in rows.itertuples() for benchmark in ("b0", "b1")
     ]  # fmt: skip
-    pd.concat(parts).astype({"iteration": "Int8"}).to_parquet(folder / "map_problems.parquet")
-    (root / "pocket" / "config.json").write_text(json.dumps({"config": {"data": {"labels": 1000}}}))
-    return root / "pocket"
+    pd.concat(parts).astype({"iteration": "Int8"}).to_parquet(folder / f"{name}_problems.parquet")
 
 
 @pytest.fixture
@@ -93,19 +104,23 @@ def folder(tmp_path: Path) -> Path:
 
 
 SAMPLED, GREEDY, HALF_WAY = Place("pocket", 1.0), Place("pocket", 0.0), Place(HALF, 1.0)
+FASTER = Place(FAST, 1.0)
 
 
 def test_arms_at_their_places(folder):
     known = Map(folder)
-    assert known.places == [SAMPLED, GREEDY, HALF_WAY, Place(HALF, 0.0)]
-    assert [str(place) for place in known.places[1:3]] == ["fine-tuned, greedy", "half fine-tuned, temperature 1"]
+    assert known.places == [SAMPLED, GREEDY, FASTER, Place(FAST, 0.0), HALF_WAY, Place(HALF, 0.0)]
+    assert [str(place) for place in known.places[1:3]] == ["fine-tuned, greedy", "the same, rate × 10, temperature 1"]
     assert known.arms == [SPIN, SPIN_AT_1, RELEASED, TSPIN, TSPIN_AT_01, COLD_TSPIN, Arm("tspin_no_history", 1.0),
                           Arm("tspin_reference", 1.0), Arm("space")]  # fmt: skip
     assert known.last(SPIN, SAMPLED)["avg"].tolist() == [52, 52, 52]
     assert known.last(TSPIN, HALF_WAY)["seed"].tolist() == [10, 11] and known.last(TSPIN, Place(HALF, 0.0)).empty
     assert known.last(SFT, GREEDY)["avg"].tolist() == known.last(SFT, SAMPLED)["avg"].tolist() == [53, 53]
-    assert known.absent(known.arms) == "Not run: anything (half fine-tuned, greedy)."
-    assert known.absent([TSPIN, Arm("dpo", 0.1)]).endswith("(half fine-tuned, greedy), DPO λ 0.1 (anywhere).")
+    assert known.last(START, FASTER)["avg"].tolist() == [50] and known.last(TSPIN, FASTER)["avg"].tolist() == [42, 42]
+    nothing = "Not run: anything (the same, rate × 10, greedy), anything (half fine-tuned, greedy)"
+    assert known.absent([SPIN, TSPIN]) == f"{nothing}."
+    assert known.absent([TSPIN, Arm("dpo", 0.1)]) == f"{nothing}, DPO λ 0.1 (anywhere)."
+    assert known.absent([Arm("space")]) == f"{nothing}, SPACE (the same, rate × 10, temperature 1)."
 
 
 def test_differences_are_paired(folder):
@@ -135,6 +150,14 @@ def test_contrasts(folder):
         "T-SPIN with them − without": 0.25,
     }
     assert all(each.p >= each.difference.p for each in found.values())
+    assert [words for words, place in found if place == FASTER] == ["T-SPIN − SPIN, the papers' scales: α 1, λ 0.1"]
+
+
+def test_the_map_without_the_studies_beside_it(folder):
+    for path in (folder / "studies").glob("[pr]*"):
+        path.unlink()
+    known = Map(folder)
+    assert known.places == [SAMPLED, GREEDY, HALF_WAY, Place(HALF, 0.0)] and COLD_TSPIN not in known.arms
 
 
 def test_settings_that_the_map_does_not_know(tmp_path):
@@ -165,8 +188,8 @@ def test_the_map_says_seeds_and_what_was_not_run(folder):
     figure = map_figures.differences(folder)
     sampled, greedy = figure.axes
     texts = [text.get_text() for text in sampled.texts]
-    assert texts.count("n 2") == 2 * (len(CONTRASTS) - ABSENT) and "not run" not in texts
-    assert [text.get_text() for text in greedy.texts].count("not run") == len(CONTRASTS) - ABSENT
+    assert texts.count("n 2") == 2 * (len(CONTRASTS) - ABSENT) + 1 and "not run" not in texts
+    assert [text.get_text() for text in greedy.texts].count("not run") == len(CONTRASTS) - ABSENT + 1
     note = " ".join(figure.get_supxlabel().split())
     assert "20 problems of 2 benchmarks" in note and "T-SPIN w/o H-A α 0.1 (anywhere)" in note
     assert sampled.get_xlim() == greedy.get_xlim()
@@ -180,7 +203,7 @@ def test_a_course_begins_at_the_start(folder):
 
 def test_scales_of_like_measures_and_shares_of_none(folder):
     figure = map_figures.entropy(folder)
-    rows = [figure.axes[2 * row : 2 * row + 2] for row in range(len(map_figures.MEASURES))]
+    rows = [figure.axes[3 * row : 3 * row + 3] for row in range(len(map_figures.MEASURES))]
     assert len({axes.get_ylim() for row in rows[-3:] for axes in row}) == 1  # the three shares of misaligned prompts
     band = rows[3][0].collections[0].get_paths()[0].vertices[:, 1]  # y′ = y: 0 of 1,000 for every seed
     assert band.max() == pytest.approx(3.8415 / 1003.8415, rel=1e-4) and band.min() == 0
@@ -189,13 +212,13 @@ def test_scales_of_like_measures_and_shares_of_none(folder):
 def test_the_table(folder):
     text = map_text(folder)
     arms, contrasts = (text.split("## ")[part].split("\n| ")[2:] for part in (0, 1))
-    assert len(arms) == 2 + 3 * len(ARMS) and len(contrasts) == 3 * (len(CONTRASTS) - ABSENT)
+    assert len(arms) == 2 + 3 * len(ARMS) + 2 and len(contrasts) == 3 * (len(CONTRASTS) - ABSENT) + 1
     (row,) = (row for row in arms if row.startswith("T-SPIN α 1 ") and " fine-tuned |" in row and "greedy" in row)
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == "2" and cells[4].startswith("50.0 [") and cells[5].startswith("55.5 [")
     assert cells[6].startswith("+5.5 [") and cells[7:12] == ["3.0 → 3.0", "0% → 0%", "60% → 60%", "0.30 → 0.30",
                                                              "7.0% → 7.0%"]  # fmt: skip
-    assert "Not run: anything (half fine-tuned, greedy)." in text
+    assert "Not run: anything (the same, rate × 10, greedy), anything (half fine-tuned, greedy), SFT (the same" in text
 
 
 def test_every_figure_has_a_place():
