@@ -37,6 +37,21 @@ def averages(results: Path) -> str:
     return _table(["iteration", *map(str, range(5))], [[label, *cells] for label, cells in rows.items()])
 
 
+def seeds(results: Path) -> str:
+    """How many seeds of T-SPIN the averages are over."""
+    table = pd.read_csv(results / POCKET / "intervals.csv")
+    return str(table.loc[table["method"] == "tspin", "seeds"].max())
+
+
+def difference(results: Path) -> str:
+    """Final T-SPIN − final SPIN with its interval, in points."""
+    claims = pd.read_json(results / POCKET / "claims.json")["claims"]
+    ours = next(claim["ours"][0] for claim in claims if claim["claim"] == "C2")
+    found = re.search(r": ([+−-][\d.]+ \[.*?\])", ours)
+    assert found is not None, ours
+    return found[1].replace("-", "−")
+
+
 def verdicts(results: Path) -> str:
     """How many parts of the claims have which verdict, in words."""
     claims = pd.read_json(results / POCKET / "claims.json")["claims"]
@@ -96,6 +111,8 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "base": lambda results: average(results, "base").split()[0],
     "sft": lambda results: average(results, "sft"),
     "averages": averages,
+    "seeds": seeds,
+    "difference": difference,
     "verdicts": verdicts,
     "misaligned_spin": misaligned_spin,
     "example": example,
