@@ -29,7 +29,7 @@ def test_presets_load():
     assert coefficients_of(config.for_method("spin").training) == {"lam": 0.1, "loss_type": "logistic"}
     assert config.for_method("tspin").data.labels == 1000
     sft = config.for_method("sft")
-    assert sft.training.iterations == 1 and sft.data.labels == 4000 and sft.training.num_train_epochs == 2
+    assert sft.training.iterations == 1 and sft.data.labels == 4000 and sft.training.num_train_epochs == 4
 
 
 def test_names_read_from_the_sources_are_the_fields():
@@ -221,7 +221,7 @@ def test_a_tree_is_what_decides_numbers():
     config = load_config("pocket", ["adam_beta1=0.8", "methods.sft.micro_batch_tokens=7"])
     tree = json.loads(json.dumps(config.tree()))
     assert build_config(tree).tree() == tree
-    assert tree["adam_beta1"] == 0.8 and "adam_beta2" not in tree and tree["methods"]["sft"]["num_train_epochs"] == 2
+    assert tree["adam_beta1"] == 0.8 and "adam_beta2" not in tree and tree["methods"]["sft"]["num_train_epochs"] == 4
     same = ["micro_batch_tokens=7", "iterations=2", "engine.memory=0.5", "diagnostics=false", "adam_beta2=0.999"]
     assert load_config("pocket", ["adam_beta1=0.8", *same]).tree() == config.tree()
     assert load_config("pocket", ["temperature=0"]).tree() != load_config("pocket").tree()
