@@ -125,6 +125,22 @@ def test_pretraining_in_two_phases(tmp_path):
     assert weights.shape[0] == len(kept) and not weights.equal(after.model.embed_tokens.weight)
 
 
+def test_finetune(tmp_path, model_folder, data_file):
+    """From any start, on a preset's labels: other weights, as bfloat16, with what they were made by."""
+    from tspin.models import load_model
+
+    out = tmp_path / "runs" / "made"
+    (tmp_path / "mine.yaml").write_text(f"data: {{path: {data_file}}}\nbatch_size: 4\n")
+    said = run("experiments.pocket.finetune", "--preset", tmp_path / "mine.yaml", "--start", model_folder, "--out", out,
+               "--learning-rate", 1e-3, "--set", "methods.sft.data.labels=8", "warmup_steps=0")  # fmt: skip
+    assert said.splitlines()[-1] == f"wrote {out} and {out}.json"
+    before, after = (load_model(str(folder), {"dtype": "auto"}) for folder in (model_folder, out))
+    assert str(after.dtype) == "torch.bfloat16" and not before.lm_head.weight.bfloat16().equal(after.lm_head.weight)
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["settings"]["learning_rate"] == 1e-3 and "methods.sft.data.labels=8" in record["settings"]["set"]
+    assert record["versions"]["torch"] and record["seconds"] >= 0
+
+
 @pytest.mark.parametrize("task", table_tasks())
 def test_misconceptions(task):
     """A mistake for every task of the table, on a good part of its questions, and mostly another answer."""

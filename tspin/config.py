@@ -59,7 +59,7 @@ class ModelSettings(Section):
 class DataSettings(Section):
     """Where the rows, prompts and labelled responses, come from."""
 
-    path: str = "pocket"  # a file or folder (tspin.data.files), a hub name, or embedded: "pocket", "pocket-validation"
+    path: str = "pocket"  # a file or folder (tspin.data.files), a hub name, or embedded (tspin.data.sources.EMBEDDED)
     name: str | None = None  # the configuration's, of the hub or a folder
     split: str = "train"
     revision: str | None = None

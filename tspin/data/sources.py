@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from tspin.errors import UserError, tell
 from tspin.hub.offline import load_dataset
 from tspin.runs.files import sha256
 
-EMBEDDED = {"pocket": "labels", "pocket-validation": "validation"}  # what data.path may name → the pool of pocket's
+EMBEDDED = {  # what data.path may name → the module that has its rows, and their pool
+    "pocket": ("tspin.pocket.tasks", "labels"),
+    "pocket-validation": ("tspin.pocket.tasks", "validation"),
+    "gsm-symbolic": ("tspin.gsm_symbolic.tasks", "labels"),
+    "gsm-symbolic-validation": ("tspin.gsm_symbolic.tasks", "validation"),
+}
 LARGE = 2**25  # bytes of a data set from which encoding takes long enough to keep what it gives
 
 
@@ -108,9 +114,8 @@ def _undecoded(rows: Any) -> Any:
 def _find(path: str, name: str | None, split: str, revision: str | None) -> tuple[Callable[[], Iterable[Any]], Any]:
     """What gives a data set's rows as they stand there, and their `Source.key`."""
     if path in EMBEDDED:
-        from tspin.pocket.tasks import labelled_rows
-
-        return partial(labelled_rows, EMBEDDED[path]), None
+        module, pool = EMBEDDED[path]
+        return partial(import_module(module).labelled_rows, pool), None
     check_there(path)
     place = Path(path)
     if not is_local(path):

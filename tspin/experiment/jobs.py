@@ -21,6 +21,7 @@ from rich.text import Text
 from tspin.errors import UserError
 from tspin.experiment.gathering import gather, gathered
 from tspin.experiment.grid import Cell, Sweep
+from tspin.hub.offline import use_offline
 from tspin.runs.files import read_json, write_json
 from tspin.runs.redaction import redacted
 
@@ -43,6 +44,8 @@ def run_sweep(sweep: Sweep, executor: str, jobs: int, retry: bool, wait: bool, s
     """
     if executor == "slurm" and shutil.which("srun") is None:
         raise UserError("--executor slurm: there is no srun on this machine; call it where you would call sbatch")
+    if offline := sweep.cells[0].offline:
+        use_offline(Path(offline))  # what is prepared reads from there too
     prepare(sweep.study.prepare, show)
     fleet = Fleet(sweep, executor, jobs)
     again = ("missing", "failed") if retry else ("missing",)

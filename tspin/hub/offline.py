@@ -184,8 +184,18 @@ def offline_dataset(folder: Path, name: str, config: str | None, revision: str |
     return splits
 
 
+def check_name(path: str) -> None:
+    """Raise UserError for a model path that can be no hub name (OWNER/NAME): that of a folder, which is not there."""
+    if path.count("/") > 1:
+        raise UserError(
+            f"{path}: no such folder, and no hub name; what a study prepares is made by its command in "
+            "experiments/studies, and --set model.path=OWNER/NAME names what it is made from"
+        )
+
+
 def model_folder(name: str, revision: str | None) -> str:
     """The folder of a model by its hub name, downloaded or in the offline folder. Raises UserError if there is none."""
+    check_name(name)
     if folder := offline_folder():
         return str(offline_model(folder, name, revision))
     from huggingface_hub import snapshot_download

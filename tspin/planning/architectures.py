@@ -10,6 +10,7 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from tspin.errors import UserError
+from tspin.hub.offline import check_name
 from tspin.models import EMBEDDED, meta_model
 
 FACTS = Path(__file__).with_name("architectures.yaml")
@@ -58,6 +59,7 @@ def find_config(path: str, revision: str | None = None, trust_remote_code: bool 
             raise UserError(f"{path}: its config.json does not describe a model ({error})") from error
     if path in known_architectures():
         return AutoConfig.for_model(**known_architectures()[path]["config"])
+    check_name(path)
     try:
         return AutoConfig.from_pretrained(place, **options)
     except Exception as error:  # the hub client raises many kinds for "not there"

@@ -10,7 +10,7 @@ from tspin.data.sources import EMBEDDED as EMBEDDED_ROWS
 from tspin.evaluation.harness import task_manager_for
 from tspin.evaluation.suites import Suite, load_suite
 from tspin.hub.fetch import fetch, local_sources
-from tspin.hub.offline import FILE_FORMATS, Item
+from tspin.hub.offline import FILE_FORMATS, Item, check_name
 from tspin.models import EMBEDDED
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def needed(config: Config) -> list[Item]:
     benchmarks = benchmark_data(suite) if suite else []
     items = []
     if config.model.path not in EMBEDDED and not Path(config.model.path).exists():
+        check_name(config.model.path)
         items.append(Item("model", config.model.path, revision=config.model.revision))
     items += [item for item in trained if (item.name, item.config) not in benchmarks]
     for name, configuration in benchmarks:
