@@ -17,7 +17,7 @@ SECOND = ("4", "6")  # Table 4 and Figure 6 are of a second base model: the numb
 Preset = Annotated[str, typer.Option(help="Preset whose results are drawn.")]
 AnyPreset = Annotated[
     str | None,
-    typer.Option(help="Preset whose results are drawn.", show_default="pocket; none for Table 4 and Figure 6"),
+    typer.Option(help="Preset whose results are drawn.", show_default="pocket, but none for Table 4 and Figure 6"),
 ]
 Results = Annotated[Path, typer.Option(help="Folder that holds one folder of results a preset.")]
 

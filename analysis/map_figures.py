@@ -55,15 +55,15 @@ class Measure(NamedTuple):
 
 
 MEASURES = [
-    Measure("nats", "Entropy: −log π(y′), nats a response"),
+    Measure("nats", "Entropy, nats a response"),
     Measure("nats_per_token", "Entropy, nats a token"),
-    Measure("held_out_nats", "Held-out −log π(y), nats a response"),
-    Measure("equal_share", "Share of y′ that are y", share=True),
-    Measure("gradient_signal", "Gradient signal (norm of the mean over noise)"),
-    Measure("weight_ess", "Effective sample size, share of pairs", share=True),
-    Measure("misaligned", "Misaligned: higher reward, lower likelihood", "misaligned", share=True),
-    Measure("misaligned_matched", "Misaligned, pairs of like length", "misaligned", share=True),
-    Measure("misaligned_per_token", "Misaligned, by means a token", "misaligned", share=True),
+    Measure("held_out_nats", "Held-out −log π(y), nats"),
+    Measure("equal_share", "y′ that are y, share", share=True),
+    Measure("gradient_signal", "Gradient signal"),
+    Measure("weight_ess", "Effective sample size", share=True),
+    Measure("misaligned", "Misaligned", "misaligned", share=True),
+    Measure("misaligned_matched", "Misaligned, like lengths", "misaligned", share=True),
+    Measure("misaligned_per_token", "Misaligned, per token", "misaligned", share=True),
 ]
 
 
@@ -218,9 +218,11 @@ def entropy(folder: Path) -> Figure:
         counts = [known.last(arm, place)["seed"].nunique() for arm in known.arms for place in places]
         low, high = min(filter(None, counts), default=0), max(counts, default=0)
         seeds = f"{low}" if low == high else f"{low} to {high}"
-        note = f"{folder.name}, y′ drawn at temperature 1: means and 95 % t intervals over {seeds} seeds."
         shares = f" Shares are of {prompts:,} prompts; at 0 and 1 the interval is Wilson's." if prompts else ""
-        put_note(figure, note + shares)
+        put_note(figure, f"{folder.name}, y′ drawn at temperature 1: means and 95 % t intervals over {seeds} seeds."
+                         f"{shares} Entropy: mean −log π(y′). Gradient signal: norm of the mean gradient over a step's "
+                         "noise. Effective sample size: of the pairs, by their weights. Misaligned: y has the higher "
+                         "reward, the lower likelihood.")  # fmt: skip
         return figure
 
 
