@@ -55,7 +55,7 @@ class Run:
 
 
 def load_run(spec: str) -> Run:
-    """A run by its folder, or `<results folder>:<method>:<seed>`: results/reference/pocket:spin:10. Raises UserError."""
+    """A run by its folder, or `<results>:<method>:<seed>`, as results/reference/pocket:spin:10. Raises UserError."""
     folder = Path(spec)
     parts = spec.rsplit(":", 2)
     try:
