@@ -17,7 +17,7 @@ SECOND = ("4", "6")  # Table 4 and Figure 6 are of a second base model: the numb
 Preset = Annotated[str, typer.Option(help="Preset whose results are drawn.")]
 AnyPreset = Annotated[
     str | None,
-    typer.Option(help="Preset whose results are drawn.", show_default="pocket; none for Table 4 and Figure 6"),
+    typer.Option(help="Preset whose results are drawn.", show_default="pocket, but none for Table 4 and Figure 6"),
 ]
 Results = Annotated[Path, typer.Option(help="Folder that holds one folder of results a preset.")]
 
@@ -98,7 +98,7 @@ def compare(
 ) -> None:
     """Put two runs side by side: a table here, and one HTML page with everything in it.
 
-    Example: tspin compare results/reference/pocket:spin:0 results/reference/pocket:tspin:0
+    Example: tspin compare results/reference/pocket:spin:10 results/reference/pocket:tspin:10
     """
     from tspin.runs.files import write_text
 

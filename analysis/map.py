@@ -20,8 +20,8 @@ from .studies import NO_SETTINGS, Study
 from .style import METHODS, Arm, arm_look, look, scale_of
 
 BESIDE = ("proto", "rate")
-FAST = "pocket at 3e-05"  # the start `pocket` at another rate than the preset's
-STARTS = {"pocket": "fine-tuned", FAST: "the same, rate × 10", "runs/pocket-starts/half": "half fine-tuned",
+FAST = "pocket at 3e-05"  # the start `pocket`, trained at ten times the preset's rate
+STARTS = {"pocket": "fine-tuned", FAST: "rate × 10", "runs/pocket-starts/half": "half fine-tuned",
           "pocket-cold": "cold"}  # fmt: skip
 DECODINGS = {1.0: "temperature 1", 0.0: "greedy"}
 OWN: dict[str, Any] = {"path": "pocket", "temperature": 1.0, "lam": 0.1, "history": 0.0, "alpha": 1.0,

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 
 from .drawing import (
@@ -16,16 +17,15 @@ from .drawing import (
     draw_band,
     draw_level,
     draw_means,
-    label_iterations,
     new_figure,
     put_legend,
     put_note,
 )
 from .entropy import by_iteration
 from .intervals import Estimate, none_of
-from .map import CONTRASTS, SFT, START, STARTS, Map, Place, map_of
+from .map import CONTRASTS, FAST, SFT, START, STARTS, Map, Place, map_of
 from .reading import labels_of
-from .style import Arm, Look, arm_look
+from .style import Look, arm_look
 
 ROW = 0.135  # inches
 # The starts in their order, apart without colour too.
@@ -55,15 +55,15 @@ class Measure(NamedTuple):
 
 
 MEASURES = [
-    Measure("nats", "Entropy: −log π(y′), nats a response"),
+    Measure("nats", "Entropy, nats a response"),
     Measure("nats_per_token", "Entropy, nats a token"),
-    Measure("held_out_nats", "Held-out −log π(y), nats a response"),
-    Measure("equal_share", "Share of y′ that are y", share=True),
-    Measure("gradient_signal", "Gradient signal (norm of the mean over noise)"),
-    Measure("weight_ess", "Effective sample size, share of pairs", share=True),
-    Measure("misaligned", "Misaligned: higher reward, lower likelihood", "misaligned", share=True),
-    Measure("misaligned_matched", "Misaligned, pairs of like length", "misaligned", share=True),
-    Measure("misaligned_per_token", "Misaligned, by means a token", "misaligned", share=True),
+    Measure("held_out_nats", "Held-out −log π(y), nats"),
+    Measure("equal_share", "y′ that are y, share", share=True),
+    Measure("gradient_signal", "Gradient signal"),
+    Measure("weight_ess", "Effective sample size", share=True),
+    Measure("misaligned", "Misaligned", "misaligned", share=True),
+    Measure("misaligned_matched", "Misaligned, like lengths", "misaligned", share=True),
+    Measure("misaligned_per_token", "Misaligned, per token", "misaligned", share=True),
 ]
 
 
@@ -76,8 +76,7 @@ def differences(folder: Path) -> Figure:
         here = {each.place: each.difference for each in found if each.contrast == contrast}
         why = "" if contrast.question == CONTRASTS[0].question else f"{contrast.question}: "
         sections.append(Section(f"{why}{contrast.words}", here))
-    arms = [arm for contrast in CONTRASTS for arm in (contrast.first, contrast.second)]
-    return _forest(known, sections, f"{folder.name}: final difference of Avg", arms)
+    return _forest(known, sections, f"{folder.name}: final difference of Avg")
 
 
 def over_sft(folder: Path) -> Figure:
@@ -88,14 +87,14 @@ def over_sft(folder: Path) -> Figure:
         found = {place: known.difference(arm, SFT, place) for place in known.places}
         here = {place: each for place, each in found.items() if each is not None}
         sections.append(Section(f"{arm_look(arm).label} − SFT", here))
-    return _forest(known, sections, f"{folder.name}: final Avg − Avg of SFT going on from the same start", [SFT])
+    return _forest(known, sections, f"{folder.name}: final Avg − Avg of SFT going on from the same start")
 
 
-def _forest(known: Map, sections: list[Section], title: str, arms: list[Arm]) -> Figure:
+def _forest(known: Map, sections: list[Section], title: str) -> Figure:
     """A row per section and start, a panel per decoding; sections and starts without any difference are left out."""
     shown = [section for section in sections if section.found]
     rows = [(section, start) for section in shown for start in ("", *section.starts(known))]  # "": its title
-    note = f"{title} (points), {INTERVALS}; n: seeds. {known.study.size}. {known.absent(arms)}".strip()
+    note = f"{title} (points), {INTERVALS}; n: seeds. {known.study.size}. {_left_out(known, 'Rows that are not there')}"
     with new_figure(1.15, 1.2 + len(note) / 550 + ROW * len(rows)) as figure:
         panels = figure.subplots(1, len(known.temperatures), sharex=True, sharey=True, squeeze=False)[0]
         for axes, temperature in zip(panels, known.temperatures, strict=True):
@@ -125,10 +124,16 @@ def _forest(known: Map, sections: list[Section], title: str, arms: list[Arm]) ->
         return figure
 
 
+def _left_out(known: Map, what: str) -> str:
+    """What a reader misses, and what a start's name means, in words."""
+    fast = " Rate × 10: fine-tuned, trained at ten times the preset's rate." if FAST in known.starts else ""
+    return f"{what} were not run (map.md has which).{fast}"
+
+
 def _draw_row(axes: Axes, y: float, found: Estimate | None, of: Look) -> None:
     middle = axes.get_yaxis_transform()
     if found is None:
-        axes.text(0.16, y, "not run", transform=middle, va="center_baseline", fontsize=6.5, color="#666666")
+        axes.text(0.05, y, "not run", transform=middle, va="center_baseline", fontsize=6.5, color="#666666")
         return
     axes.errorbar(found.mean, y, xerr=found.half, color=of.colour, marker=of.marker, markersize=3.5, elinewidth=1.2)
     axes.text(1.01, y, f"n {found.seeds}", transform=middle, va="center_baseline", fontsize=6.5, color="#444444")
@@ -153,7 +158,8 @@ def course(folder: Path) -> Figure:
             axes.set_xlabel("Iteration")
         put_legend(figure, grid.flat, columns=3, fontsize=7, columnspacing=1, handlelength=2.4)
         put_note(figure, f"{folder.name}: means over n seeds; 95 % intervals at the last iteration, of SFT as a band "
-                         f"(seeds and problems crossed). {known.study.size}. {known.absent(known.arms)}")  # fmt: skip
+                         f"(seeds and problems crossed). {known.study.size}. "
+                         f"{_left_out(known, 'Lines that are not there')}")  # fmt: skip
         return figure
 
 
@@ -162,6 +168,10 @@ def _draw_course(axes: Axes, known: Map, place: Place) -> None:
     base = known.study.averaged(["method"], start)["avg"].item() if len(start) else np.nan
     counts, last = set(), 0
     arms = [arm for arm in known.arms if len(known.rows(arm, place))]
+    if not arms:
+        axes.set_axis_off()
+        axes.set_title(f"{place}: not run", loc="left", fontsize=7)
+        return
     for arm, shift in zip(arms, beside(len(arms), 0.06), strict=True):
         means = known.study.averaged(["iteration"], known.rows(arm, place))
         last = max(last, int(means["iteration"].max()))
@@ -176,11 +186,9 @@ def _draw_course(axes: Axes, known: Map, place: Place) -> None:
     if len(start):
         draw_means(axes, BASE_X, base, None, arm_look(START)._replace(label="start"), markersize=3.5, zorder=4)
     numbers = sorted(counts)
-    count = f"n {numbers[0]}" if len(numbers) == 1 else f"n {numbers[0]}–{numbers[-1]}" if numbers else "not run"
+    count = f"n {numbers[0]}" if len(numbers) == 1 else f"n {numbers[0]}–{numbers[-1]}"
     axes.set_title(f"{place}, {count}", loc="left", fontsize=7)
-    if counts:
-        label_iterations(axes, range(last + 1), base=False)
-        axes.set_xticks([BASE_X, *range(last + 1)], ["start", *map(str, range(last + 1))])
+    axes.set_xticks([BASE_X, *range(last + 1)], ["start", *map(str, range(last + 1))])
 
 
 def entropy(folder: Path) -> Figure:
@@ -200,17 +208,21 @@ def entropy(folder: Path) -> Figure:
             row[0].set_title(measure.title, loc="left", fontsize=7.5)
         _share_limits(grid, measures)
         for axes, place in zip(grid[0], places, strict=True):
-            axes.annotate(place.start_name, (0, 1), (0, 15), "axes fraction", "offset points", fontsize=7.5,
-                          fontweight="bold")  # fmt: skip
+            name = axes.annotate(place.start_name, (0, 1), (0, 15), "axes fraction", "offset points", fontsize=7.5,
+                                 fontweight="bold")  # fmt: skip
+            name.set_in_layout(axes is grid[0, 0])  # one holds the room for all: the columns stay as wide
         for axes in grid[-1]:
             axes.set_xlabel("Iteration")
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
         put_legend(figure, grid.flat, columns=3, fontsize=7, columnspacing=1, handlelength=2.4)
         counts = [known.last(arm, place)["seed"].nunique() for arm in known.arms for place in places]
         low, high = min(filter(None, counts), default=0), max(counts, default=0)
         seeds = f"{low}" if low == high else f"{low} to {high}"
-        note = f"{folder.name}, y′ drawn at temperature 1: means and 95 % t intervals over {seeds} seeds."
         shares = f" Shares are of {prompts:,} prompts; at 0 and 1 the interval is Wilson's." if prompts else ""
-        put_note(figure, note + shares)
+        put_note(figure, f"{folder.name}, y′ drawn at temperature 1: means and 95 % t intervals over {seeds} seeds."
+                         f"{shares} Entropy: mean −log π(y′). Gradient signal: norm of the mean gradient over a step's "
+                         "noise. Effective sample size: of the pairs, by their weights. Misaligned: y has the higher "
+                         "reward, the lower likelihood.")  # fmt: skip
         return figure
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .map import SFT, START, Map, Place, map_of
+from .map import CONTRASTS, SFT, START, Map, Place, map_of
 from .style import MISSING, Arm, arm_look
 from .writing import markdown, number
 
@@ -44,7 +44,8 @@ def map_text(folder: Path) -> str:
         }
         for each in known.contrasts()
     ])  # fmt: skip
-    absent = known.absent([SFT, *known.arms])
+    compared = [arm for contrast in CONTRASTS for arm in (contrast.first, contrast.second)]
+    absent = known.absent([SFT, *known.arms, *compared])
     sections = [f"# Where T-SPIN helps ({folder.name}; {known.study.size})", EXPLAINED, markdown(courses)]
     if absent:
         sections.append(absent)

@@ -55,7 +55,7 @@ class Run:
 
 
 def load_run(spec: str) -> Run:
-    """A run by its folder, or `<results folder>:<method>:<seed>`: results/reference/pocket:spin:0. Raises UserError."""
+    """A run by its folder, or `<results>:<method>:<seed>`, as results/reference/pocket:spin:10. Raises UserError."""
     folder = Path(spec)
     parts = spec.rsplit(":", 2)
     try:
@@ -70,7 +70,7 @@ def load_run(spec: str) -> Run:
         ) from error
     raise UserError(
         f"{spec}: no run; give a run's folder, such as runs/pocket/seed-0/spin, or a result, such as "
-        "results/reference/pocket:spin:0"
+        "results/reference/pocket:spin:10"
     )
 
 

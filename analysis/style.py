@@ -92,7 +92,7 @@ def arm_look(arm: Arm) -> Look:
     of, scale = look(arm.method), scale_of(arm.method)
     if arm.proto:
         own = arm_look(arm._replace(proto=""))
-        return own._replace(label=f"{own.label}, {arm.proto} y0", line=OTHER_PROTO, filled=False)
+        return own._replace(label=f"{own.label}, {arm.proto} y0", marker="p", line=OTHER_PROTO, filled=False)
     if arm.history:
         return of._replace(label=f"{of.label} as released", marker="d", line=RELEASED, filled=False)
     if scale is None or arm.scale is None:

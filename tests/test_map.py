@@ -110,17 +110,17 @@ FASTER = Place(FAST, 1.0)
 def test_arms_at_their_places(folder):
     known = Map(folder)
     assert known.places == [SAMPLED, GREEDY, FASTER, Place(FAST, 0.0), HALF_WAY, Place(HALF, 0.0)]
-    assert [str(place) for place in known.places[1:3]] == ["fine-tuned, greedy", "the same, rate × 10, temperature 1"]
+    assert [str(place) for place in known.places[1:3]] == ["fine-tuned, greedy", "rate × 10, temperature 1"]
     assert known.arms == [SPIN, SPIN_AT_1, RELEASED, TSPIN, TSPIN_AT_01, COLD_TSPIN, Arm("tspin_no_history", 1.0),
                           Arm("tspin_reference", 1.0), Arm("space")]  # fmt: skip
     assert known.last(SPIN, SAMPLED)["avg"].tolist() == [52, 52, 52]
     assert known.last(TSPIN, HALF_WAY)["seed"].tolist() == [10, 11] and known.last(TSPIN, Place(HALF, 0.0)).empty
     assert known.last(SFT, GREEDY)["avg"].tolist() == known.last(SFT, SAMPLED)["avg"].tolist() == [53, 53]
     assert known.last(START, FASTER)["avg"].tolist() == [50] and known.last(TSPIN, FASTER)["avg"].tolist() == [42, 42]
-    nothing = "Not run: anything (the same, rate × 10, greedy), anything (half fine-tuned, greedy)"
+    nothing = "Not run: anything (rate × 10, greedy), anything (half fine-tuned, greedy)"
     assert known.absent([SPIN, TSPIN]) == f"{nothing}."
     assert known.absent([TSPIN, Arm("dpo", 0.1)]) == f"{nothing}, DPO λ 0.1 (anywhere)."
-    assert known.absent([Arm("space")]) == f"{nothing}, SPACE (the same, rate × 10, temperature 1)."
+    assert known.absent([Arm("space")]) == f"{nothing}, SPACE (rate × 10, temperature 1)."
 
 
 def test_differences_are_paired(folder):
@@ -191,7 +191,12 @@ def test_the_map_says_seeds_and_what_was_not_run(folder):
     assert texts.count("n 2") == 2 * (len(CONTRASTS) - ABSENT) + 1 and "not run" not in texts
     assert [text.get_text() for text in greedy.texts].count("not run") == len(CONTRASTS) - ABSENT + 1
     note = " ".join(figure.get_supxlabel().split())
-    assert "20 problems of 2 benchmarks" in note and "T-SPIN w/o H-A α 0.1 (anywhere)" in note
+    assert "20 problems of 2 benchmarks" in note and "Rows that are not there were not run" in note
+    assert [label.get_text() for label in sampled.get_yticklabels()][:3] == [
+        "fine-tuned",
+        "rate × 10",
+        "half fine-tuned",
+    ]
     assert sampled.get_xlim() == greedy.get_xlim()
 
 
@@ -218,7 +223,7 @@ def test_the_table(folder):
     assert cells[3] == "2" and cells[4].startswith("50.0 [") and cells[5].startswith("55.5 [")
     assert cells[6].startswith("+5.5 [") and cells[7:12] == ["3.0 → 3.0", "0% → 0%", "60% → 60%", "0.30 → 0.30",
                                                              "7.0% → 7.0%"]  # fmt: skip
-    assert "Not run: anything (the same, rate × 10, greedy), anything (half fine-tuned, greedy), SFT (the same" in text
+    assert "Not run: anything (rate × 10, greedy), anything (half fine-tuned, greedy), SFT (rate × 10" in text
 
 
 def test_every_figure_has_a_place():
