@@ -123,9 +123,7 @@ def test_results_of_another_config_are_refused(tmp_path):
     folder = tmp_path / "results" / "pocket"
     claim_folder(folder, {"config": {"iterations": 3}})
     places = ["--runs", tmp_path / "runs", "--results", tmp_path / "results"]
-    assert_refused(
-        call("run", "--preset", "pocket", *places), "another config (config.data is not set there", "choose another"
-    )
+    assert_refused(call("run", "--preset", "pocket", *places), " is not set there, ", "choose another")
     assert [path.name for path in folder.iterdir()] == ["config.json"] and not (tmp_path / "runs").exists()
     fresh = ["--runs", tmp_path / "runs", "--results", tmp_path / "fresh"]
     assert_refused(call("run", "--preset", "pocket", "--set", "layout=share", *fresh), "did you mean 'shared'?")

@@ -228,10 +228,10 @@ def test_segmented_decoding_is_lm_evals_own(monkeypatch, tokenizer, until):
     from lm_eval.models.huggingface import HFLM
 
     from tspin.evaluation.backend import SegmentedLM
-    from tspin.models import POCKET_MODEL, load_model
+    from tspin.models import EMBEDDED, load_model
 
     monkeypatch.setattr("tspin.sampling.FIRST_SEGMENT", 3)
-    model = load_model(str(POCKET_MODEL))
+    model = load_model(str(EMBEDDED["pocket-cold"]))
     texts = [f"### Instruction: What is {a} + {a + 7}?\n\n### Response: " for a in range(12)]
     requests = [Instance("generate_until", {}, (text, {"until": until, "max_gen_toks": 24}), i)
                 for i, text in enumerate(texts)]  # fmt: skip

@@ -93,9 +93,9 @@ def test_temperature_and_top_p_are_honoured(tiny_model, tokenizer):
 
 
 def test_segments_change_nothing_but_the_work(monkeypatch, tokenizer):
-    from tspin.models import POCKET_MODEL, load_model
+    from tspin.models import EMBEDDED, load_model
 
-    model = load_model(str(POCKET_MODEL))
+    model = load_model(str(EMBEDDED["pocket-cold"]))  # whose answers are of many lengths
     texts = [f"### Instruction: What is {a} + {a + 7}?\n\n### Response: " for a in range(12)]
     greedy = Decoding(temperature=0, top_p=1.0, max_new_tokens=20, batch_size=8)
     found = []

@@ -123,6 +123,7 @@ def write_results(folder: Path, count: int) -> None:
     samples = runs.to_frame(index=False).merge(pd.DataFrame({"prompt_id": range(20)}), how="cross")
     samples = samples.merge(roles, how="cross")
     samples = samples.assign(**{name: draw.normal(size=len(samples)) for name in ("after", "reward_after")})
+    samples["tokens"] = draw.integers(5, 12, size=len(samples))
     samples.astype({"iteration": "Int8"}).to_parquet(target / "diagnostics.parquet", index=False)
     facts = {"training_seconds": 10.0, "sampling_seconds": 5.0, "peak_memory_bytes": 1000}
     costs = [{"method": m, "seed": s, "iteration": t, **facts} for m, s, t in runs]
