@@ -316,7 +316,7 @@ def test_every_committed_study_is_whole(path):
 
 def test_studies_are_drawn():
     drawn = set(studies.STUDY_OF.values())
-    assert {path.stem for path in FILES} == drawn | {"sweep", "zephyr-7b"}
+    assert {path.stem for path in FILES} == drawn | {"sweep-rate", "sweep-scale", "smollm2-short", "smollm2-long", "zephyr-7b"}
 
 
 # What Slurm's commands do for one machine: a job is a process, its state is in a file.
