@@ -180,6 +180,11 @@ class Map:
             words += [f"{arm_look(arm).label} ({where})"] if missing else []
         return f"Not run: {', '.join(words)}." if words else ""
 
+    def left_out(self, what: str) -> str:
+        """What a reader of a figure misses, and what a start's name means, in words."""
+        fast = " Rate × 10: fine-tuned, trained at ten times the preset's rate." if FAST in self.starts else ""
+        return f"{what} were not run (map.md has which).{fast}"
+
 
 @lru_cache(maxsize=4)
 def map_of(folder: Path) -> Map:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tspin.cli import app
 from tspin.errors import UserError
-from tspin_analysis import figures, map_figures
+from tspin_analysis import figures, map_curves, map_figures
 from tspin_analysis.map import (
     COLD_TSPIN,
     CONTRASTS,
@@ -176,7 +176,7 @@ def test_looks_of_arms():
     assert [look.filled for look in looks] == [True, False, False, True, False, True, True, False]
 
 
-@pytest.mark.parametrize("name", map_figures.FIGURES)
+@pytest.mark.parametrize("name", [*map_figures.FIGURES, *map_curves.FIGURES])
 def test_drawn(folder, name):
     result = CliRunner().invoke(app, ["figure", name, "--results", str(folder.parent)])
     assert result.exit_code == 0, result.output
@@ -201,14 +201,14 @@ def test_the_map_says_seeds_and_what_was_not_run(folder):
 
 
 def test_a_course_begins_at_the_start(folder):
-    first, *_ = map_figures.course(folder).axes
+    first, *_ = map_curves.course(folder).axes
     lines = {container.get_label(): container.lines[0] for container in first.containers}
     assert lines["T-SPIN α 1"].get_xdata()[0] == -1 and lines["T-SPIN α 1"].get_ydata().tolist() == [50, 50, 55.5]
 
 
 def test_scales_of_like_measures_and_shares_of_none(folder):
-    figure = map_figures.entropy(folder)
-    rows = [figure.axes[3 * row : 3 * row + 3] for row in range(len(map_figures.MEASURES))]
+    figure = map_curves.entropy(folder)
+    rows = [figure.axes[3 * row : 3 * row + 3] for row in range(len(map_curves.MEASURES))]
     assert len({axes.get_ylim() for row in rows[-3:] for axes in row}) == 1  # the three shares of misaligned prompts
     band = rows[3][0].collections[0].get_paths()[0].vertices[:, 1]  # y′ = y: 0 of 1,000 for every seed
     assert band.max() == pytest.approx(3.8415 / 1003.8415, rel=1e-4) and band.min() == 0
