@@ -143,7 +143,7 @@ def read(source):
 
 
 def wanted(rows):
-    empty = {"tools": None, "generated": None}
+    empty = {"tools": None, "generated": None, "task": None}
     return [{"number": n, "row": n, **empty, **row} for n, row in enumerate(rows)]
 
 
@@ -491,3 +491,9 @@ def test_what_is_here_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     assert needed(build_config({"data": {"path": str(folder)}})) == []
     monkeypatch.setenv(offline.VARIABLE, str(tmp_path / "offline"))
     assert read(load_rows(str(folder))) == wanted(PAIRS)
+
+
+def test_a_column_that_names_tasks(capsys):
+    rows = [{"prompt": "a", "completion": "b", "task": "sums"}, {"prompt": "c", "completion": "d", "task": 3}]
+    assert [row["task"] for row in source_of(rows).read()] == ["sums", None]
+    assert "columns prompt, completion, task" in capsys.readouterr().err

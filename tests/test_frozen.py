@@ -23,7 +23,7 @@ from tspin.objectives import METHODS
 FROZEN = Path(__file__).parent / "frozen"
 FREEZE = bool(os.environ.get("TSPIN_FREEZE"))
 COMMANDS = [
-    *("claims", "compare", "diagnose", "evaluate", "fetch", "figure", "plan"),
+    *("claims", "compare", "diagnose", "tokens", "evaluate", "fetch", "figure", "plan"),
     *("rerun", "run", "sample", "sweep", "table", "train"),
 ]
 TIMES = ["tokens_per_second"]

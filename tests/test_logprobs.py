@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from tspin.data.responses import Response
 from tspin.layouts import choose_layout
 from tspin.logprobs import flat_logps, flat_run, pad_rows, sequence_logps
+from tspin.triplets import Triplet, TripletCollator, compute_logps, token_logps_of
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16], [17, 18]]
 RESPONSES = [[20, 21, 22, 1], [23], [24, 1], [25, 26, 27, 28, 29, 1]]  # 1 is the end token; [23] was cut
@@ -98,3 +100,20 @@ def test_a_response_needs_a_prompt(tiny_model):
         flat_logps(tiny_model, **flat_run([[], [5]], [[[6, 7], [8]]]))
     with pytest.raises(ValueError, match="no prompt token"):
         sequence_logps(tiny_model, **pad_rows([[], [5]], [[6, 7], [8]], 0))
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_token_by_token(tiny_model, layout):
+    other = [response[::-1] for response in RESPONSES]
+    triplets = [
+        Triplet(i, prompt, {"labelled": Response(y, "", True), "synthetic": Response(z, "", True)})
+        for i, (prompt, y, z) in enumerate(zip(PROMPTS, RESPONSES, other, strict=True))
+    ]
+    collator = TripletCollator(("labelled", "synthetic"), 0, layout, max_tokens=24)
+    sums = compute_logps(tiny_model, triplets, collator, False)
+    tokens = compute_logps(tiny_model, triplets, collator, False, of=token_logps_of)
+    for role, responses in (("labelled", RESPONSES), ("synthetic", other)):
+        assert [len(values) for values in tokens[role]] == [len(response) for response in responses]
+        assert [sum(values) for values in tokens[role]] == pytest.approx(sums[role], abs=1e-5)
+    first = torch.log_softmax(tiny_model(input_ids=torch.tensor([PROMPTS[3]])).logits[0, -1].float(), -1)
+    assert tokens["synthetic"][3][0] == pytest.approx(first[other[3][0]].item(), abs=1e-5)

@@ -211,6 +211,9 @@ class SelfPlayConfig(_WithCoefficients):
     diagnostics_prompts: PositiveInt = setting(
         5000, "that these tables score, evenly spread and the same in every iteration; all where there are fewer", True
     )
+    token_prompts: Annotated[int, Field(ge=0)] = setting(
+        200, "of them, those whose log-probabilities are kept token by token, to look at", operational=True
+    )
 
     gradient_signal: bool = setting(False, "record the gradients' signal to noise; memory for one more of them", True)
     logging_steps: float = setting(1.0, "optimizer steps per row of the step log")

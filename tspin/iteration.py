@@ -5,6 +5,8 @@
     train             responses, reference                 → π_θt+1 (a checkpoint's folder)
     diagnose          responses, reference, π_θt+1         → log-likelihoods and rewards of every response (Parquet)
 
+and two more that are looked at, of step 4: `score_tokens`, token by token, and `measure`, signs of degeneration.
+
 No log-probability is computed twice: y′ and y0 bring along that of the policy that drew them, where the sampler's
 arithmetic is the trainer's; what iteration t − 1 found under the policy that it ended with, or under π_θ0, is taken
 from its tables. What a loss contains is always by the trainer's own arithmetic.
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from transformers import TrainerCallback
 
 from tspin import canaries
@@ -39,6 +42,7 @@ from tspin.objectives import Coefficients, Method
 from tspin.runs.files import read_json, sha256, write_json
 from tspin.runs.unfinished import Unfinished
 from tspin.schema import LABELLED, PROTO, SYNTHETIC
+from tspin.tokens import token_table
 from tspin.triplets import Triplets, joined, make_triplets, reference_table, with_reference
 
 Known = Mapping[str, np.ndarray]  # role → log π of responses, NaN where it is not known
@@ -280,6 +284,17 @@ def diagnose(iteration: Iteration, reference: Path | None, trained: Policy, targ
     table = sample_table(run.method, iteration.coefficients, triplets, before, after, referred)
     table.to_parquet(target, index=False)
     return summary(table)
+
+
+def score_tokens(iteration: Iteration, trained: Policy, target: Path) -> None:
+    """Write log π of each token before and after training, of the prompts that people look at (Parquet, TOKENS)."""
+    run = iteration.run
+    triplets = iteration.at(run.engine.looked_at(len(run.examples)), list(iteration.responses))
+    before, after = (
+        run.engine.score_tokens(policy, triplets, of)
+        for policy, of in ((iteration.policy, "the policy before, by token"), (trained, "the trained policy, by token"))
+    )
+    pq.write_table(token_table(run.engine.tokenizer, triplets, before, after), target)
 
 
 def before_training(

@@ -2,7 +2,8 @@
 
 `sequence_logps` is the plain definition, for any model. `flat_logps` gives the same numbers from the flat layout (see
 tspin.segments): a prompt is computed once for all its responses, nothing is padded, and logits exist for response
-tokens only, a chunk at a time. tspin.layouts finds out which models can take it.
+tokens only, a chunk at a time. tspin.layouts finds out which models can take it. Both are sums over what
+`padded_token_logps` and `flat_token_logps` give token by token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,17 @@ def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     The first token of a row has no left context to be predicted from: a response must follow at
     least one prompt token. Raises ValueError otherwise.
     """
+    values, owners = padded_token_logps(model, input_ids, attention_mask, response_mask)
+    return _summed(values, owners, len(input_ids))
+
+
+def padded_token_logps(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log π of every response token, and whose it is: float32 and int64 (response tokens,), row by row, in order.
+
+    Arguments, gradient and ValueError as `sequence_logps`.
+    """
     # Positions count real tokens only, so that left- and right-padded rows agree.
     counted = attention_mask.long().cumsum(dim=-1)
     if bool(((counted == 1) & attention_mask.bool() & response_mask).any()):
@@ -48,8 +60,7 @@ def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).logits
     sequence, position = response_mask.nonzero(as_tuple=True)
-    token_logps = _token_logps(logits[sequence, position - 1], input_ids[sequence, position])
-    return _summed(token_logps, sequence, len(input_ids))
+    return _token_logps(logits[sequence, position - 1], input_ids[sequence, position]), sequence
 
 
 def pad_rows(prompts: Sequence[Ids], responses: Sequence[Ids], pad_token_id: int) -> dict[str, Tensor]:
@@ -82,6 +93,16 @@ def flat_logps(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
     Carries gradient when the model does. For models that can share (tspin.layouts). Raises ValueError for an empty
     prompt: nothing would predict its responses' first tokens.
     """
+    values, owners = flat_token_logps(model, input_ids, lengths)
+    examples, responses = lengths.shape[0], lengths.shape[1] - 1
+    return _summed(values, owners, examples * responses).view(examples, responses)
+
+
+def flat_token_logps(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """log π of every response token of a flat run, and whose it is: float32 and int64 (response tokens,), in order.
+
+    Response k (from 0) of example i is number i · responses + k. Arguments, gradient and ValueError as `flat_logps`.
+    """
     counts = lengths.cpu()
     parts = counts.tolist()
     if any(prompt == 0 for prompt, *_ in parts):
@@ -101,8 +122,7 @@ def flat_logps(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
             position_ids=where.position.to(device)[None],
             use_cache=False,
         ).logits
-    responses = counts.shape[1] - 1
-    return _summed(values, (example * responses + response).to(device), len(parts) * responses).view(-1, responses)
+    return values, (example * (counts.shape[1] - 1) + response).to(device)
 
 
 def _token_logps(logits: Tensor, target: Tensor) -> Tensor:

@@ -89,6 +89,18 @@ DIAGNOSTICS = pa.schema(
     ]
 )
 
+# A row per prompt and role: log-probabilities of each token of a response, in nats.
+TOKENS = pa.schema(
+    [
+        ("prompt_id", pa.int64()),
+        ("role", pa.string()),
+        ("ids", pa.list_(pa.int32())),
+        ("pieces", pa.list_(pa.string())),  # texts of the tokens, which joined are the response, its end token too
+        ("before", pa.list_(pa.float32())),  # log π_θt of each, given the prompt and the tokens before it
+        ("after", pa.list_(pa.float32())),  # log π_θt+1
+    ]
+)
+
 
 def is_share(benchmark: str, metric: str) -> bool:
     """Whether a metric, as lm-eval names it ("acc,none"), is a share of problems, which results have in percent."""

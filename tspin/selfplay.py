@@ -27,7 +27,18 @@ from tspin.engines.engine import Engine
 from tspin.engines.here import FIRST_STEP
 from tspin.errors import UserError
 from tspin.fits import check_rows, check_training
-from tspin.iteration import Earlier, Iteration, Run, diagnose, measure, sample, score_reference, take_generated, train
+from tspin.iteration import (
+    Earlier,
+    Iteration,
+    Run,
+    diagnose,
+    measure,
+    sample,
+    score_reference,
+    score_tokens,
+    take_generated,
+    train,
+)
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve, tokenizer_fingerprint
 from tspin.runs.claims import claim_folder
 from tspin.runs.dates import date_of_run, record_date
@@ -38,7 +49,9 @@ from tspin.runs.stages import DamagedStage, Stage, check_stage, note_damage, run
 from tspin.runs.unfinished import Unfinished
 from tspin.schema import PROTO, SYNTHETIC
 
-PROMPT_SCHEMA = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), ("labelled", pa.string())])
+PROMPT_SCHEMA = pa.schema(
+    [("prompt_id", pa.int64()), ("prompt", pa.string()), ("labelled", pa.string()), ("task", pa.string())]
+)
 
 
 @dataclass(frozen=True)
@@ -176,7 +189,7 @@ class SelfPlayTrainer:
             write_json(self.folder / "rows.json", self.examples.noted)
         path = self.folder / "prompts.parquet"
         if not path.exists():
-            rows = ((e.prompt_id, e.prompt, e.labelled.text) for e in self.examples)
+            rows = ((e.prompt_id, e.prompt, e.labelled.text, e.task) for e in self.examples)
             with atomic_path(path) as temporary:
                 write_parquet(temporary, PROMPT_SCHEMA, rows)
         return policy
@@ -276,6 +289,10 @@ class SelfPlayTrainer:
             produce = partial(diagnose, iteration, scores, policy)
             stages.append(run_stage(iteration.folder / "diagnostics.parquet", made_from, produce))
             table = stages[0].output
+            if places := self.run.engine.looked_at(len(self.examples)):
+                made_from = {**inputs, "prompts": len(places)}
+                produce = partial(score_tokens, iteration, policy)
+                run_stage(iteration.folder / "tokens.parquet", made_from, produce)
         produce = partial(measure, iteration, scores, table, trained.facts.get("changed_share"))
         inputs = {**inputs, "diagnostics": sha256(table) if table else None}
         return [*stages, run_stage(iteration.folder / "guards.json", inputs, produce)]

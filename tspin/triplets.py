@@ -8,7 +8,7 @@ micro-batch holds as much as memory allows.
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tspin.data.mapped import TypedRows, column, rows_at, without_bars
 from tspin.data.responses import Response, Responses
 from tspin.devices import out_of_memory
 from tspin.layouts import Layout, choose_layout
-from tspin.logprobs import flat_logps, flat_run, pad_rows, sequence_logps
+from tspin.logprobs import flat_logps, flat_run, flat_token_logps, pad_rows, padded_token_logps, sequence_logps
 from tspin.schema import LABELLED
 
 IDLE = {"share": 0.0, "tokens": 0}  # a micro-batch that counts for nothing
@@ -267,6 +267,21 @@ def logps_of(model: torch.nn.Module, batch: Mapping[str, Any], roles: Sequence[s
     return dict(zip(roles, sequence_logps(model, **sequences).chunk(len(roles)), strict=True))
 
 
+def token_logps_of(
+    model: torch.nn.Module, batch: Mapping[str, Any], roles: Sequence[str]
+) -> dict[str, list[list[float]]]:
+    """The same before it is summed: role → of each response, a number a token."""
+    sequences, count = batch["sequences"], len(batch["prompt_ids"])
+    if "lengths" in sequences:
+        values, owners = flat_token_logps(model, **sequences)
+    else:
+        values, owners = padded_token_logps(model, **sequences)
+    by_response = [part.tolist() for part in values.cpu().split(owners.bincount().tolist())]
+    step = len(roles) if "lengths" in sequences else 1  # flat: example by example; padded: role by role
+    starts = range(len(roles)) if "lengths" in sequences else range(0, count * len(roles), count)
+    return {role: by_response[start : start + step * count : step] for role, start in zip(roles, starts, strict=True)}
+
+
 @torch.no_grad()
 def compute_logps(
     model: PreTrainedModel,
@@ -274,9 +289,13 @@ def compute_logps(
     collator: TripletCollator,
     autocast: bool,
     description: str = "log-probabilities",
-) -> dict[str, list[float]]:
-    """log π of every response under the model as it is: role → nats, in the triplets' order."""
-    logps = {role: [0.0] * len(triplets) for role in collator.roles}
+    of: Callable[..., Mapping[str, Tensor | list[list[float]]]] = logps_of,
+) -> dict[str, list[Any]]:
+    """log π of every response under the model as it is: role → nats, in the triplets' order.
+
+    of: `logps_of`, or `token_logps_of` for a list of each response's tokens.
+    """
+    logps: dict[str, list[Any]] = {role: [None] * len(triplets) for role in collator.roles}
     # Longest first across the whole data: micro-batches of like lengths.
     lengths = [len(t.prompt_ids) for t in triplets]
     order = sorted(range(len(triplets)), key=lambda i: -lengths[i])
@@ -290,7 +309,7 @@ def compute_logps(
                 micro_batch = pending[0]
                 try:
                     with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-                        values = logps_of(model, send_to_device(micro_batch, model.device), collator.roles)
+                        values = of(model, send_to_device(micro_batch, model.device), collator.roles)
                     finer = None
                 except (RuntimeError, MemoryError) as error:
                     finer = collator.finer(chosen) if out_of_memory(error) else None
@@ -306,7 +325,9 @@ def compute_logps(
                     pending = collator(chosen)["micro_batches"]
                     continue
                 for role in collator.roles:
-                    for i, value in zip(micro_batch["indices"], values[role].tolist(), strict=True):
+                    found = values[role]
+                    found = found.tolist() if isinstance(found, Tensor) else found  # one copy from the device
+                    for i, value in zip(micro_batch["indices"], found, strict=True):
                         logps[role][window[i]] = value
                 pending.pop(0)
             bar.update(len(window))

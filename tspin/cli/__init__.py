@@ -10,7 +10,7 @@ import typer
 from tspin.cli.experiments import rerun, run, sweep
 from tspin.cli.guard import Guarded
 from tspin.cli.preparation import fetch, plan
-from tspin.cli.steps import diagnose, evaluate, sample, train
+from tspin.cli.steps import diagnose, evaluate, sample, tokens, train
 
 app = typer.Typer(
     cls=Guarded,
@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     help="Self-play fine-tuning: SFT, SPIN, T-SPIN and its ablations; evaluation; the paper's tables.",
 )
-for _command in (run, sweep, rerun, sample, train, diagnose, evaluate, fetch, plan):
+for _command in (run, sweep, rerun, sample, train, diagnose, tokens, evaluate, fetch, plan):
     app.command()(_command)
 # Those of other rooms (tables and figures) register themselves; nothing of theirs is imported here but the function.
 for _entry in sorted(entry_points(group="tspin.commands"), key=lambda entry: entry.name):

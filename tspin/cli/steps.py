@@ -1,4 +1,4 @@
-"""The steps of an iteration one by one, on files: `tspin sample`, `train`, `diagnose` and `evaluate`."""
+"""The steps of an iteration one by one, on files: `tspin sample`, `train`, `diagnose`, `tokens` and `evaluate`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -94,6 +94,35 @@ def diagnose(
     )  # fmt: skip
     for name, value in steps.diagnose_to_file(step).items():
         typer.echo(f"{name}: {value:.4g}")
+
+
+def tokens(
+    model: Model,
+    dataset: Data,
+    out: Annotated[Path, typer.Option(help="Parquet: a row a prompt and role; ids, pieces, before, after")],
+    before: Annotated[
+        str | None, typer.Option(help="π_θt, which --model was trained from; --model itself if none")
+    ] = None,
+    synthetic: Annotated[
+        Path | None, typer.Option(help="y′, from `tspin sample`, or a run's synthetic.parquet")
+    ] = None,
+    proto: Annotated[Path | None, typer.Option(help="y0, likewise")] = None,
+    settings: Set = None,
+    offline: Offline = None,
+) -> None:
+    """Log-probability of every token of responses under any checkpoint, and under the one before it.
+
+    Of evenly spread prompts, as many as `--set token_prompts=…` says.
+
+    Example: tspin tokens --model runs/step --before my-model --data my-data.jsonl --synthetic y1.parquet
+    --out tokens.parquet
+    """
+    check_given(dataset, settings, "tspin", [synthetic, proto])
+    with importing():
+        from tspin.experiment import steps
+
+    step = steps.Step(model, dataset, out, overrides=settings or [], synthetic=synthetic, proto=proto, before=before)
+    typer.echo(f"{out}: of {steps.tokens_to_file(step)} prompts")
 
 
 def evaluate(

@@ -31,6 +31,7 @@ EXAMPLE_SCHEMA = pa.schema(
         *(field for field in RESPONSE_SCHEMA if field.name != "logp"),
         ("prompt", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
+        ("task", pa.string()),
         *((name, RESPONSE_SCHEMA.field(cell).type) for cell, name in GENERATED.items()),  # null where there is none
     ]
 )
@@ -38,12 +39,16 @@ EXAMPLE_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its labelled response, encoded. `prompt_id` is the row's number in the data set."""
+    """A prompt and its labelled response, encoded. `prompt_id` is the row's number in the data set.
+
+    task: what kind of prompt it is, where the data says so.
+    """
 
     prompt_id: int
     prompt: str
     prompt_ids: list[int]
     labelled: Response
+    task: str | None = None
 
 
 class Examples(TypedRows[Example]):
@@ -63,8 +68,8 @@ class Examples(TypedRows[Example]):
         prompts_fingerprint: str | None = None,
     ):
         super().__init__(
-            dataset.select_columns(["prompt_id", "prompt", "prompt_ids", "ids", "text", "finished"]),
-            lambda number, prompt, prompt_ids, *label: Example(number, prompt, prompt_ids, Response(*label)),
+            dataset.select_columns(["prompt_id", "prompt", "prompt_ids", "task", "ids", "text", "finished"]),
+            lambda number, prompt, ids, task, *label: Example(number, prompt, ids, Response(*label), task),
         )
         self._generated = dataset.select_columns(list(GENERATED.values()))
         self.noted = noted
@@ -116,7 +121,12 @@ def encode_dataset(
 
 def _encoded_once(source: Source, tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig) -> Examples:
     settings = {name: getattr(args, name) for name in SETTINGS} | {"rendering": asdict(args.rendering)}
-    inputs = {"rows": source.key, "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
+    inputs = {
+        "columns": EXAMPLE_SCHEMA.names,
+        "rows": source.key,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        **settings,
+    }
     folder = Path(args.shared_dir or str(args.output_dir))
     path = folder / f"examples-{fingerprint(inputs)}"
 
@@ -223,7 +233,7 @@ class _Encoder:
             self._note("cut", row)
         text = written.shown(written.prompt)
         cells = (None, None, None) if generated is None else (generated.ids, generated.text, generated.finished)
-        return row["number"], label.text, label.ids, label.finished, text, prompt, *cells
+        return row["number"], label.text, label.ids, label.finished, text, prompt, row["task"], *cells
 
     def _response(self, row: dict[str, Any], written: Written, prompt: list[int], whole: list[int]) -> Response:
         """A row's response: what follows the prompt in both together, or cut and without an end."""

@@ -12,6 +12,7 @@ from typing import Any
 from tspin.errors import UserError
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+TASK = "task"  # a column of any format that says what kind of prompt a row has, to look at and to count by
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
@@ -30,7 +31,7 @@ class Format:
     whose: what they are called. needs: the columns without which it is another format.
     conversation: a row → what is given and what follows, each a text or messages. The assistant's turns of what follows
         are responses to learn from.
-    takes: columns that are read where they are there; `tools` and `generated` are of any format.
+    takes: columns that are read where they are there; `tools`, `task` and `generated` are of any format.
     media: columns without which a row's texts are not whole.
     """
 
@@ -42,7 +43,7 @@ class Format:
 
     def in_words(self, names: Sequence[str], generated: bool, numbered: bool) -> str:
         """Which of a set's columns are read, and which are not. generated, numbered: see `checked_rows`."""
-        read = {*self.needs, *self.takes, "tools", *(["generated"] if generated else [])}
+        read = {*self.needs, *self.takes, "tools", TASK, *(["generated"] if generated else [])}
         kept = [name for name in names if name in read]
         left = [name for name in names if name not in {*read, "generated", *(["prompt_id"] if numbered else [])}]
         words = f"{self.whose} {'columns' if len(kept) > 1 else 'column'} {', '.join(kept)}"

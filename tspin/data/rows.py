@@ -9,6 +9,7 @@ from typing import Any, Literal
 from datasets import Features, Value
 
 from tspin.data.formats import (
+    TASK,
     Format,
     Message,
     Row,
@@ -22,9 +23,9 @@ from tspin.errors import UserError, tell
 
 # number: the example's; row: that of the data set's row which it is from. Both count from 0. The others are JSON:
 # prompt, a list of messages; completion, a list of one, the response; tools, a list; generated, as completion. The last
-# two may be null.
+# two may be null. task: what the row's column of that name says, to tell kinds of prompts apart; null without one.
 TEXTS = ("prompt", "completion", "tools", "generated")
-ROWS = Features({**dict.fromkeys(("number", "row"), Value("int64")), **dict.fromkeys(TEXTS, Value("string"))})
+ROWS = Features({**dict.fromkeys(("number", "row"), Value("int64")), **dict.fromkeys((*TEXTS, TASK), Value("string"))})
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can spell and no text has
 UNANSWERED = ("system", "developer", "assistant")  # the roles of messages that ask for no response
 
@@ -62,7 +63,9 @@ def checked_rows(
             raise UserError(f"{where}: {error}") from error
         for example in examples:
             given = row.get("prompt_id") if numbered else None
-            yield {"number": given if isinstance(given, int) else number, "row": count - 1, **example}
+            task = row.get(TASK)
+            named = {TASK: task if isinstance(task, str) else None}
+            yield {"number": given if isinstance(given, int) else number, "row": count - 1, **example, **named}
             number += 1
     if made is None:
         raise UserError(f"{source} has no rows: give a data set with at least one prompt and response")

@@ -79,6 +79,10 @@ class Engine:
         same_type = dtype_name(self._sampling) == dtype_name(loading) and not autocast
         return self.args.sampling_backend == "transformers" and same_type
 
+    def looked_at(self, count: int) -> list[int]:
+        """Of which the log-probabilities of single tokens are kept: some of those `diagnosed`."""
+        return spread(self.diagnosed(count), self.args.token_prompts) if self.args.token_prompts else []
+
     def diagnosed(self, count: int) -> list[int]:
         """Which of so many prompts diagnostics score."""
         return spread(range(count), self.args.diagnostics_prompts)
@@ -115,8 +119,7 @@ class Engine:
     @without_denormals()
     def _score(self, policy: Policy, triplets: Triplets, of: str, keep: bool) -> dict[str, list[float]]:
         check_stage(Path(policy.folder))
-        loading, autocast = self._scoring
-        scoring = here.Scoring(self.tokenizer, self.args, of, autocast)
+        loading, scoring = self._scoring[0], self._scoring_of(of)
         processes = scoring_processes(self.args)
         if processes > 1:
             return score_in_processes(processes, policy.folder, loading, triplets, scoring)
@@ -124,6 +127,19 @@ class Engine:
         if keep and self.args.launcher is None:
             self._kept = (policy, model)
         return here.score(model, triplets, scoring)
+
+    @without_denormals()
+    def score_tokens(self, policy: Policy, triplets: Triplets, of: str) -> dict[str, list[list[float]]]:
+        """log π of every token of every response under a policy: role → of each triplet, nats a token.
+
+        In this process: for the few prompts that people look at. of: names the policy on the bar.
+        """
+        check_stage(Path(policy.folder))
+        model = load_model(policy.folder, self._scoring[0])
+        return here.score(model, triplets, self._scoring_of(of), by_token=True)
+
+    def _scoring_of(self, of: str) -> here.Scoring:
+        return here.Scoring(self.tokenizer, self.args, of, self._scoring[1])
 
     @without_denormals()
     def train(

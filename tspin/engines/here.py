@@ -34,7 +34,7 @@ from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import Stopped, stopping_when_asked
 from tspin.runs.unfinished import Unfinished
 from tspin.trainer import GradientSignal, TripletTrainer
-from tspin.triplets import Triplet, TripletCollator, collator_for, compute_logps
+from tspin.triplets import Triplet, TripletCollator, collator_for, compute_logps, logps_of, token_logps_of
 
 FIRST_STEP = "first_step.json"  # beside the step log: what the first step saw
 SAMPLED = 256  # elements of a weight
@@ -200,12 +200,15 @@ class Scoring:
     autocast: bool | None = None
 
 
-def score(model: PreTrainedModel, triplets: Sequence[Triplet], scoring: Scoring) -> dict[str, list[float]]:
-    """log π of every response under `model`: role → nats, in the triplets' order."""
+def score(
+    model: PreTrainedModel, triplets: Sequence[Triplet], scoring: Scoring, by_token: bool = False
+) -> dict[str, list[Any]]:
+    """log π of every response under `model`: role → nats, in the triplets' order; by_token: a list of nats each."""
     model.to(scoring.args.device)  # type: ignore[arg-type]
     collator = _collator(model, triplets, scoring.tokenizer, scoring.args)
     autocast = bool(scoring.args.bf16) if scoring.autocast is None else scoring.autocast
-    return compute_logps(model, triplets, collator, autocast, f"log-probabilities of {scoring.of}")
+    of = token_logps_of if by_token else logps_of
+    return compute_logps(model, triplets, collator, autocast, f"log-probabilities of {scoring.of}", of)
 
 
 def _collator(

@@ -170,8 +170,12 @@ def say(text: str) -> None:
 def collect_texts(
     collected: Collected, trainer: SelfPlayTrainer, last: IterationResult, method: str, seed: int
 ) -> None:
-    """Prompts and responses of a run, as results keep them; `last` is the run's last iteration."""
-
+    """Prompts, responses and their tokens, of a run, as results keep them; `last` is the run's last iteration."""
+    for number in range(last.iteration + 1):
+        path = trainer.folder / f"iteration-{number}" / "tokens.parquet"
+        if path.exists():
+            iteration = number if METHODS[method].self_play else None
+            collected.add("tokens", pd.read_parquet(path), method, seed, iteration)
     examples = trainer.examples
     shown = {example.prompt_id: example for example in spread(examples, TEXTS)}
 
@@ -184,7 +188,13 @@ def collect_texts(
         return
     proto = {row["prompt_id"]: row["text"] for row in responses(trainer.response_path("proto")).to_dict("records")}
     prompts = [
-        {"prompt_id": e.prompt_id, "prompt": e.prompt, "labelled": e.labelled.text, "proto": proto[e.prompt_id]}
+        {
+            "prompt_id": e.prompt_id,
+            "prompt": e.prompt,
+            "labelled": e.labelled.text,
+            "proto": proto[e.prompt_id],
+            "task": e.task,
+        }
         for e in shown.values()
     ]
     # The same for every method: rows of a method and seed replace each other.

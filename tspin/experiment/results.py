@@ -6,7 +6,9 @@ evaluations.csv      preset, method, seed, iteration, benchmark, metric, value, 
 problems.parquet     method, seed, iteration, benchmark, doc_id, value: the tabulated metric of each problem
 steps.parquet        method, seed, iteration, and what training logged at each optimizer step
 diagnostics.parquet  method, seed, iteration, and a row per prompt and role (tspin.schema.DIAGNOSTICS)
-prompts.parquet      seed, prompt_id, prompt, labelled, proto: texts, of the smallest seed
+prompts.parquet      seed, prompt_id, prompt, labelled, proto, task: texts, of the smallest seed
+tokens.parquet       method, seed, iteration, and log π of single tokens (tspin.schema.TOKENS), of the smallest seed, of
+                     SelfPlayConfig.token_prompts prompts
 responses.parquet    method, seed, iteration, prompt_id, text: a response sampled from the policy that the iteration
                      ended with, of the smallest seed; "base" has the initial policy's. What iteration t trains on as
                      y′ is the response of iteration t − 1. The last iteration has EXAMPLES prompts only.
@@ -16,7 +18,8 @@ provenance.json      commit, versions, hardware, and what each run cost
 Scores that are shares are in percent, others in lm-eval's units (tspin.schema.NO_SHARES).
 Of larger data sets, diagnostics.parquet, prompts.parquet and responses.parquet have TEXTS prompts, evenly spread; the
 first has those of them that diagnostics scored (SelfPlayConfig.diagnostics_prompts).
-`iteration` is empty for base and sft. Numbers of diagnostics.parquet are rounded to 1/4096. Rows of a method and seed
+`iteration` is empty for base and sft. Numbers of diagnostics.parquet are rounded to 1/4096, those of
+tokens.parquet to 1/256. Rows of a method and seed
 replace those that were there.
 """
 
@@ -25,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
@@ -38,7 +42,9 @@ from tspin.schema import BASE, EVALUATION_COLUMNS, RUN, RUN_TYPES, SCORE
 EXAMPLES = 10
 TEXTS = 5_000
 DIAGNOSTIC_STEPS = 4096  # to a nat
-TABLES = ("evaluations", "problems", "steps", "diagnostics", "prompts", "responses")
+TOKEN_STEPS = 256
+TABLES = ("evaluations", "problems", "steps", "diagnostics", "prompts", "responses", "tokens")
+OF_ONE_SEED = ("prompts", "responses", "tokens")  # the smallest, to keep the files small
 
 
 @dataclass
@@ -106,7 +112,7 @@ def write_results(target: Path, preset: str, suite: Suite, collected: Collected)
             table = table.assign(preset=preset)[EVALUATION_COLUMNS]
         if name in old:
             table = _replacing(old[name], table)
-        if name in ("prompts", "responses"):  # texts: of the smallest seed, to keep the files small
+        if name in OF_ONE_SEED:
             table = table[table["seed"] == table["seed"].min()]
         _write_table(_path(target, name), _in_order(table, suite))
     columns = [column.model_dump(mode="json") for column in suite.columns]
@@ -160,6 +166,12 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
     floats = [str(name) for name in table.select_dtypes(["float64", "float32"])]
     if path.stem == "diagnostics":  # these files are committed: digits that mean nothing would be most of their size
         table = table.assign(**{name: (table[name] * DIAGNOSTIC_STEPS).round() / DIAGNOSTIC_STEPS for name in floats})
+    if path.stem == "tokens":
+        rounded = {
+            name: [(np.asarray(logps, "float32") * TOKEN_STEPS).round() / TOKEN_STEPS for logps in table[name]]
+            for name in ("before", "after")
+        }
+        table = table.assign(**rounded)
     _write_parquet(path, table.astype({**dict.fromkeys(floats, "float32"), "seed": "int16", "iteration": "Int8"}))
 
 

@@ -143,6 +143,17 @@ def diagnose_to_file(step: Step) -> dict[str, float]:
         return steps.diagnose(iteration, None, step.policy, target)
 
 
+def tokens_to_file(step: Step) -> int:
+    """log π of every token of the labelled and the given responses, before and after training; returns the prompts.
+
+    Of as many prompts as settings say (token_prompts), evenly spread.
+    """
+    iteration = step.iteration()
+    with _new_file(step.out) as target:
+        steps.score_tokens(iteration, step.policy, target)
+    return len(step.run.engine.looked_at(len(step.run.examples)))
+
+
 def evaluate_to_file(
     model: str, suite_name: str, out: Path | None, batch_size: int, limit: int | None, dtype: str = "float32"
 ) -> pd.DataFrame:

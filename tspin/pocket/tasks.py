@@ -86,8 +86,10 @@ def held_out_questions(name: str, task: str) -> set[str]:
 
 
 def labelled_rows(name: str = "labels") -> list[dict[str, str]]:
-    """A full pool of clean labels in prompt–completion format, tasks in turn: "labels" or "validation"."""
+    """A full pool of clean labels, prompt, completion and task, tasks in turn: "labels" or "validation"."""
     size = {"labels": LABELS_PER_TASK, "validation": VALIDATION_PER_TASK}[name]
     pools = [pool(name, task, size) for task in table_tasks()]
     problems = (problem for row in zip(*pools, strict=True) for problem in row)
-    return [{"prompt": p.question, "completion": LABEL_FORMAT.format(answer=p.answer)} for p in problems]
+    return [
+        {"prompt": p.question, "completion": LABEL_FORMAT.format(answer=p.answer), "task": p.task} for p in problems
+    ]
