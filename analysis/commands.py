@@ -1,4 +1,4 @@
-"""`tspin table`, `figure`, `claims` and `compare`: the paper from results. Heavy imports wait until a command runs."""
+"""`tspin table`, `figure`, `claims`, `compare`, `inspect`: the paper from results. Heavy imports wait for a command."""
 
 import re
 from pathlib import Path
@@ -92,22 +92,38 @@ def claims(preset: Preset = "pocket", results: Results = Path("results")) -> Non
 
 
 def compare(
-    run_a: Annotated[str, typer.Argument(help="A run's folder, or <results folder>:<method>:<seed>.")],
+    run_a: Annotated[str, typer.Argument(help="A run's folder, or <results folder>:<method>[:<seed>].")],
     run_b: Annotated[str, typer.Argument(help="Another one.")],
     out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("compare.html"),
 ) -> None:
-    """Put two runs side by side: a table here, and one HTML page with everything in it.
+    """Put two runs side by side: a table here, and one HTML page to look into both, down to the token.
 
     Example: tspin compare results/reference/pocket:spin:10 results/reference/pocket:tspin:10
     """
+    _look([run_a, run_b], out)
+
+
+def inspect(
+    run: Annotated[str, typer.Argument(help="A run's folder, or <results folder>:<method>[:<seed>].")],
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("inspect.html"),
+) -> None:
+    """Look into a run: one HTML page with its samples, prompts, tokens, curves and benchmarks.
+
+    Example: tspin inspect runs/mine/tspin
+    """
+    _look([run], out)
+
+
+def _look(specs: list[str], out: Path) -> None:
     from tspin.runs.files import write_text
 
-    from .compare import page, summary
+    from .compare import facts_table
+    from .inspector import page
     from .runs import load_run
 
-    first, second = load_run(run_a), load_run(run_b)
-    write_text(out, page(first, second))
-    _print(summary(first, second))
+    runs = [load_run(spec) for spec in specs]
+    write_text(out, page(runs))
+    _print(facts_table(runs))
     _wrote([out])
 
 

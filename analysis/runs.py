@@ -1,82 +1,141 @@
-"""One run as comparisons read it: from its folder in runs/, or from the committed results of a preset."""
+"""Runs as people look at them: from a run's folder in runs/, or from a results folder, one seed or all of them.
+
+run = load_run("runs/mine/tspin")                      # or "results/reference/pocket:tspin:10", or "…:tspin"
+run.samples(1)                                         # a row a prompt: texts, gaps, lengths, at iteration 1
+run.tokens(42)                                         # a row a token of y, y′, y0, at every iteration
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from tspin.errors import UserError
-from tspin.schema import gaps, misaligned, unit
+from tspin.schema import SYNTHETIC, gaps, misaligned, unit
 
 from .entropy import nats
-from .reading import read_evaluations, read_scores, read_suite, read_table
+from .reading import read_evaluations, read_scores, read_settings, read_suite, read_table
+from .samples import prompt_tokens, sample_rows
+
+EMPTY = pd.DataFrame()
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's tables; every one has a column `iteration`, empty tables stand for what was not recorded.
+    """A run's tables; each has the columns `seed` and `iteration`, an empty one stands for what was not recorded.
 
-    scores: label, value. steps: as logged. samples: prompt_id, and the gaps of y over y′ after training, reward and
-    log_likelihood. costs: seconds, tokens, peak_bytes. responses: prompt_id, text, of the policy that the iteration
-    ended with. prompts: prompt_id, prompt, labelled. warnings: name, of tspin.diagnostics; None where no iteration
-    recorded whether there were any. unit: what the scores are in. drawn: nats of y′ (entropy.nats).
+    scores: label, value. outcomes: label, doc_id, value, problem by problem. steps: as logged. diagnostics:
+    tspin.schema.DIAGNOSTICS. responses: prompt_id, text, the y′ that an iteration trains on; those of the policy that
+    the last iteration ended with are one number further. token_logps: tspin.schema.TOKENS. prompts: prompt_id, prompt,
+    labelled, and proto and task where they are known. costs: seconds, tokens, peak_bytes. warnings: name, of
+    tspin.diagnostics; None where no iteration recorded whether there were any. unit: what the scores are in.
+    settings: dotted name → value.
     """
 
     name: str
     method: str
     scores: pd.DataFrame
     steps: pd.DataFrame
-    samples: pd.DataFrame
+    diagnostics: pd.DataFrame
     costs: pd.DataFrame
     responses: pd.DataFrame
     prompts: pd.DataFrame
+    outcomes: pd.DataFrame = field(default_factory=pd.DataFrame)
+    token_logps: pd.DataFrame = field(default_factory=pd.DataFrame)
     warnings: pd.DataFrame | None = None
     unit: str = "percent"
-    drawn: pd.DataFrame = field(default_factory=pd.DataFrame)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def iterations(self) -> list[int]:
+        """Those that anything is known of, in order."""
+        tables = (self.diagnostics, self.scores, self.steps, self.costs)
+        return sorted({int(t) for table in tables if len(table) for t in table["iteration"].unique()})
+
+    def samples(self, iteration: int | None = None) -> pd.DataFrame:
+        """A row per prompt (seed and iteration), as tspin_analysis.samples.sample_rows; of one iteration, or of all."""
+        rows = self._samples
+        return rows if iteration is None or rows.empty else rows[rows["iteration"] == iteration].reset_index(drop=True)
+
+    def tokens(self, prompt_id: int, iteration: int | None = None) -> pd.DataFrame:
+        """A row per token of a prompt's responses: iteration, role, place, token, before, after, change, in nats.
+
+        Raises UserError where the run kept no single tokens of this prompt.
+        """
+        return prompt_tokens(self.name, self.token_logps, prompt_id, iteration)
+
+    @cached_property
+    def gaps(self) -> pd.DataFrame:
+        """prompt_id, and reward and log-likelihood of y over y′ after training (tspin.schema.gaps)."""
+        return gaps(self.diagnostics) if len(self.diagnostics) else self.diagnostics
 
     def average(self) -> pd.Series:
-        """Avg by iteration: the mean over benchmarks."""
-        return _mean_by_iteration(self.scores, lambda scores: scores["value"])
+        """Avg by iteration: the mean over benchmarks (and seeds)."""
+        return _mean_by_iteration(self.scores, "value")
 
     def misaligned(self) -> pd.Series:
         """By iteration, the share of prompts where y has the higher reward and the lower log-likelihood."""
-        return _mean_by_iteration(self.samples, misaligned)
+        table = self.gaps
+        return _mean_by_iteration(table.assign(misaligned=misaligned(table)) if len(table) else table, "misaligned")
 
     def entropy(self) -> pd.Series:
-        """By iteration, the mean of −log π_θt(y′) in nats."""
-        return _mean_by_iteration(self.drawn, lambda drawn: drawn["nats"])
+        """By iteration, the mean of −log π_θt(y′) in nats: its entropy where they are drawn at temperature 1."""
+        return _mean_by_iteration(nats(self.diagnostics) if len(self.diagnostics) else EMPTY, "nats")
 
     def likelihood_gap(self) -> pd.Series:
         """By iteration, the mean of log π(y) − log π(y′) in nats."""
-        return _mean_by_iteration(self.samples, lambda samples: samples["log_likelihood"])
+        return _mean_by_iteration(self.gaps, "log_likelihood")
+
+    def length(self, role: str = SYNTHETIC) -> pd.Series:
+        """By iteration, the mean tokens of a role's responses."""
+        return _mean_by_iteration(self._of(role), "tokens")
+
+    def finished(self, role: str = SYNTHETIC) -> pd.Series:
+        """By iteration, the share of a role's responses that end, and were not cut."""
+        return _mean_by_iteration(self._of(role), "finished")
+
+    def _of(self, role: str) -> pd.DataFrame:
+        return self.diagnostics[self.diagnostics["role"] == role] if len(self.diagnostics) else self.diagnostics
+
+    @cached_property
+    def _samples(self) -> pd.DataFrame:
+        return sample_rows(self.diagnostics, self.prompts, self.responses)
 
 
-def load_run(spec: str) -> Run:
-    """A run by its folder, or `<results>:<method>:<seed>`, as results/reference/pocket:spin:10. Raises UserError."""
-    folder = Path(spec)
-    parts = spec.rsplit(":", 2)
+def load_run(spec: str | Path) -> Run:
+    """A run by its folder, or `<results>:<method>:<seed>`, as results/reference/pocket:spin:10; without the seed, all.
+
+    Raises UserError.
+    """
+    folder, parts = Path(spec), str(spec).split(":")
     try:
         if (folder / "config.json").is_file() and any(folder.glob("iteration-*")):
             return _from_folder(folder)
-        if len(parts) == 3 and parts[2].isdigit() and Path(parts[0]).is_dir():
-            return _from_results(Path(parts[0]), parts[1], int(parts[2]))
+        for count in (2, 1):  # of the names after the folder's, which may have a colon itself
+            place, names = Path(":".join(parts[:-count])), parts[len(parts) - count :]
+            if len(parts) > count and (place / "suite.json").is_file() and (count == 1 or names[1].isdigit()):
+                return _from_results(place, names[0], int(names[1]) if count == 2 else None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{spec}: one of its files is damaged ({reason}): the command that made it makes it anew"
         ) from error
+    inside = sorted(path.parent for path in folder.glob("*/config.json") if any(path.parent.glob("iteration-*")))
+    if inside:
+        raise UserError(f"{spec} holds runs, name one of them: {', '.join(map(str, inside))}")
     raise UserError(
         f"{spec}: no run; give a run's folder, such as runs/pocket/seed-0/spin, or a result, such as "
         "results/reference/pocket:spin:10"
     )
 
 
-def _from_results(folder: Path, method: str, seed: int) -> Run:
+def _from_results(folder: Path, method: str, seed: int | None) -> Run:
     def of_run(table: pd.DataFrame) -> pd.DataFrame:
-        rows = table[(table["method"] == method) & (table["seed"] == seed)]
+        rows = table[(table["method"] == method) & ((table["seed"] == seed) if seed is not None else True)]
         return rows.assign(iteration=rows["iteration"].fillna(0).astype(int))
 
     def optional(name: str) -> pd.DataFrame:
@@ -86,67 +145,134 @@ def _from_results(folder: Path, method: str, seed: int) -> Run:
     if scores.empty:
         runs = read_evaluations(folder)[["method", "seed"]].drop_duplicates()
         known = ", ".join(f"{m}:{s}" for m, s in runs.itertuples(index=False))
-        raise UserError(f"{folder} has no run {method}:{seed}; it has: {known}")
-    scores["label"] = pd.Categorical(scores["label"], [column.label for column in read_suite(folder)])
-    recorded = {name: optional(name) for name in ("steps", "diagnostics", "responses")}
-    tables = {name: of_run(table) if len(table) else table for name, table in recorded.items()}
+        asked = method if seed is None else f"{method}:{seed}"
+        raise UserError(f"{folder} has no run {asked}; it has: {known}")
+    columns = read_suite(folder)
+    labels = {column.benchmark: column.label for column in columns}
+    scores["label"] = pd.Categorical(scores["label"], list(labels.values()))
+    tables = {
+        name: of_run(table) if len(table) else table
+        for name, table in ((name, optional(name)) for name in ("steps", "diagnostics", "problems", "tokens"))
+    }
+    texts = optional("responses")
+    drawn = texts
+    if len(texts):  # of "base" the first y′; of what a method's iteration ended with the y′ of the next
+        wanted = texts["method"].isin([method, "base"]) & ((texts["seed"] == seed) if seed is not None else True)
+        drawn = texts[wanted].assign(
+            iteration=texts.loc[wanted, "iteration"].astype("Int64").fillna(-1).astype(int) + 1
+        )
+        drawn = drawn[["seed", "iteration", "prompt_id", "text"]]
+    problems = tables["problems"]
     costs = [
-        cost for cost in _json(folder / "provenance.json")["runs"] if (cost["method"], cost["seed"]) == (method, seed)
+        cost
+        for cost in _json(folder / "provenance.json")["runs"]
+        if cost["method"] == method and seed in (None, cost["seed"])
     ]
+    prompts = optional("prompts")
     return Run(
-        name=f"{folder}:{method}:{seed}",
+        name=f"{folder}:{method}" + ("" if seed is None else f":{seed}"),
         method=method,
-        scores=scores.sort_values(["iteration", "label"])[["iteration", "label", "value"]],
+        scores=scores.sort_values(["iteration", "label"])[["seed", "iteration", "label", "value"]],
+        outcomes=problems.assign(label=problems["benchmark"].map(labels)) if len(problems) else problems,
         steps=tables["steps"],
-        samples=_samples(tables["diagnostics"]),
-        drawn=_drawn(tables["diagnostics"]),
+        diagnostics=tables["diagnostics"],
         costs=_costs(costs),
-        responses=tables["responses"],
-        prompts=optional("prompts"),
+        responses=drawn,
+        prompts=prompts.drop(columns=["method", "seed", "iteration"], errors="ignore"),
+        token_logps=tables["tokens"],
         warnings=_warnings({cost["iteration"]: cost["warnings"] for cost in costs if "warnings" in cost}),
-        unit=unit((column.benchmark, column.metric, column.label) for column in read_suite(folder)),
+        unit=unit((column.benchmark, column.metric, column.label) for column in columns),
+        settings=_method_settings(read_settings(folder), method),
     )
 
 
 def _from_folder(folder: Path) -> Run:
     folders = [path for path in folder.glob("iteration-*") if path.is_dir()]  # iteration-0-synthetic.parquet is none
     iterations = {t: path for t, path in sorted((int(path.name.split("-")[1]), path) for path in folders)}
+    config = _json(folder / "config.json")
+    seed = int(config["settings"].get("seed", 0))
 
     def each(read: Callable[[Path], pd.DataFrame | None]) -> pd.DataFrame:
         tables = {t: read(path) for t, path in iterations.items()}
-        recorded = [table.assign(iteration=t) for t, table in tables.items() if table is not None]
+        recorded = [table.assign(seed=seed, iteration=t) for t, table in tables.items() if table is not None]
         return pd.concat(recorded, ignore_index=True) if recorded else pd.DataFrame()
 
-    def parquet(name: str) -> pd.DataFrame:
-        return each(lambda path: pd.read_parquet(path / name) if (path / name).is_file() else None)
+    def parquet(name: str, columns: list[str] | None = None) -> pd.DataFrame:
+        def read(path: Path) -> pd.DataFrame | None:
+            return pd.read_parquet(path / name, columns=columns) if (path / name).is_file() else None
 
-    responses, diagnostics = parquet("synthetic.parquet"), parquet("diagnostics.parquet")
-    if len(responses):  # what iteration t trained on as y′ came from the policy of iteration t − 1
-        responses = responses.assign(iteration=responses["iteration"] - 1)
-    prompts, scores = folder / "prompts.parquet", each(_scores)
+        return each(read)
+
+    drawn = [parquet("synthetic.parquet", TEXT), parquet("examples.parquet", TEXT)]
+    if len(drawn[1]):  # of the policy that an iteration ended with
+        drawn[1]["iteration"] += 1
+    first, proto = (_shared(folder, name) for name in ("iteration-0-synthetic.parquet", "proto.parquet"))
+    if first is not None and 0 in iterations:
+        drawn.insert(0, pd.read_parquet(first, columns=TEXT).assign(seed=seed, iteration=0))
+    prompts = pd.read_parquet(folder / "prompts.parquet") if (folder / "prompts.parquet").is_file() else pd.DataFrame()
+    if len(prompts) and proto is not None:
+        texts = pd.read_parquet(proto, columns=TEXT).set_index("prompt_id")["text"]
+        prompts = prompts.assign(proto=prompts["prompt_id"].map(texts))
+    scores, outcomes = each(_scores), each(_outcomes)
     columns = scores[["benchmark", "metric", "label"]].drop_duplicates() if len(scores) else scores
     guards = {t: path / "guards.json" for t, path in iterations.items()}
     return Run(
         name=str(folder),
-        method=_json(folder / "config.json")["settings"]["method"],
+        method=config["settings"]["method"],
         scores=scores,
+        outcomes=outcomes,
         steps=parquet("steps.parquet"),
-        samples=_samples(diagnostics),
-        drawn=_drawn(diagnostics),
+        diagnostics=parquet("diagnostics.parquet"),
         costs=_costs([{"iteration": t, **_facts(path)} for t, path in iterations.items()]),
-        responses=pd.concat([responses, parquet("examples.parquet")], ignore_index=True),
-        prompts=pd.read_parquet(prompts) if prompts.is_file() else pd.DataFrame(),
+        responses=pd.concat(drawn, ignore_index=True).drop_duplicates(["iteration", "prompt_id"]),
+        prompts=prompts,
+        token_logps=parquet("tokens.parquet"),
         warnings=_warnings({t: _json(path)["warnings"] for t, path in guards.items() if path.is_file()}),
         unit=unit(columns.itertuples(index=False, name=None)),
+        settings=flat(config["settings"]),
     )
 
 
+TEXT = ["prompt_id", "text"]
+
+
+def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """A tree of settings as dotted names → values."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{path}.{key}" if path else key
+        found |= flat(value, name) if isinstance(value, Mapping) and value else {name: value}
+    return found
+
+
+def _method_settings(config: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The settings of one method's runs: what is common to all, and over it what holds for the method alone."""
+    common = {name: value for name, value in config.items() if name != "methods"}
+    return {"method": method, **flat(common), **flat(config.get("methods", {}).get(method, {}))}
+
+
+def _shared(folder: Path, name: str) -> Path | None:
+    """A file that methods share: in the run's folder, or beside it."""
+    return next((path for path in (folder / name, folder.parent / "shared" / name) if path.is_file()), None)
+
+
+def _columns(iteration: Path) -> pd.DataFrame:
+    record = _json(iteration / "evaluation.stage.json")
+    return pd.DataFrame(record["inputs"]["suite"]["columns"])[["benchmark", "metric", "label"]]
+
+
 def _scores(iteration: Path) -> pd.DataFrame | None:
-    record = iteration / "evaluation.stage.json"
-    if not record.is_file():
+    if not (iteration / "evaluation.stage.json").is_file():
         return None
-    columns = pd.DataFrame(_json(record)["inputs"]["suite"]["columns"])[["benchmark", "metric", "label"]]
-    return columns.merge(pd.read_csv(iteration / "evaluation" / "scores.csv"), on=["benchmark", "metric"])
+    return _columns(iteration).merge(pd.read_csv(iteration / "evaluation" / "scores.csv"), on=["benchmark", "metric"])
+
+
+def _outcomes(iteration: Path) -> pd.DataFrame | None:
+    if not (iteration / "evaluation.stage.json").is_file():
+        return None
+    samples = pd.read_parquet(iteration / "evaluation" / "samples.parquet", columns=["benchmark", "metric", "value"])
+    kept = _columns(iteration).merge(samples, on=["benchmark", "metric"])
+    return kept.assign(doc_id=kept.groupby("label").cumcount())[["label", "doc_id", "value"]]
 
 
 def _facts(iteration: Path) -> dict[str, Any]:
@@ -158,14 +284,6 @@ def _facts(iteration: Path) -> dict[str, Any]:
             content = _json(record)
             facts |= content["facts"] if stage == "model" else {f"{stage}_seconds": content["seconds"]}
     return facts
-
-
-def _samples(diagnostics: pd.DataFrame) -> pd.DataFrame:
-    return gaps(diagnostics) if len(diagnostics) else diagnostics
-
-
-def _drawn(diagnostics: pd.DataFrame) -> pd.DataFrame:
-    return nats(diagnostics) if len(diagnostics) else diagnostics
 
 
 def _costs(costs: list[dict[str, Any]]) -> pd.DataFrame:
@@ -186,8 +304,8 @@ def _warnings(names_by_iteration: Mapping[int, Iterable[str]]) -> pd.DataFrame |
     return pd.DataFrame(rows, columns=["iteration", "name"]) if names_by_iteration else None
 
 
-def _mean_by_iteration(table: pd.DataFrame, value: Callable[[pd.DataFrame], pd.Series]) -> pd.Series:
-    return value(table).groupby(table["iteration"]).mean() if len(table) else pd.Series(dtype=float)
+def _mean_by_iteration(table: pd.DataFrame, column: str) -> pd.Series:
+    return table.groupby("iteration")[column].mean() if len(table) else pd.Series(dtype=float)
 
 
 def _json(path: Path) -> Any:

@@ -291,8 +291,7 @@ class SelfPlayTrainer:
             table = stages[0].output
             if places := self.run.engine.looked_at(len(self.examples)):
                 made_from = {**inputs, "prompts": len(places)}
-                produce = partial(score_tokens, iteration, policy)
-                run_stage(iteration.folder / "tokens.parquet", made_from, produce)
+                run_stage(iteration.folder / "tokens.parquet", made_from, partial(score_tokens, iteration, policy))
         produce = partial(measure, iteration, scores, table, trained.facts.get("changed_share"))
         inputs = {**inputs, "diagnostics": sha256(table) if table else None}
         return [*stages, run_stage(iteration.folder / "guards.json", inputs, produce)]

@@ -167,11 +167,9 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
     if path.stem == "diagnostics":  # these files are committed: digits that mean nothing would be most of their size
         table = table.assign(**{name: (table[name] * DIAGNOSTIC_STEPS).round() / DIAGNOSTIC_STEPS for name in floats})
     if path.stem == "tokens":
-        rounded = {
-            name: [(np.asarray(logps, "float32") * TOKEN_STEPS).round() / TOKEN_STEPS for logps in table[name]]
-            for name in ("before", "after")
-        }
-        table = table.assign(**rounded)
+        for name in ("before", "after"):
+            rounded = [(np.asarray(logps, "float32") * TOKEN_STEPS).round() / TOKEN_STEPS for logps in table[name]]
+            table = table.assign(**{name: pd.Series(rounded, table.index)})
     _write_parquet(path, table.astype({**dict.fromkeys(floats, "float32"), "seed": "int16", "iteration": "Int8"}))
 
 
