@@ -220,7 +220,7 @@ REFUSED = [
     ("run --preset pocket --set methods.tspin.bta=1", "methods.tspin.bta: unknown key"),
     ("run --preset pocket --set alpha=1", "write it as methods.tspin.alpha"),
     ("run --preset pocket --set evaluation.suite=poket", "unknown suite 'poket'"),
-    ("run --preset pocket --launcher accelerate --config fdsp2", "unknown launch file 'fdsp2'"),
+    ("run --preset pocket --launcher accelerate --launcher-config fdsp2", "unknown launch file 'fdsp2'"),
     ("run --model pocket --data nosuch.jsonl", "nosuch.jsonl: no such file"),
     ("run --model pocket --data pocket --method tspn", "did you mean 'tspin'"),
     ("sample --model pocket --data pocket --out y.parquet --set temprature=0", "did you mean 'temperature'"),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tspin.errors import UserError, reason
+from tspin.pocket import EMBEDDED
 from tspin.runs.files import read_json, sha256
 
 if TYPE_CHECKING:
@@ -184,9 +185,19 @@ def offline_dataset(folder: Path, name: str, config: str | None, revision: str |
     return splits
 
 
+def check_model(path: str) -> None:
+    """Raise UserError for a model's path that is neither an embedded one, nor a model's folder, nor can be a hub name."""
+    if path in EMBEDDED:
+        return
+    if not os.path.exists(path):
+        check_name(path)
+    elif not (Path(path) / "config.json").is_file():
+        raise UserError(f"{path} is no model: a model folder has a config.json, weights and a tokenizer")
+
+
 def check_name(path: str) -> None:
     """Raise UserError for a model path that can be no hub name (OWNER/NAME): that of a folder, which is not there."""
-    if path.count("/") > 1:
+    if path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise UserError(
             f"{path}: no such folder, and no hub name; what a study prepares is made by its command in "
             "experiments/studies, and --set model.path=OWNER/NAME names what it is made from"
