@@ -10,8 +10,8 @@ import pytest
 
 from tspin import SelfPlayConfig, config, names
 from tspin.config import EngineSettings, LoraSettings, build_config, coefficients_of, load_config
-from tspin.engines.launch import plain_arguments
 from tspin.declared import declared as declared_by_source
+from tspin.engines.launch import plain_arguments
 from tspin.errors import UserError
 from tspin.evaluation.suites import load_suite
 from tspin.experiment.preset import Evaluator, training_arguments

@@ -1,6 +1,6 @@
 """Settings as their sources declare them (name, type, default, meaning), without importing what these stand on.
 
-Fields are those of tspin.config.SelfPlayConfig, of the sections of tspin.settings and of transformers.TrainingArguments.
+These are the fields of tspin.config.SelfPlayConfig, of tspin.settings' sections and of transformers.TrainingArguments.
 """
 
 import ast
@@ -31,7 +31,7 @@ def declared(kind: str) -> Mapping[str, Declared]:
     lines = text.splitlines()
     (body,) = (node.body for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == kind)
     fields = [node for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
-    return {field.name: field for field in (_declared(node, lines[node.end_lineno - 1]) for node in fields)}
+    return {field.name: field for field in (_declared(node, lines[(node.end_lineno or 0) - 1]) for node in fields)}
 
 
 def _source(kind: str) -> Path:

@@ -90,8 +90,9 @@ def _check_method(name: str, given: Mapping[str, Any]) -> None:
 
 def _check_values(values: Mapping[str, Any], path: str) -> None:
     """Raise UserError for the first value that a setting's type refuses. path: what is before the names."""
-    kinds = {name: kind for name in values if (kind := _kind(name)) is not None}
-    given = create_model("Given", __base__=Section, **{name: (kind, ...) for name, kind in kinds.items()})
+    kinds: dict[str, Any] = {name: kind for name in values if (kind := _kind(name)) is not None}
+    fields: dict[str, Any] = {name: (kind, ...) for name, kind in kinds.items()}
+    given = create_model("Given", __base__=Section, **fields)
     read(given, {name: values[name] for name in kinds}, path)
 
 

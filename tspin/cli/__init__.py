@@ -12,9 +12,9 @@ from tspin import __version__
 from tspin.cli.experiments import rerun, sweep
 from tspin.cli.flags import Flagged
 from tspin.cli.guard import Guarded
+from tspin.cli.listing import settings
 from tspin.cli.preparation import fetch, plan
-from tspin.cli.run import run
-from tspin.cli.settings import settings
+from tspin.cli.running import run
 from tspin.cli.steps import diagnose, evaluate, sample, train
 
 app = typer.Typer(
@@ -39,8 +39,9 @@ def _say_version(asked: bool) -> None:
 
 @app.callback()
 def _common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)]
-    = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Options of `tspin` itself."""
 

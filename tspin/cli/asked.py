@@ -1,4 +1,4 @@
-"""What `tspin run` is asked for: its options, each used, combined with the others, or refused, before PyTorch is there."""
+"""What `tspin run` is asked for: every option is used, combined with others, or refused, before PyTorch is imported."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +35,9 @@ class Given:
 
 @dataclass(frozen=True)
 class Asked:
-    """A run as it will be. tree, overrides: its config, as tspin.config.build_config takes it, `source` before its errors.
+    """A run as it will be.
 
+    tree, overrides, source: its config, as tspin.config.build_config takes it.
     name: of its folder in `runs` and in `results`, where its checkpoints are evaluated.
     out: the folder of a run whose checkpoints are not; None where they are.
     launcher: a file for `accelerate launch`.
@@ -55,7 +56,7 @@ class Asked:
 
     @property
     def folders(self) -> dict[int, Path]:
-        """Where each seed's methods are, of a run that is not evaluated: `out`, or seed-<s> in it where there are more."""
+        """Where each seed's methods are, where nothing is evaluated: `out`, or seed-<s> in it of several seeds."""
         assert self.out is not None
         return {seed: self.out / f"seed-{seed}" if len(self.seeds) > 1 else self.out for seed in self.seeds}
 

@@ -92,7 +92,9 @@ def check_launcher_options(launcher: str | None, file: Path | None) -> None:
     if launcher not in (None, "accelerate"):
         raise UserError(f"--launcher {launcher}: there is one, accelerate")
     if (launcher is None) != (file is None):
-        raise UserError("--launcher accelerate and --launcher-config FILE go together; experiments/accelerate/ has such files")
+        raise UserError(
+            "--launcher accelerate and --launcher-config FILE go together; experiments/accelerate/ has such files"
+        )
     if file is not None and not file.is_file():
         from tspin.yaml_files import find_yaml
 
@@ -136,7 +138,7 @@ def check_sources(fields: Mapping[str, Any]) -> None:
     from tspin.data.sources import check_first_row
 
     data = DataSettings(**fields.get("data") or {})
-    check_first_row(data.path, dict(data.columns), data.generated)
+    check_first_row(data.path, {str(role): name for role, name in data.columns.items()}, data.generated)
     if evaluation.held_out:
         check_first_row(evaluation.held_out)
 

@@ -98,7 +98,9 @@ def diagnose(
 
 def evaluate(
     model: Model,
-    suite: Annotated[str, typer.Option(help="a suite of experiments/suites, or a YAML file", autocompletion=complete_suites)] = "pocket",
+    suite: Annotated[
+        str, typer.Option(help="a suite of experiments/suites, or a YAML file", autocompletion=complete_suites)
+    ] = "pocket",
     out: Annotated[Path | None, typer.Option(help="CSV: benchmark, metric, value, stderr, n (shares: percent)")] = None,
     batch_size: Annotated[int, typer.Option(help="prompts decoded together", min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="problems a benchmark, for trials", min=1)] = None,

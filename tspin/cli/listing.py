@@ -12,7 +12,7 @@ def settings(
 ) -> None:
     """Name, type, default and meaning of every setting.
 
-    A setting is a key of a preset or a --config file, a field of SelfPlayConfig, and a flag: batch_size is --batch-size.
+    It is a key of a preset or a --config file, a field of SelfPlayConfig, and a flag: batch_size is --batch-size.
 
     Example: tspin settings learning_rate
     """

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 def run(
     preset: Annotated[
         str | None,
-        typer.Option(help="a preset of experiments/, by its name", rich_help_panel=WHAT, autocompletion=complete_presets),
+        typer.Option(
+            help="a preset of experiments/, by its name", rich_help_panel=WHAT, autocompletion=complete_presets
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="the run's file: YAML, with the keys of a preset", rich_help_panel=WHAT)
@@ -95,7 +97,7 @@ def run(
     from tspin.cli.asked import Given, ask
 
     given = Given(
-        preset, config, model, dataset, methods and names(",".join(methods)), seeds and integers(",".join(seeds)),
+        preset, config, model, dataset, None if methods is None else names(",".join(methods)), None if seeds is None else integers(",".join(seeds)),
         iterations, out, runs, results, launcher_config, settings or [],
     )  # fmt: skip
     carry_out(ask(given))
