@@ -96,10 +96,11 @@ def run(
     check_launcher_options(launcher, launcher_config)
     from tspin.cli.asked import Given, ask
 
+    chosen = None if methods is None else names(",".join(methods))
+    drawn = None if seeds is None else integers(",".join(seeds))
     given = Given(
-        preset, config, model, dataset, None if methods is None else names(",".join(methods)), None if seeds is None else integers(",".join(seeds)),
-        iterations, out, runs, results, launcher_config, settings or [],
-    )  # fmt: skip
+        preset, config, model, dataset, chosen, drawn, iterations, out, runs, results, launcher_config, settings or []
+    )
     carry_out(ask(given))
 
 
