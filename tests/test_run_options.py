@@ -100,8 +100,8 @@ def test_every_pair_is_used_or_refused(asked, places, context):
         ("--model pocket --data pocket --suite pocket", "--set evaluation: a run of --model and --data is trained and "
          "not evaluated"),
         ("--preset pocket --methods ,", "--methods is empty"),
-        ("--preset pocket --iterations 2 --set iterations=3", "--iterations 2 and --set iterations=3 say the same"),
-        ("--preset pocket --model pocket --set model.path=x", "--model pocket and --set model.path=x say the same"),
+        ("--preset pocket --iterations 2 --set iterations=3", "--iterations 2 and --set iterations=3 do not agree"),
+        ("--preset pocket --model pocket --set model.path=x", "--model pocket and --set model.path=x do not agree"),
         ("--preset pocket --launcher accelerate", "--launcher accelerate and --launcher-config FILE go together"),
         ("--config suited", "--config suited: a YAML file is expected, with the keys of a preset"),
         ("--config broken.yaml", "broken.yaml: not readable as YAML"),

@@ -129,13 +129,13 @@ def _methods_of(tree: Mapping[str, Any]) -> list[str]:
 
 
 def _check_said_once(given: Given, overrides: Sequence[str]) -> None:
-    """Raise UserError where an option and a setting say the same thing."""
+    """Raise UserError where an option and a setting say different things of the same key."""
     options = {"model": given.model, "data": given.dataset, "iterations": given.iterations}
     for override in overrides:
         key, value = override.partition("=")[::2]
         section = key.removesuffix(".path")
-        if options.get(section) is not None and key != "iterations.path":
-            raise UserError(f"--{section} {options[section]} and --set {key}={value} say the same: give one of them")
+        if options.get(section) is not None and str(options[section]) != value:
+            raise UserError(f"--{section} {options[section]} and --set {key}={value} do not agree: give one of them")
 
 
 def _check_places(given: Given, evaluated: bool, file: str | None) -> None:
