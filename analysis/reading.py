@@ -50,8 +50,8 @@ def reference_of(folder: Path) -> Path | None:
 def unusable(path: Path, problem: str) -> UserError:
     """The error that names a file of `results/<preset>/`, what is wrong with it and the command that makes it."""
     root = path.parent.parent
-    elsewhere = "" if root == Path("results") else f" RESULTS={root}"
-    return UserError(f"{path}: {problem}; make it with: make reproduce-table1 PRESET={path.parent.name}{elsewhere}")
+    elsewhere = "" if root == Path("results") else f" --results {root}"
+    return UserError(f"{path}: {problem}; make it with: tspin run --preset {path.parent.name}{elsewhere}")
 
 
 def read_suite(folder: Path) -> list[Column]:

@@ -188,7 +188,7 @@ def test_a_bad_evaluations_file_is_named_in_one_line(tmp_path: Path, rows: list[
         tables.score_table(write_results(tmp_path, rows))
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/pocket/evaluations.csv: {problem}")
-    assert message.endswith(f"make it with: make reproduce-table1 PRESET=pocket RESULTS={tmp_path}")
+    assert message.endswith(f"make it with: tspin run --preset pocket --results {tmp_path}")
     assert "\n" not in message
 
 
@@ -206,7 +206,7 @@ def test_missing_files_and_columns_are_named(results: Path) -> None:
         (results / "suite.json").write_text(content)
         with pytest.raises(UserError, match=rf"suite\.json: {problem}; make it with"):
             read_suite(results)
-    with pytest.raises(UserError, match=r"absent/suite\.json: no such file; .* PRESET=absent RESULTS=\S+$"):
+    with pytest.raises(UserError, match=r"absent/suite\.json: no such file; .* --preset absent --results \S+$"):
         tables.score_table(results.parent / "absent")
 
 
@@ -216,7 +216,7 @@ def test_who_has_no_results_is_told_what_to_run_and_where_the_committed_ones_are
     with pytest.raises(UserError) as caught:
         tables.score_table(Path("results/pocket"))
     assert str(caught.value) == (
-        "results/pocket/suite.json: no such file; make it with: make reproduce-table1 PRESET=pocket; "
+        "results/pocket/suite.json: no such file; make it with: tspin run --preset pocket; "
         "or take the committed results: --results results/reference"
     )
     assert reference_of(Path("results/pocket")) == Path("results/reference/pocket")

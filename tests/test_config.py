@@ -10,6 +10,7 @@ import pytest
 
 from tspin import SelfPlayConfig, config, names
 from tspin.config import EngineSettings, LoraSettings, build_config, coefficients_of, load_config
+from tspin.declared import declared as declared_by_source
 from tspin.engines.launch import plain_arguments
 from tspin.errors import UserError
 from tspin.evaluation.suites import load_suite
@@ -40,7 +41,7 @@ def test_names_read_from_the_sources_are_the_fields():
     assert ours == names.preset_fields()[: len(ours)]
     for section, kind in names.SECTIONS.items():
         if kind is not None:
-            assert names.config_fields(kind) == list(getattr(config, kind).model_fields), section
+            assert list(declared_by_source(kind)) == list(getattr(config, kind).model_fields), section
 
 
 def test_overrides_and_method_sections_merge():

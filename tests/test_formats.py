@@ -421,7 +421,7 @@ def test_bad_rows_are_named(row, line):
     "row, settings, line",
     [
         ({"text": "a", "label": 1}, {}, r"the columns text, label are none of the known formats \(prompt \+ completion;"
-         r".*: say which hold what: data.columns={prompt: …, completion: …} \(in Python: columns=\)$"),
+         r".*: say which hold what: --set data.columns='{prompt: …, completion: …}' \(in Python: columns=\)$"),
         ({"prompt": "a", "completion": "b"}, {"generated": True}, "no column 'generated', which data.generated asks"),
         ({"real": LONG, "generated": "x"}, {"generated": True, "rounds": "all"}, "`generated` is one response, and"),
         ({"real": LONG, "generated": [user("a")]}, {"generated": True}, "'generated' has no assistant's turn with"),
@@ -462,7 +462,8 @@ def test_splits_that_are_not_there_and_files_that_are_in_none(tmp_path, capsys):
         ("a.csv", b"prompt,prompt\n1,2\n", "two columns of its header have the same name: prompt, prompt"),
         ("a.csv", b'prompt,completion\n1,"2\n', "a.csv, line 2: no table of cells"),
         ("a.tsv", b"prompt\tcompletion\n1\t\xff\n", "not UTF-8 text"),
-        ("a.csv", b"prompt;completion\n1;2\n", "the columns prompt;completion are none of the known formats"),
+        ("a.csv", b"prompt;completion\n1;2\n", "the columns prompt;completion .a single one, with ';' in it: a .csv "
+         "has commas between its cells, a .tsv tabs. are none of the known formats"),
         ("a.csv", b"", "has no rows"),
         ("a.jsonl.gz", b"{}", "a.jsonl.gz: cannot be read"),
         ("a.jsonl.gz", gzip.compress(lines(PAIRS))[:-9], "a.jsonl.gz: cannot be read"),

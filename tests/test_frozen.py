@@ -23,8 +23,8 @@ from tspin.objectives import METHODS
 FROZEN = Path(__file__).parent / "frozen"
 FREEZE = bool(os.environ.get("TSPIN_FREEZE"))
 COMMANDS = [
-    *("claims", "compare", "diagnose", "tokens", "evaluate", "fetch", "figure", "plan"),
-    *("rerun", "run", "sample", "sweep", "table", "train"),
+    *("claims", "compare", "diagnose", "evaluate", "fetch", "figure", "inspect", "plan"),
+    *("rerun", "run", "sample", "settings", "sweep", "table", "tokens", "train"),
 ]
 TIMES = ["tokens_per_second"]
 RUN = {

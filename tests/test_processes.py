@@ -157,7 +157,7 @@ def test_a_launched_training_ends_with_the_command_that_started_it(tmp_path, mod
     command = [
         *(sys.executable, "-c", "from tspin.cli import main; main()", "run", "--model", str(model_folder)),
         *("--data", str(data_file), "--method", "sft", "--out", str(tmp_path / "run"), "--set", "batch_size=4"),
-        *("--launcher", "accelerate", "--config", str(FILES / "cpu2.yaml"), "--set", "num_train_epochs=2000"),
+        *("--launcher", "accelerate", "--launcher-config", str(FILES / "cpu2.yaml"), "--set", "num_train_epochs=2000"),
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + PATIENCE

@@ -16,7 +16,9 @@ from transformers import (
 
 from tspin.devices import out_of_memory
 from tspin.errors import UserError, reason
-from tspin.hub.offline import model_folder
+from tspin.hub.offline import check_model, model_folder
+from tspin.pocket import EMBEDDED
+from tspin.pocket import POCKET_MODEL as POCKET_MODEL
 from tspin.runs.files import fingerprint, folder_fingerprint
 
 
@@ -28,10 +30,6 @@ class Policy:
     fingerprint: str
 
 
-POCKET_MODEL = Path(__file__).parent / "pocket" / "model"
-EMBEDDED = {"pocket": POCKET_MODEL, "pocket-cold": POCKET_MODEL.with_name("cold")}  # fine-tuned, and before that
-
-
 def resolve(path: str, revision: str | None = None) -> str:
     """A model's local folder: of an embedded one, of a folder, or of a hub name, downloaded at one commit.
 
@@ -40,9 +38,8 @@ def resolve(path: str, revision: str | None = None) -> str:
     """
     if path in EMBEDDED:
         return str(EMBEDDED[path])
+    check_model(path)
     if Path(path).exists():
-        if not (Path(path) / "config.json").is_file():
-            raise UserError(f"{path} is no model: a model folder has a config.json, weights and a tokenizer")
         refuse_pickles(Path(path))
         return path
     return model_folder(path, revision)

@@ -1,20 +1,22 @@
-"""Names that a command is given, checked before PyTorch is imported, which takes seconds.
+"""Names and values that a command is given, checked before PyTorch is imported, which takes seconds.
 
-The keys of a config are the fields of tspin.config's classes and of transformers.TrainingArguments. All of these stand
-on PyTorch, so that their names are read from their sources here; values are judged by the classes.
+The keys of a config are the fields of tspin.config.SelfPlayConfig and of transformers.TrainingArguments, and the
+sections of tspin.settings. The first two stand on PyTorch: their fields are read from their sources here. What their
+types alone refuse is refused here too; what does not fit together is for tspin.config to say.
 """
 
-import ast
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from pydantic import create_model
+
+from tspin import settings
+from tspin.declared import Declared, declared
 from tspin.errors import UserError, unknown
 from tspin.objectives import METHODS, find_method
 from tspin.schema import BASE
-from tspin.sections import check_names, mapping
+from tspin.sections import Section, check_names, mapping, read
 from tspin.yaml_files import find_yaml, overridden, read_yaml
 
 PRESETS, SUITES = "experiments/presets", "experiments/suites"
@@ -24,18 +26,27 @@ BY_COMMAND = {
     **dict.fromkeys(("output_dir", "shared_dir"), "--out or --runs"),
     "method": "--method or --methods",
     "seed": "--seed or --seeds",
-    "launcher": "--launcher and --config",
+    "launcher": "--launcher and --launcher-config",
 }
+# What people type by habit, on the command line alone: files say a setting by its one name.
+ALIASES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "scheduler": "lr_scheduler_type",
+    "sampling.temperature": "temperature",
+    "sampling.top_p": "top_p",
+    "sampling.max_new_tokens": "max_new_tokens",
+    "sampling.batch_size": "sampling_batch_size",
+    "sampling.backend": "sampling_backend",
+    "sampling.dtype": "sampling_dtype",
+    "history": "data.history",
+    "labels": "data.labels",
+    "columns": "data.columns",
+    "suite": "evaluation.suite",
+}
+TAKE_MORE = ("accelerator_config", "fsdp")  # than their types say
 SECTIONS = {"model": "ModelSettings", "data": "DataSettings", "evaluation": "EvaluationSettings", "methods": None}
-
-
-def check_experiment(preset: str, overrides: Iterable[str], methods: Sequence[str]) -> None:
-    """Raise UserError for the first name that is wrong: of the preset, a key, a method, the suite."""
-    fields = check_preset(preset, overrides)
-    check_methods(methods)
-    suite = (fields.get("evaluation") or {}).get("suite")
-    if isinstance(suite, str):
-        find_yaml(suite, SUITES, "suite")
 
 
 def check_preset(name_or_path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -51,22 +62,73 @@ def read_preset(name_or_path: str) -> tuple[Mapping[str, Any], str]:
 
 
 def check_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "") -> dict[str, Any]:
-    """A tree of plain values with its overrides. Raises UserError for keys that tspin.config.build_config refuses."""
+    """A tree of plain values with its overrides. Raises UserError for what tspin.config.build_config refuses alike."""
     fields = overridden(tree, overrides)
     try:
         for section, kind in SECTIONS.items():
             if kind is not None:
-                check_names(mapping(fields.get(section), section), f"{section}.", config_fields(kind), refusal)
+                read(getattr(settings, kind), fields.get(section), f"{section}.", refusal=refusal)
         check_names(fields, "", [*SECTIONS, *preset_fields()], refusal)
+        _check_values(fields, "")
         for name, given in mapping(fields.get("methods"), "methods").items():
-            find_method(name)
-            path, own = f"methods.{name}", mapping(given, f"methods.{name}")
-            data = mapping(own.get("data"), f"{path}.data")
-            check_names(own, f"{path}.", ["data", *COEFFICIENTS, *preset_fields()], refusal)
-            check_names(data, f"{path}.data.", config_fields("DataSettings"), refusal)
+            _check_method(name, mapping(given, f"methods.{name}"))
     except UserError as error:
         raise UserError(f"{source}{error}") from error
     return fields
+
+
+def _check_method(name: str, given: Mapping[str, Any]) -> None:
+    method, path = find_method(name), f"methods.{name}."
+    check_names(given, path, ["data", *COEFFICIENTS, *preset_fields()], refusal)
+    read(settings.DataSettings, given.get("data"), f"{path}data.", refusal=refusal)
+    _check_values(given, path)
+    try:
+        method.resolve({key: value for key, value in given.items() if key in COEFFICIENTS and value is not None})
+    except UserError as error:
+        raise UserError(f"{path}{error}") from error
+
+
+def _check_values(values: Mapping[str, Any], path: str) -> None:
+    """Raise UserError for the first value that a setting's type refuses. path: what is before the names."""
+    kinds: dict[str, Any] = {name: kind for name in values if (kind := _kind(name)) is not None}
+    fields: dict[str, Any] = {name: (kind, ...) for name, kind in kinds.items()}
+    given = create_model("Given", __base__=Section, **fields)
+    read(given, {name: values[name] for name in kinds}, path)
+
+
+def _kind(name: str) -> Any:
+    """The type of a setting at the top level; None for those of Transformers' own, which it judges itself."""
+    if name not in preset_fields() or name in TAKE_MORE:
+        return None
+    try:
+        return eval(find_declared(name).type, {**vars(settings), "Any": Any})  # of our sources and of Transformers'
+    except NameError:
+        return None
+
+
+def find_declared(name: str) -> Declared:
+    """What a top-level setting's source says of it, ours first."""
+    return declared("SelfPlayConfig").get(name) or declared("TrainingArguments")[name]
+
+
+def expanded(overrides: Iterable[str], methods: Sequence[str] = ()) -> list[str]:
+    """`key.path=value` overrides with what stands in ALIASES, and coefficients of one of `methods`, by their full keys.
+
+    Raises UserError for a coefficient that several of the methods have.
+    """
+    return [_expanded(override, methods) for override in overrides]
+
+
+def _expanded(override: str, methods: Sequence[str]) -> str:
+    key, sign, value = override.partition("=")
+    key = ALIASES.get(key.strip(), key.strip())
+    if sign and key in COEFFICIENTS:
+        having = [name for name in methods if name in METHODS and COEFFICIENTS[key] in METHODS[name].coefficients]
+        if len(having) > 1:
+            each = " ".join(f"--set methods.{name}.{key}={value}" for name in having)
+            raise UserError(f"--set {override}: {', '.join(having)} have {key}: say it of each, {each}")
+        key = f"methods.{having[0]}.{key}" if having else key
+    return f"{key}{sign}{value}"
 
 
 def check_methods(methods: Sequence[str]) -> None:
@@ -81,25 +143,11 @@ def check_methods(methods: Sequence[str]) -> None:
 @cache
 def preset_fields() -> list[str]:
     """The fields of SelfPlayConfig that a preset may set, ours first."""
-    ours = config_fields("SelfPlayConfig")
-    spec = find_spec("transformers")  # where it is, without its import
-    assert spec is not None and spec.origin is not None
-    declared = [*_fields(Path(spec.origin).with_name("training_args.py"), "TrainingArguments"), *ours]
+    ours = declared("SelfPlayConfig")
     left_out = {*BY_COMMAND, *COEFFICIENTS, "history"}
-    names = (name for name in dict.fromkeys(declared) if name not in left_out and not name.endswith("_token"))
+    fields = dict.fromkeys([*declared("TrainingArguments"), *ours])
+    names = (name for name in fields if name not in left_out and not name.endswith("_token"))
     return sorted(names, key=lambda name: name not in ours)
-
-
-def config_fields(kind: str) -> list[str]:
-    """The fields that a class of tspin.config declares."""
-    return _fields(Path(__file__).with_name("config.py"), kind)
-
-
-@cache
-def _fields(source: Path, kind: str) -> list[str]:
-    tree = ast.parse(source.read_text(encoding="utf-8"))
-    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind)
-    return [node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
 
 
 def refusal(name: str, value: Any, known: Iterable[str]) -> str:
@@ -116,5 +164,6 @@ def refusal(name: str, value: Any, known: Iterable[str]) -> str:
     if name in preset_fields():
         return f"{name} stands at the top level, or in methods.<name>"
     if name in ("training", "sampling") and isinstance(value, dict) and value:
-        return f"no section: {refusal(next(iter(value)), None, preset_fields())}"
+        inner = next(iter(value))
+        return f"no section: {refusal(ALIASES.get(f'{name}.{inner}', inner), None, preset_fields())}"
     return unknown("key", name, known)

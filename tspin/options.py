@@ -18,7 +18,7 @@ from tspin.errors import UserError, reason
 NO_EVALUATION = "no training here has an evaluation set: benchmarks are the section `evaluation`"
 NO_UPLOAD = "a run's checkpoints stay in its folder: upload the one you want with `hf upload`"
 NO_LENGTHS = "micro-batches are planned by tokens already, for which no triplet has to move to another step"
-SHARDS = "a launch file says how processes share a training: --launcher accelerate --config fsdp2"
+SHARDS = "a launch file says how processes share a training: --launcher accelerate --launcher-config fsdp2"
 EVALUATION = (
     *(
         "eval_strategy",

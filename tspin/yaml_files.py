@@ -34,12 +34,19 @@ def find_yaml(name_or_path: str, folder: str, what: str) -> Path:
         if given.is_file():
             return given
         raise UserError(f"{given}: no such file")
-    folders = [Path.cwd() / folder, recipes() / Path(folder).name]
-    for candidate in (place / f"{name_or_path}.yaml" for place in folders):
+    for candidate in (place / f"{name_or_path}.yaml" for place in _places(folder)):
         if candidate.is_file():
             return candidate
-    known = sorted({path.stem for place in folders for path in place.glob("*.yaml")})
-    raise UserError(unknown(what, name_or_path, known))
+    raise UserError(unknown(what, name_or_path, yaml_names(folder)))
+
+
+def yaml_names(folder: str) -> list[str]:
+    """The names of the YAML files that `find_yaml` finds in a folder."""
+    return sorted({path.stem for place in _places(folder) for path in place.glob("*.yaml")})
+
+
+def _places(folder: str) -> list[Path]:
+    return [Path.cwd() / folder, recipes() / Path(folder).name]
 
 
 def read_yaml(path: Path) -> Any:
@@ -58,7 +65,8 @@ def overridden(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key.strip():
-            raise UserError(f"--set {override}: write it as key.path=value")
+            how = f"no value: write --set {key}=VALUE" if key.strip() else "write it as key.path=value"
+            raise UserError(f"--set {override}: {how}")
         *parents, last = key.strip().split(".")
         node = changed
         for parent in parents:

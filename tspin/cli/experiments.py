@@ -1,4 +1,4 @@
-"""Whole experiments: `tspin run`, `sweep` and `rerun`."""
+"""Many runs: `tspin sweep` and `rerun`."""
 
 import sys
 from pathlib import Path
@@ -7,73 +7,8 @@ from typing import Annotated
 import typer
 
 from tspin.cli.guard import importing
-from tspin.cli.options import (
-    DATA,
-    Launcher,
-    LauncherConfig,
-    Offline,
-    Set,
-    check_given,
-    check_launcher_options,
-    integers,
-    names,
-)
+from tspin.cli.options import Launcher, LauncherConfig, Offline, check_launcher_options, integers, names
 from tspin.errors import UserError
-
-
-def run(
-    preset: Annotated[str | None, typer.Option(help="a preset of experiments/, or a YAML file")] = None,
-    methods: Annotated[str, typer.Option(help="comma-separated; base is the initial policy")] = "base,sft,spin,tspin",
-    seeds: Annotated[str, typer.Option(help="comma-separated")] = "0",
-    model: Annotated[str | None, typer.Option(help="your model folder or hub name (without --preset)")] = None,
-    dataset: Annotated[str | None, typer.Option("--data", help=f"with --model: {DATA}")] = None,
-    method: Annotated[str, typer.Option(help="the method, with --model")] = "tspin",
-    iterations: Annotated[int, typer.Option(help="T, with --model")] = 5,
-    out: Annotated[Path, typer.Option(help="the run's folder, with --model")] = Path("runs/mine"),
-    runs: Annotated[Path, typer.Option(help="checkpoints, responses, logs of presets")] = Path("runs"),
-    results: Annotated[Path, typer.Option(help="tidy numbers of presets")] = Path("results"),
-    launcher: Launcher = None,
-    launcher_config: LauncherConfig = None,
-    settings: Set = None,
-    offline: Offline = None,
-) -> None:
-    """Run Algorithm 1: a preset's methods with their evaluations, or one method on your model and data.
-
-    Stopped at any moment, the same command goes on where it was.
-
-    Example: tspin run --preset pocket --seeds 0,1
-
-    Example: tspin run --model my-model --data my-data.jsonl --method tspin --iterations 3 --out runs/mine
-
-    Example: tspin run --preset zephyr-7b --launcher accelerate --config experiments/accelerate/fsdp2.yaml
-    """
-    check_launcher_options(launcher, launcher_config)
-    seed, *others = integers(seeds)
-    if not preset:
-        if not (model and dataset):
-            raise UserError("run needs --preset, or --model and --data")
-        if others:
-            raise UserError(f"--seeds {seeds}: one seed per run with --model; give each its own --out")
-        check_given(dataset, settings, method)
-    else:
-        from tspin.names import check_experiment
-
-        check_experiment(preset, settings or [], names(methods))
-    with importing():
-        from tspin.config import build_config, load_config
-        from tspin.experiment.preset import Where, build_trainer, describe, run_experiment
-
-    if preset:
-        config = load_config(preset, settings or [])
-        where = Where(runs, results, launcher=launcher_config)
-        run_experiment(Path(preset).stem, config, names(methods), [seed, *others], where)
-        return
-    tree = {"model": {"path": model}, "data": {"path": dataset}, "iterations": iterations}
-    config = build_config(tree, settings or [])
-    for result in build_trainer(config.for_method(method), out, seed, launcher_config).iterate():
-        typer.echo(f"iteration {result.iteration}: {describe(result)} → {result.model_path}", err=True)
-        for text in result.warnings.values():
-            typer.echo(f"warning: iteration {result.iteration}: {text}", err=True)
 
 
 def sweep(

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import typer
 from safetensors import SafetensorError
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from tspin.errors import UserError
 from tspin.runs.redaction import redacted
@@ -79,6 +80,8 @@ def one_line_errors() -> Iterator[None]:
         raise
     except UserError as error:
         fail(str(error))
+    except TyperException as error:  # an option's value, an argument that is missing
+        fail(error.format_message())
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
         saved = getattr(error, "saved", "") or "finished stages are kept, nothing is half-written"

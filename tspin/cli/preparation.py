@@ -29,15 +29,16 @@ def fetch(
 
     Example: tspin fetch zephyr-7b --out offline && tspin run --preset zephyr-7b --offline offline
     """
-    from tspin.names import check_preset
+    from tspin.names import check_preset, expanded
 
-    check_preset(preset, settings or [])
+    overrides = expanded(settings or [])
+    check_preset(preset, overrides)
     with importing():
         from tspin.config import load_config
         from tspin.hub.offline import lacking, verify
         from tspin.planning.needs import fetch_needed, needed
 
-    config = load_config(preset, settings or [])
+    config = load_config(preset, overrides)
     if check:
         wrong = verify(out)
         wrong += [line for item in needed(config) if (line := lacking(out, item))]
@@ -66,9 +67,10 @@ def plan(
 
     Example: tspin plan zephyr-7b --gpus 8 --gpu h100 --rows 200000
     """
-    from tspin.names import check_preset
+    from tspin.names import check_preset, expanded
 
-    check_preset(preset, settings or [])
+    overrides = expanded(settings or [])
+    check_preset(preset, overrides)
     with importing():
         from rich.console import Console
 
@@ -77,7 +79,7 @@ def plan(
         from tspin.planning.plan import plan as plan_for
         from tspin.runs.files import write_json
 
-    config = load_config(preset, settings or [])
+    config = load_config(preset, overrides)
     planned = plan_for(config, Hardware(gpus, gpu, utilisation), Data(prompt_tokens, response_tokens, rows))
     hours = sum(stage.hours for stage in planned.stages)
     console = Console(highlight=False)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tspin.cli.guard import importing
-from tspin.cli.options import Data, MethodName, Model, Offline, Reference, Seed, Set, check_given
+from tspin.cli.options import Data, MethodName, Model, Offline, Reference, Seed, Set, checked_settings, complete_suites
 from tspin.errors import UserError
 
 
@@ -22,11 +22,11 @@ def sample(
 
     Example: tspin sample --model my-model --data my-data.jsonl --out proto.parquet --set temperature=0
     """
-    check_given(dataset, settings, "tspin")
+    overrides = checked_settings(model, dataset, settings, "tspin")
     with importing():
         from tspin.experiment import steps
 
-    facts = steps.sample_to_file(steps.Step(model, dataset, out, seed=seed, overrides=settings or []))
+    facts = steps.sample_to_file(steps.Step(model, dataset, out, seed=seed, overrides=overrides))
     typer.echo(f"{out}: " + ", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
 
 
@@ -51,12 +51,12 @@ def train(
     Example: tspin train --method tspin --model my-model --data my-data.jsonl --synthetic y1.parquet
     --proto y0.parquet --iteration 1 --out runs/step
     """
-    check_given(dataset, settings, method, [synthetic, proto, *(history or [])])
+    overrides = checked_settings(model, dataset, settings, method, [synthetic, proto, *(history or [])])
     with importing():
         from tspin.experiment import steps
 
     step = steps.Step(
-        model, dataset, out, method, iteration, seed, settings or [],
+        model, dataset, out, method, iteration, seed, overrides,
         synthetic=synthetic, proto=proto, history=history or [], reference=reference,
     )  # fmt: skip
     facts = steps.train_from_files(step)
@@ -84,12 +84,12 @@ def diagnose(
     Example: tspin diagnose --model runs/step --before my-model --method spin --data my-data.jsonl
     --synthetic y1.parquet --out diagnostics.parquet
     """
-    check_given(dataset, settings, method, [synthetic, proto])
+    overrides = checked_settings(model, dataset, settings, method, [synthetic, proto])
     with importing():
         from tspin.experiment import steps
 
     step = steps.Step(
-        model, dataset, out, method, iteration, seed, settings or [],
+        model, dataset, out, method, iteration, seed, overrides,
         synthetic=synthetic, proto=proto, before=before, reference=reference,
     )  # fmt: skip
     for name, value in steps.diagnose_to_file(step).items():
@@ -117,17 +117,19 @@ def tokens(
     Example: tspin tokens --model runs/step --before my-model --data my-data.jsonl --synthetic y1.parquet
     --out tokens.parquet
     """
-    check_given(dataset, settings, "tspin", [synthetic, proto])
+    overrides = checked_settings(model, dataset, settings, "tspin", [synthetic, proto])
     with importing():
         from tspin.experiment import steps
 
-    step = steps.Step(model, dataset, out, overrides=settings or [], synthetic=synthetic, proto=proto, before=before)
+    step = steps.Step(model, dataset, out, overrides=overrides, synthetic=synthetic, proto=proto, before=before)
     typer.echo(f"{out}: of {steps.tokens_to_file(step)} prompts")
 
 
 def evaluate(
     model: Model,
-    suite: Annotated[str, typer.Option(help="a suite of experiments/suites, or a YAML file")] = "pocket",
+    suite: Annotated[
+        str, typer.Option(help="a suite of experiments/suites, or a YAML file", autocompletion=complete_suites)
+    ] = "pocket",
     out: Annotated[Path | None, typer.Option(help="CSV: benchmark, metric, value, stderr, n (shares: percent)")] = None,
     batch_size: Annotated[int, typer.Option(help="prompts decoded together", min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="problems a benchmark, for trials", min=1)] = None,
@@ -142,10 +144,12 @@ def evaluate(
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: float32 or bfloat16")
+    from tspin.hub.offline import check_model
     from tspin.names import SUITES
     from tspin.yaml_files import find_yaml
 
     find_yaml(suite, SUITES, "suite")
+    check_model(model)
     with importing():
         from tspin.experiment import steps
 

@@ -16,7 +16,7 @@ from tspin.config import SelfPlayConfig
 from tspin.data.mapped import FILE, TypedRows, column, mapped, table_of
 from tspin.data.responses import RESPONSE_SCHEMA, Response, response_rows
 from tspin.data.sources import Source, source_of
-from tspin.data.templates import Template, Written
+from tspin.data.templates import PAPER_TEMPLATE, Template, Written
 from tspin.errors import UserError, tell
 from tspin.models import tokenizer_fingerprint
 from tspin.runs.files import fingerprint, fingerprint_of
@@ -286,5 +286,10 @@ class _Encoder:
         template, begin = self.template, self.template.begin_text
         line = f"responses end with {template.end}"
         line += f", prompts begin with {begin!r}" if begin else ""
+        if self.args.template == "auto" and template.form == "paper":
+            form = PAPER_TEMPLATE.replace("{prompt}", "…").strip()
+            line += (
+                f"; there is no chat template, so that prompts are written as {form!r} (--set template=… sets another)"
+            )
         date = self.args.date
         return line + (f", the chat template is told the date {date}" if date else "")

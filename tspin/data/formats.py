@@ -5,8 +5,10 @@ is taken. tspin.data.rows makes examples of any of them, the same as of TRL's pr
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from tspin.errors import UserError
@@ -19,6 +21,13 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
+
+# How columns of prompts and of responses are called, the likelier first.
+LIKELY = {
+    "prompt": ("prompt", "question", "query", "instruction", "problem", "input", "user"),
+    "completion": ("completion", "response", "answer", "output", "solution", "reply", "assistant", "target"),
+}
+LONGEST_NAME = 40  # characters of a column's name that a message shows
 
 Message = dict[str, Any]
 Row = Mapping[str, Any]
@@ -140,8 +149,28 @@ def find_format(names: Sequence[str], columns: Mapping[str, str] | None = None) 
         if {*known.needs} <= {*names}:
             return known
     listed = "; ".join(" + ".join(known.needs) for known in FORMATS)
-    remedy = "say which hold what: data.columns={prompt: …, completion: …} (in Python: columns=)"
-    raise UserError(f"the columns {', '.join(names)} are none of the known formats ({listed}): {remedy}")
+    guessed = ", ".join(f"{role}: {_likely(names, words)}" for role, words in LIKELY.items())
+    remedy = f"say which hold what: --set data.columns='{{{guessed}}}' (in Python: columns=)"
+    raise UserError(f"{_shown(names)} none of the known formats ({listed}): {remedy}")
+
+
+def _likely(names: Sequence[str], words: Sequence[str]) -> str:
+    """The column whose name is the nearest to what such a column is called, as YAML; "…" where none is near."""
+    plain = {"".join(filter(str.isalnum, name.lower())).rstrip("s"): name for name in names}
+    near = (match for word in words for match in get_close_matches(word, plain, n=1, cutoff=0.8))
+    name = plain.get(next(near, ""), "…")
+    return name if re.fullmatch(r"[\w …-]+", name) else json.dumps(name, ensure_ascii=False)
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The columns, and what a table's first line may be instead of their names; with the verb."""
+    shown = ", ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…" for name in names)
+    marks = [mark for mark in ";\t|" if len(names) == 1 and mark in names[0]]
+    if marks:
+        shown += f" (a single one, with {marks[0]!r} in it: a .csv has commas between its cells, a .tsv tabs)"
+    elif any(len(name) > LONGEST_NAME or name.endswith(("?", ".")) or name.isdigit() for name in names):
+        shown += " (a table's first line names its columns: these look like the cells of a row)"
+    return f"the columns {shown} are"
 
 
 def as_messages(value: Any, role: str) -> list[Message]:

@@ -54,7 +54,7 @@ def checked_rows(
         where = f"{source}, row {count}"
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: not an object with a prompt and a response")
-        made = made or _Examples(_recognised(row, source, columns, generated, numbered), rounds == "all", generated)
+        made = made or _Examples(recognised(row, source, columns, generated, numbered), rounds == "all", generated)
         try:
             examples = made.of(row, count)
         except RecursionError:
@@ -80,7 +80,10 @@ def checked_rows(
         tell(f"{source}: {which}: {remedy}")
 
 
-def _recognised(row: Row, source: str, columns: Mapping[str, str] | None, generated: bool, numbered: bool) -> Format:
+def recognised(
+    row: Row, source: str, columns: Mapping[str, str] | None = None, generated: bool = False, numbered: bool = False
+) -> Format:
+    """The format of a data set by its first row, told on stderr. The arguments are those of `checked_rows`."""
     names, numbered = list(map(str, row)), numbered and isinstance(row.get("prompt_id"), int)
     try:
         found = find_format(names, columns)

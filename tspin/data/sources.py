@@ -13,7 +13,7 @@ from datasets import Dataset, Json
 
 from tspin.data.files import check_there, is_local, open_folder, read_by_library, read_rows, reader_of, split_of
 from tspin.data.mapped import read_in
-from tspin.data.rows import ROWS, Rounds, checked_rows
+from tspin.data.rows import ROWS, Rounds, checked_rows, recognised
 from tspin.errors import UserError, tell
 from tspin.hub.offline import load_dataset
 from tspin.runs.files import sha256
@@ -66,6 +66,21 @@ def load_rows(
         return rows if labels is None else rows.select(nested_subset(len(rows), labels, seed), new_fingerprint="rows")
 
     return Source(read, None if key is None else [key, choice, labels, seed])
+
+
+def check_first_row(path: str, columns: Mapping[str, str] | None = None, generated: bool = False) -> None:
+    """Raise UserError where a file of data is missing, or what its first row has for columns is no format.
+
+    How it is read is told on stderr. Nothing is asked of other sources, nor of large files: a .json is read as a whole.
+    """
+    if path in EMBEDDED:
+        return
+    check_there(path)
+    place = Path(path)
+    if reader_of(place) and place.is_file() and place.stat().st_size < LARGE:
+        row = next(iter(read_rows(place)), None)
+        if isinstance(row, Mapping):
+            recognised(row, path, columns, generated)
 
 
 def source_of(

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from tqdm.auto import tqdm
 
@@ -37,6 +38,13 @@ def check_launcher(path: Path, args: SelfPlayConfig) -> None:
     kind = settings["distributed_type"]
     if settings.get("num_machines", 1) != 1:
         raise UserError(f"{path}: num_machines must be 1; a sweep (`tspin sweep`) gives each machine a run of its own")
+    processes, there = int(settings.get("num_processes", 1)), torch.cuda.device_count()
+    if processes > (there or os.cpu_count() or 1):
+        have = f"{there} GPUs" if there else f"{os.cpu_count()} CPU cores and no GPU"
+        raise UserError(
+            f"{path}: num_processes is {processes}, and this machine has {have}: write a lower one into a copy of the "
+            "file and give it as --launcher-config"
+        )
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
         raise UserError(f"{path}: DeepSpeed is not installed; pip install deepspeed, or use fsdp2.yaml beside it")
     for name, off in {"checkpoint_steps": None, "save_strategy": "no"}.items():

@@ -9,14 +9,27 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tspin.config import SelfPlayConfig
+from tspin.config import EngineSettings, SelfPlayConfig
 from tspin.engines.here import Scoring
 from tspin.engines.launch import TOKENIZER, TRIPLETS, plain_arguments
 from tspin.engines.workers import Worker, gpu_environment, run_workers
+from tspin.errors import UserError
 from tspin.models import dtype_name
 from tspin.triplets import Triplets, dealt, tokens_of
 
 LOGPS = "logps.parquet"
+
+
+def check_gpus(engine: EngineSettings) -> None:
+    """Raise UserError where the settings ask for more GPUs than this machine has."""
+    asked, there = engine.data_parallel * engine.tensor_parallel, torch.cuda.device_count()
+    if asked > max(there, 1):
+        have = f"{there} GPUs" if there else "no GPU"
+        raise UserError(
+            f"engine.data_parallel={engine.data_parallel}, engine.tensor_parallel={engine.tensor_parallel}: {asked} "
+            f"GPUs are asked for, and this machine has {have}: set both so that they make {max(there, 1)}, such as "
+            f"--set engine.data_parallel={max(there, 1)} --set engine.tensor_parallel=1"
+        )
 
 
 def scoring_processes(args: SelfPlayConfig) -> int:

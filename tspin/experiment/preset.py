@@ -24,6 +24,7 @@ from tspin.data.sources import Source, load_rows
 from tspin.data.turns import writes_date
 from tspin.devices import without_denormals
 from tspin.engines.launch import check_launcher
+from tspin.engines.scoring import check_gpus
 from tspin.engines.vllm import Served, evaluate_folder, require_vllm
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
@@ -90,7 +91,7 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
         for method in methods
         if method != BASE
     }
-    claim_folder(target, evaluator.results_config(), what="result")
+    claim_folder(target, evaluator.results_config(), what="result", option="--results")
     if config.training.date:
         record_date(runs, config.training.date)
     read_results(target)
@@ -215,6 +216,7 @@ def build_trainer(
 
     shared: a folder for what runs of several settings share, in place of `folder`/shared.
     """
+    check_gpus(settings.training.engine)
     model, model_arguments = model_source(settings.model)
     if shared is None:
         shared = folder / "shared"

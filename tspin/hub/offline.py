@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tspin.errors import UserError, reason
+from tspin.pocket import EMBEDDED
 from tspin.runs.files import read_json, sha256
 
 if TYPE_CHECKING:
@@ -184,9 +185,19 @@ def offline_dataset(folder: Path, name: str, config: str | None, revision: str |
     return splits
 
 
+def check_model(path: str) -> None:
+    """Raise UserError for a model's path that is no embedded one, no model's folder, and can be no hub name."""
+    if path in EMBEDDED:
+        return
+    if not os.path.exists(path):
+        check_name(path)
+    elif not (Path(path) / "config.json").is_file():
+        raise UserError(f"{path} is no model: a model folder has a config.json, weights and a tokenizer")
+
+
 def check_name(path: str) -> None:
     """Raise UserError for a model path that can be no hub name (OWNER/NAME): that of a folder, which is not there."""
-    if path.count("/") > 1:
+    if path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise UserError(
             f"{path}: no such folder, and no hub name; what a study prepares is made by its command in "
             "experiments/studies, and --set model.path=OWNER/NAME names what it is made from"
@@ -204,7 +215,7 @@ def model_folder(name: str, revision: str | None) -> str:
     try:
         return snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES)
     except Exception as error:  # the hub client raises many kinds for "not there"
-        raise UserError(f"{name}: no model is in this folder or under this hub name ({reason(error)})") from error
+        raise UserError(f"{name}: no folder of this name is here, and {_hub_says(error, 'model')}") from error
 
 
 def load_dataset(name: str, config: str | None, split: str, revision: str | None) -> Any:
@@ -218,8 +229,27 @@ def load_dataset(name: str, config: str | None, split: str, revision: str | None
         return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # as above
         raise UserError(
-            f"data set {name!r} is neither a file or folder here nor on the hub ({reason(error)})"
+            f"data set {name!r}: no file or folder of this name is here, and {_hub_says(error, 'data set')}"
         ) from error
+
+
+def _hub_says(error: Exception, what: str) -> str:
+    """Why the hub gives no model or data set, and what to give in its place."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, HFValidationError):
+        return f"the hub has no such names ({reason(error)}): give OWNER/NAME, or the path of a folder"
+    if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, DatasetNotFoundError)):
+        return f"the hub has no such {what}, or not for you ({reason(error)}); HF_TOKEN opens what asks for a login"
+    if isinstance(error, (ConnectionError, LocalEntryNotFoundError)) or type(error).__module__.startswith("http"):
+        return f"the hub cannot be reached ({type(error).__name__}): give the path of a {what}, or --offline FOLDER"
+    return f"the hub's cannot be read ({reason(error)})"
 
 
 @contextmanager

@@ -19,8 +19,12 @@ class Missing:
 MISSING = Missing()
 
 
-def claim_folder(folder: Path, config: Mapping[str, Any], what: str = "run") -> None:
+def claim_folder(
+    folder: Path, config: Mapping[str, Any], what: str = "run", option: str = "--out or --runs, or output_dir in Python"
+) -> None:
     """Make `folder` a run (or whatever `what` says) of `config`, which is kept in its config.json.
+
+    option: what the user chooses the folder by.
 
     Raises UserError if it already is one of another config, naming the first setting that differs and both values;
     nothing is written then.
@@ -34,7 +38,7 @@ def claim_folder(folder: Path, config: Mapping[str, Any], what: str = "run") -> 
         key, old, new = first_difference(there, wanted)
         raise UserError(
             f"{folder} holds a {what} of another config ({key} is {old!r} there, {new!r} here): "
-            "choose another folder or delete this one"
+            f"choose another folder by {option}, or delete this one"
         )
 
 
