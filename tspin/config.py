@@ -97,6 +97,8 @@ class LoraSettings(Section):
     rank: PositiveInt = 16
     alpha: Positive = 32.0
     target_modules: str | list[str] = "all-linear"
+    options: dict[str, Any] = {}  # further ones of peft.LoraConfig (tspin.engines.adapters.OPTIONS)
+    keep_adapter: bool = True  # beside each merged checkpoint, the adapter alone
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,11 @@ class SelfPlayConfig(_WithCoefficients):
         5000, "that these tables score, evenly spread and the same in every iteration; all where there are fewer", True
     )
 
+    best_iteration: Literal["last", "held_out_nll"] = setting(
+        "last",
+        "the rule, fixed before a run; held_out_nll: where −log π(y) of the trainer's eval_dataset is least",
+        operational=True,
+    )
     gradient_signal: bool = setting(False, "record the gradients' signal to noise; memory for one more of them", True)
     logging_steps: float = setting(1.0, "optimizer steps per row of the step log")
     logging_nan_inf_filter: bool = setting(False, "Trainer's would log an earlier mean in place of an infinite loss")

@@ -1,0 +1,171 @@
+"""SelfPlayTrainer as those expect it who know transformers.Trainer: arguments, state, adapters, held-out rows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PrefixTuningConfig
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState, TrainingArguments
+
+from tspin import SelfPlayConfig, SelfPlayTrainer
+from tspin.engines.adapters import lora_settings
+from tspin.errors import UserError
+from tspin.states import IterationResult, advance
+
+SETTINGS = {
+    "method": "spin",
+    "iterations": 2,
+    "learning_rate": 1e-2,
+    "max_new_tokens": 4,
+    "batch_size": 8,
+    "bf16": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 3,
+}
+
+
+def trainer_of(folder, model, rows, settings=None, **given) -> SelfPlayTrainer:
+    args = SelfPlayConfig(output_dir=str(folder), **{**SETTINGS, **(settings or {})})
+    return SelfPlayTrainer(model, args=args, train_dataset=rows, **given)
+
+
+class Steps(TrainerCallback):
+    def __init__(self):
+        self.count = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.count += 1
+
+
+def test_a_run_with_held_out_rows_and_its_state(tmp_path, model_folder, rows):
+    """One run: the state of all iterations, −log π(y) of held-out rows, the best by them, one TensorBoard run."""
+    settings, held_out = {"best_iteration": "held_out_nll"}, rows[:4]
+    trainer = trainer_of(tmp_path / "run", str(model_folder), rows[4:], settings, eval_dataset=held_out)
+    counted = Steps()
+    trainer.add_callback(counted)
+    assert trainer.model is None and trainer.processing_class is trainer.tokenizer
+    results = trainer.train()
+    steps = [result.training["steps"] for result in results]
+    assert counted.count == sum(steps) == trainer.state.global_step
+
+    state = TrainerState.load_from_json(str(tmp_path / "run" / "trainer_state.json"))
+    assert state == trainer.state
+    training = [entry for entry in state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in training] == list(range(1, sum(steps) + 1))
+    assert [entry["iteration"] for entry in training] == [t for t, count in enumerate(steps) for _ in range(count)]
+    scored = [entry["eval_nll"] for entry in state.log_history if "eval_nll" in entry]
+    assert scored == [result.held_out["nll"] for result in results] and state.best_metric == min(scored)
+    best = trainer.result_of("best")
+    assert best.iteration == int(np.argmin(scored)) and state.best_model_checkpoint == str(best.model_path)
+    kept = json.loads((tmp_path / "run" / "iteration-1" / "held_out.json").read_text())
+    assert kept["rows"] == 4 and kept["nll"] > kept["nll_per_token"] > 0
+    # The value is that of the checkpoint.
+    model = AutoModelForCausalLM.from_pretrained(results[1].model_path)
+    nats = []
+    for example in trainer.held_out:
+        ids = torch.tensor([[*example.prompt_ids, *example.labelled.ids]])
+        logps = model(ids).logits.log_softmax(-1)[0, len(example.prompt_ids) - 1 : -1]
+        nats.append(-logps.gather(1, torch.tensor(example.labelled.ids)[:, None]).sum().item())
+    assert np.mean(nats) == pytest.approx(kept["nll"], rel=1e-4)
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, sum(steps) + 1))
+
+    again = trainer_of(tmp_path / "run", str(model_folder), rows[4:], settings, eval_dataset=held_out)
+    for asked in (True, tmp_path / "run"):
+        again.train(resume_from_checkpoint=asked)
+        assert again.state == state
+    with pytest.raises(UserError, match="resume_from_checkpoint=False: .* holds a run already"):
+        again.train(resume_from_checkpoint=False)
+    with pytest.raises(UserError, match="is not this run's folder"):
+        again.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-3")
+    with pytest.raises(UserError, match="best_iteration: .* was begun with held_out_nll"):
+        trainer_of(tmp_path / "run", str(model_folder), rows[4:], eval_dataset=held_out).train()
+
+
+def test_what_cannot_be_is_refused_at_construction(tmp_path, model_folder, rows):
+    def build(settings=None, **given):
+        return trainer_of(tmp_path / "run", str(model_folder), rows, settings, **given)
+
+    with pytest.raises(UserError, match="best_iteration: held_out_nll is of held-out rows"):
+        build({"best_iteration": "held_out_nll"})
+    with pytest.raises(UserError, match="args: a SelfPlayConfig is needed"):
+        SelfPlayTrainer(str(model_folder), args=TrainingArguments(str(tmp_path / "x")), train_dataset=rows)
+    with pytest.raises(UserError, match="peft_config: args.lora is given too"):
+        build({"lora": {"rank": 2}}, peft_config=LoraConfig())
+    with pytest.raises(UserError, match="lora.options: unknown option 'lora_dropout'"):
+        build({"lora": {"options": {"lora_dropout": 0.1}}})
+    with pytest.raises(UserError, match="no iteration is trained yet"):
+        build().result_of("best")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "config, line",
+    [
+        (PrefixTuningConfig(num_virtual_tokens=4), "PrefixTuningConfig is not supported"),
+        (LoraConfig(lora_dropout=0.05), "peft_config.lora_dropout: .* set it to 0"),
+        (LoraConfig(modules_to_save=["lm_head"]), "peft_config: unknown option 'modules_to_save'"),
+        (LoraConfig(init_lora_weights="pissa"), "peft_config.init_lora_weights: 'pissa' changes the weights below"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(config, line):
+    with pytest.raises(UserError, match=line) as refused:
+        lora_settings(config, "llama")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_lora_config_becomes_settings():
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], use_rslora=True, task_type="CAUSAL_LM")
+    settings = lora_settings(config, "llama")
+    assert (settings.rank, settings.alpha, settings.target_modules) == (4, 8.0, ["q_proj", "v_proj"])
+    assert settings.options == {"use_rslora": True}
+    assert lora_settings(LoraConfig(), "llama").target_modules == ["q_proj", "v_proj"]  # as PEFT has it
+    with pytest.raises(UserError, match="target_modules: PEFT knows none for new_model"):
+        lora_settings(LoraConfig(), "new_model")
+
+
+def test_the_adapter_alone_gives_the_merged_checkpoint(tmp_path, model_folder, rows):
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], use_rslora=True)
+    trainer = trainer_of(tmp_path / "run", str(model_folder), rows, {"iterations": 1}, peft_config=config)
+    [result] = trainer.train()
+    start = AutoModelForCausalLM.from_pretrained(model_folder)
+    adapted = PeftModel.from_pretrained(start, tmp_path / "run" / "iteration-0" / "adapter").merge_and_unload()
+    merged = AutoModelForCausalLM.from_pretrained(result.model_path)
+    for (name, one), (_, other) in zip(adapted.named_parameters(), merged.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    assert result.training["changed_share"] > 0.9  # of the weights that adapters reach
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["lora"]["options"] == {
+        "use_rslora": True
+    }
+
+
+@pytest.mark.parametrize("rule, nll, best", [("last", [3.0, 1.0, 2.0], 2), ("held_out_nll", [3.0, 1.0, 1.0], 1)])
+def test_which_iteration_is_the_best(tmp_path, rule, nll, best):
+    state = TrainerState()
+    for number, value in enumerate(nll):
+        folder = tmp_path / f"iteration-{number}"
+        folder.mkdir()
+        pd.DataFrame([{"loss": 1.0, "step": 1, "epoch": 1.0}]).to_parquet(folder / "steps.parquet")
+        result = IterationResult(number, folder / "model", "", training={"steps": 1}, held_out={"nll": value})
+        advance(state, result, rule)
+    assert Path(state.best_model_checkpoint).parent.name == f"iteration-{best}"
+    assert state.best_metric == (nll[best] if rule == "held_out_nll" else None)
+
+
+def moved(folder: Path, rows: list[dict], **diagnostics: float) -> dict[str, float]:
+    pd.DataFrame(rows).to_parquet(folder / "steps.parquet")
+    known = {f"log_likelihood_{when}/labelled": value for when, value in diagnostics.items()}
+    return IterationResult(0, folder / "model", "", diagnostics=known).moved()
+
+
+def test_how_much_an_iteration_did(tmp_path):
+    log = [{"learning_rate": rate, "log_likelihood/labelled": value} for rate, value in ((1e-3, -9.0), (2e-3, -6.0))]
+    assert moved(tmp_path, log, before=-9.0, after=-5.0) == {"learning_rate": 2e-3, "labelled": 4.0}
+    assert moved(tmp_path, log) == {"learning_rate": 2e-3, "labelled": 3.0}
+    assert np.isnan(moved(tmp_path, log[:1])["labelled"])
