@@ -7,13 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard, RepoUrl, parse_eval_result_entries
 from peft import LoraConfig, PeftModel, PrefixTuningConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState, TrainingArguments
 
 from tspin import SelfPlayConfig, SelfPlayTrainer
+from tspin.cards import LOSSES, _origin
 from tspin.engines.adapters import lora_settings
 from tspin.errors import UserError
+from tspin.objectives import METHODS
 from tspin.states import IterationResult, advance
 
 SETTINGS = {
@@ -169,3 +173,80 @@ def test_how_much_an_iteration_did(tmp_path):
     assert moved(tmp_path, log, before=-9.0, after=-5.0) == {"learning_rate": 2e-3, "labelled": 4.0}
     assert moved(tmp_path, log) == {"learning_rate": 2e-3, "labelled": 3.0}
     assert np.isnan(moved(tmp_path, log[:1])["labelled"])
+
+
+@pytest.fixture
+def trained(tmp_path, model_folder, rows):
+    """A trainer whose only iteration is there, as if it had been trained and evaluated."""
+    trainer = trainer_of(tmp_path / "run", str(model_folder), rows)
+    folder = tmp_path / "run" / "iteration-0"
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    scores = [{"benchmark": "gsm8k", "metric": "exact_match,strict-match", "value": 0.125, "stderr": 0.01, "n": 80}]
+    pd.DataFrame(scores).to_csv(folder / "evaluation" / "scores.csv", index=False)
+    facts = {"steps": 2, "tokens": 1234}
+    trainer.results = [IterationResult(0, folder / "model", "", training=facts, warnings={"changed": "it stood still"})]
+    return trainer
+
+
+def test_a_model_card_as_the_hub_reads_it(trained, tmp_path):
+    trained.save_model(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "transformers" and {"spin", "self-play"} <= set(card.data.tags)
+    assert card.data.eval_results[0].metric_value == 0.125 and card.data.model_name == "spin-iteration-0"
+    for part in ("| gsm8k | exact_match,strict-match | 0.1250 | 0.0100 | 80 |", LOSSES["spin"], "- it stood still",
+                 "`learning_rate`: `0.01`", "2 optimizer steps", "torch 2"):  # fmt: skip
+        assert part in card.text, part
+    assert not (trained.results[0].model_path / "README.md").exists()  # sealed
+
+
+def test_every_method_has_its_loss_in_the_card():
+    assert LOSSES.keys() == METHODS.keys()
+
+
+def test_the_origin_of_a_card(tmp_path):
+    folder = tmp_path / "models--org--base" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\ntext\n")
+    assert _origin(str(folder), []) == {"base_model": "org/base", "license": "apache-2.0"}
+
+
+def test_an_upload(trained, monkeypatch):
+    calls = []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(token)
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            files = sorted(path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*.*"))
+            calls.append((repo_id, files, commit_message))
+
+    monkeypatch.setattr("tspin.cards.HfApi", Api)
+    address = trained.push_to_hub("me/policy", token="t", benchmarks={"gsm8k": ("openai/gsm8k", "gsm8k")})
+    assert address == "https://huggingface.co/me/policy"
+    card = [".eval_results", ".eval_results/gsm8k.yaml", "README.md"]
+    said = "spin, iteration 0"
+    assert calls == ["t", ("me/policy", ["config.json"], said), ("me/policy", card, said)]
+    path = trained.results[0].model_path.parent / "card" / ".eval_results" / "gsm8k.yaml"
+    [entry] = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 12.5)
+    with pytest.raises(UserError, match="unknown evaluated benchmark 'mmlu'"):
+        trained.push_to_hub("me/policy", benchmarks={"mmlu": ("a/b", "c")})
+
+
+def test_an_upload_without_a_network_is_one_line(trained):
+    with pytest.raises(UserError, match="^me/policy: could not be uploaded .*nothing is lost") as refused:
+        trained.push_to_hub("me/policy")  # the tests' environment is offline
+    assert "\n" not in str(refused.value)
+
+
+def test_the_citation_is_whole():
+    content = yaml.safe_load((Path(__file__).parents[1] / "CITATION.cff").read_text())
+    assert content["authors"] == [{"name": "The T-SPIN suite contributors"}] and content["cff-version"] == "1.2.0"
+    assert "2601.08198" in content["references"][0]["url"]

@@ -289,7 +289,7 @@ def diagnose(iteration: Iteration, reference: Path | None, trained: Policy, targ
     return summary(table)
 
 
-def score_held_out(run: Run, policy: Policy, examples: Examples, target: Path) -> dict[str, float]:
+def score_held_out(run: Run, policy: Policy, examples: Examples, target: Path) -> dict[str, float | None]:
     """Write −log π(y) of labelled rows that are not trained on, as JSON; returns tspin.diagnostics.held_out_nll."""
     triplets = make_triplets(examples, {})
     nats = run.engine.score(policy, triplets, "held-out labels")[LABELLED]

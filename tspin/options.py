@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from tspin.errors import UserError, reason
@@ -137,17 +138,18 @@ def try_out(args: TrainingArguments, learning_rate: float) -> None:
         except Exception as error:  # whatever a package that is missing, or an option that it does not know, leads to
             value = getattr(getattr(args, option), "value", getattr(args, option))
             raise UserError(f"{option}={value}, with {beside} as given: {reason(error)}") from error
-    _, taken = trial.get_optimizer_cls_and_kwargs(trial.args, trial.model)
+    _, taken = trial.get_optimizer_cls_and_kwargs(trial.args, trial.model)  # type: ignore[arg-type]
     _check_optimizer_options(args, taken)
 
 
 def _check_optimizer_options(args: TrainingArguments, taken: dict[str, Any]) -> None:
     """Raise UserError for what the chosen optimizer does not look at. taken: the arguments that it is made with."""
+    optimizer = OptimizerNames(args.optim).value
     for name, argument in {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}.items():
         if given(args, name) and argument not in taken:
-            raise UserError(f"{name}: optim={args.optim.value} has none; its own are set by optim_args")
-    if args.optim_target_modules and not args.optim.value.startswith(PROJECTED):
-        raise UserError(f"optim_target_modules: optim={args.optim.value} trains all weights alike; see lora")
+            raise UserError(f"{name}: optim={optimizer} has none; its own are set by optim_args")
+    if args.optim_target_modules and not optimizer.startswith(PROJECTED):
+        raise UserError(f"optim_target_modules: optim={optimizer} trains all weights alike; see lora")
 
 
 class _Trial(Trainer):

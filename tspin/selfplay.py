@@ -9,16 +9,17 @@ The steps are those of tspin.iteration. The loop keeps each one's output as a st
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from shutil import rmtree
+from shutil import copytree, rmtree
 from typing import Any, Literal
 
 import pyarrow as pa
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
+from tspin.cards import push, write_card, write_eval_results
 from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.data.encoding import Example, encode_dataset
 from tspin.data.responses import write_parquet
@@ -50,7 +51,7 @@ from tspin.runs.seeds import stage_seed
 from tspin.runs.stages import DamagedStage, Stage, check_stage, note_damage, run_stage
 from tspin.runs.unfinished import Unfinished
 from tspin.schema import PROTO, SYNTHETIC
-from tspin.states import BEST, HELD_OUT_NLL, IterationResult, advance, begun, write_state
+from tspin.states import HELD_OUT_NLL, IterationResult, advance, begun, best_of, write_state
 
 PROMPT_SCHEMA = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), ("labelled", pa.string())])
 
@@ -120,6 +121,7 @@ class SelfPlayTrainer:
         # The final policy, after train(); before it, what was handed over as a model.
         self.model = self.source if isinstance(self.source, PreTrainedModel) else None
         self.results: list[IterationResult] = []
+        self.train_dataset = train_dataset
 
     @property
     def processing_class(self) -> PreTrainedTokenizerBase:
@@ -191,6 +193,7 @@ class SelfPlayTrainer:
         self.results.append(result)
         advance(self.state, result, rule)
         write_state(self.folder, self.state)
+        self.write_card(result)
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[IterationResult]:
         """Run what is missing of all iterations; `self.model` is the final policy afterwards.
@@ -227,11 +230,44 @@ class SelfPlayTrainer:
         if not self.results:
             raise UserError("no iteration is trained yet: call train() first, which goes past all that is kept")
         if which == "best":
-            which = self.state.stateful_callbacks[BEST]["iteration"]  # type: ignore[call-overload]
+            which = best_of(self.state)
         number = self.results[-1].iteration if which == "last" else which
         if number not in range(len(self.results)):
             raise UserError(f"iteration {number}: the run has {len(self.results)}, counted from 0")
         return self.results[int(number)]
+
+    def write_card(self, result: IterationResult) -> Path:
+        """Write an iteration's model card anew, with the scores that are there by now; returns its folder."""
+        return write_card(result, self.run, self.source, self.train_dataset)
+
+    def save_model(self, output_dir: str | Path, which: int | Literal["last", "best"] = "last") -> None:
+        """Copy an iteration's policy, with tokenizer and card, to a folder. Raises UserError."""
+        result = self.result_of(which)
+        check_stage(result.model_path)
+        for folder in (result.model_path, self.write_card(result)):
+            copytree(folder, output_dir, dirs_exist_ok=True)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        which: int | Literal["last", "best"] = "last",
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        benchmarks: Mapping[str, tuple[str, str]] | None = None,
+    ) -> str:
+        """Upload an iteration's policy with its card; returns the repository's address.
+
+        token: without, args.hub_token or the one that is logged in. benchmarks: evaluated benchmarks that the hub has
+        leaderboards of, see tspin.cards.write_eval_results. Raises UserError.
+        """
+        result = self.result_of(which)
+        check_stage(result.model_path)
+        self.write_card(result)
+        write_eval_results(result, benchmarks or {})
+        message = commit_message or f"{self.args.method}, iteration {result.iteration}"
+        return push(result, repo_id, token or self.args.hub_token, private, message)
 
     def response_path(self, role: str, number: int = 0) -> Path:
         """Where y0 (PROTO) or an iteration's y′ (SYNTHETIC) is kept, as read_responses reads it.

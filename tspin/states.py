@@ -91,6 +91,13 @@ def advance(state: TrainerState, result: IterationResult, rule: str) -> None:
         state.stateful_callbacks = {BEST: {"rule": rule, **mark}}  # type: ignore[assignment]
 
 
+def best_of(state: TrainerState) -> int:
+    """The number of the best iteration until now."""
+    kept: Any = state.stateful_callbacks
+    number: int = kept[BEST]["iteration"]
+    return number
+
+
 def write_state(folder: Path, state: TrainerState) -> None:
     """Write trainer_state.json, whole or not at all."""
     write_json(folder / STATE, asdict(state))

@@ -107,7 +107,7 @@ def train(
         _train_until_asked(trainer, unfinished, state, training.args.checkpoint_steps)
     seconds = round(time.perf_counter() - start, 2)
     if adapters is not None:
-        _keep_adapters(adapters, training, model.name_or_path)
+        _keep_adapters(adapters, training, str(model.name_or_path))
         adapted = adapted_weights(adapters)
         weights = {name: weight for name, weight in weights.items() if name in adapted}
         trainer.model = adapters.merge_and_unload()

@@ -40,6 +40,7 @@ from tspin.runs.locks import owned
 from tspin.runs.stages import DamagedStage, check_stage, note_damage, run_stage
 from tspin.schema import BASE
 from tspin.selfplay import IterationResult, SelfPlayTrainer
+from tspin.states import HELD_OUT_NLL
 from tspin.yaml_files import find_yaml
 
 # What y0 and the first y′ follow from, besides the model, the data and the seed.
@@ -145,6 +146,7 @@ def collect_run(
         for text in result.warnings.values():
             say(f"[yellow]warning[/yellow]: {step}: {text}")
         scores, problems = evaluator.scores(result.policy, result.model_path.parent / "evaluation", step)
+        trainer.write_card(result)  # with its scores
         iteration = result.iteration if self_play else None
         collected.add("evaluations", scores, method, seed, iteration)
         collected.add("problems", problems, method, seed, iteration)
@@ -215,8 +217,15 @@ def build_trainer(
         model,
         args=training_arguments(settings, folder / settings.method, seed, shared, launcher),
         train_dataset=load_dataset(settings.data),
+        eval_dataset=held_out_rows(settings),
         model_arguments=model_arguments,
     )
+
+
+def held_out_rows(settings: RunSettings) -> Source | None:
+    """evaluation.held_out, where the best iteration is chosen by it; what only evaluates it reads it then."""
+    path = settings.evaluation.held_out if settings.evaluation else None
+    return load_rows(path) if path and settings.training.best_iteration == HELD_OUT_NLL else None
 
 
 def load_dataset(settings: DataSettings) -> Source:
@@ -326,6 +335,8 @@ def describe(result: IterationResult) -> str:
     """One line on what an iteration did."""
     training, synthetic = result.training, result.synthetic
     line = f"{training['steps']} steps, {training['tokens']:,} tokens, {training['training_seconds']:.0f} s"
+    moved = result.moved()
+    line += f"; learning rate up to {moved['learning_rate']:.2g}, log π(y) {moved['labelled']:+.3g} nats"
     if synthetic:
         line += (
             f"; synthetic responses: {synthetic['mean_tokens']:.1f} tokens, {synthetic['end_token_share']:.0%} ended, "
