@@ -6,6 +6,7 @@ and `push_to_hub` put both into one place.
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from huggingface_hub import (
 )
 from transformers import PreTrainedModel
 
-from tspin import __version__
 from tspin.errors import UserError, reason, unknown
 from tspin.evaluation.harness import HUB_MODULES
 from tspin.iteration import Run
@@ -66,13 +66,13 @@ def write_card(result: IterationResult, run: Run, source: str | PreTrainedModel,
         name=name,
         result=result,
         method=run.args.method,
-        loss=LOSSES[run.args.method],
+        loss=LOSSES.get(run.args.method),
         settings=run.args.computed() | {"iterations": run.iterations},
         defaults=type(run.args)(output_dir=run.args.output_dir).computed(),
         rows=len(run.examples),
         scores=scores,
         provenance=provenance(),
-        version=__version__,
+        version=version("tspin"),
         date=datetime.fromtimestamp(result.model_path.stat().st_mtime, UTC).date().isoformat(),
     )
     write_text(folder / "README.md", str(card))

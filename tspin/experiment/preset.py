@@ -7,6 +7,7 @@ runs/<preset>/seed-<s>/<method>/iteration-<t>/      synthetic.parquet, model/, s
 results/<preset>/                                   see tspin.experiment.results
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -336,7 +337,8 @@ def describe(result: IterationResult) -> str:
     training, synthetic = result.training, result.synthetic
     line = f"{training['steps']} steps, {training['tokens']:,} tokens, {training['training_seconds']:.0f} s"
     moved = result.moved()
-    line += f"; learning rate up to {moved['learning_rate']:.2g}, log π(y) {moved['labelled']:+.3g} nats"
+    line += f"; learning rate up to {moved['learning_rate']:.2g}"
+    line += "" if math.isnan(moved["labelled"]) else f", log π(y) {moved['labelled']:+.3g} nats"
     if synthetic:
         line += (
             f"; synthetic responses: {synthetic['mean_tokens']:.1f} tokens, {synthetic['end_token_share']:.0%} ended, "
