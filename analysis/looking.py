@@ -33,7 +33,8 @@ def gap_figure(run: Run) -> "Interactive":
 
     numbers = np.sort(run.samples()["prompt_id"].unique())
     drawn = numbers[spread_over(len(numbers), DOTS)]
-    rows = run.samples().query("prompt_id in @drawn").assign(start=lambda table: table["prompt"].astype(str).str.strip().str[:50].map(escape))
+    rows = run.samples().query("prompt_id in @drawn")
+    rows = rows.assign(start=rows["prompt"].astype(str).str.strip().str[:50].map(escape))
     ends = {
         name: (low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
         for name in ("log_likelihood", "reward")

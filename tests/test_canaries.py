@@ -91,8 +91,11 @@ def test_what_is_past_its_bound_is_told(tmp_path, tiny_model, tokenizer, rows):
         "first loss": "the first step's loss is 0.75, the stored log-probabilities give 0.6931",
         "first reward": "rewards are 0.2 at the first step, where policy and reference are the same",
         "sampler": "log π(y′) by the sampler and by the trainer differ by 1 nats per token",
-        "changed": "training changed 3.0% of the weights: the rate is too small for their data type",
+        "changed": "training changed 3.0% of the weights: the rate is too small for their data type; raise "
+        "learning_rate, or train float32 weights (model.dtype=float32; bf16=true multiplies them in bfloat16)",
     }
+    [still] = canaries.told({"changed": Canary(0.0, least=0.5)}).values()
+    assert still.startswith("training changed no weight at all, and the checkpoint is what it started from: raise")
     assert not Canary(math.nan, 0.0, 1.0).sound and not Canary(math.nan, least=0.5).sound
 
 

@@ -84,7 +84,7 @@ def test_every_method_runs_and_logs(tmp_path, model_folder, rows, method, loss):
         AutoTokenizer.from_pretrained(result.model_path)
         AutoModelForCausalLM.from_pretrained(result.model_path)
         assert not list(result.model_path.glob("*.bin"))
-        assert list((result.model_path.parent / "tensorboard").glob("events*"))
+    assert list((run / "tensorboard").glob("events*"))
     before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, results[0].model_path))
     assert any(not np.array_equal(before[name], after[name]) for name in before)
 

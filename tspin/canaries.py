@@ -107,8 +107,14 @@ def told(canaries: Mapping[str, Canary]) -> dict[str, str]:
         "first loss": "the first step's loss is {value:.4g}, the stored log-probabilities give {expected:.4g}",
         "first reward": "rewards are {value:.3g} at the first step, where policy and reference are the same",
         "sampler": "log π(y′) by the sampler and by the trainer differ by {value:.3g} nats per token",
-        "changed": "training changed {value:.1%} of the weights: the rate is too small for their data type",
+        "changed": "training changed {value:.1%} of the weights: the rate is too small for their data type; raise "
+        "learning_rate, or train float32 weights (model.dtype=float32; bf16=true multiplies them in bfloat16)",
     }
+    if "changed" in canaries and canaries["changed"].value == 0:
+        says["changed"] = (
+            "training changed no weight at all, and the checkpoint is what it started from: raise learning_rate, or "
+            "train float32 weights (model.dtype=float32)"
+        )
     past = {name: canary for name, canary in canaries.items() if not canary.sound and name != "ended"}
     return {name: says[name].format(**asdict(canary)) for name, canary in past.items()}
 

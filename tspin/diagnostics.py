@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
@@ -101,6 +102,28 @@ def summary(table: pd.DataFrame) -> dict[str, float]:
     if {LABELLED, SYNTHETIC} <= set(means.index):
         facts["misaligned_share"] = float(misaligned(gaps(table)).mean())
     return {name: value for name, value in facts.items() if value == value}
+
+
+def held_out_nll(logps: Sequence[float], tokens: Sequence[int]) -> dict[str, float | None]:
+    """−log π(y) of held-out responses: "nll" in nats a response, "nll_per_token" in nats a token, and how many rows.
+
+    logps: nats, tokens: of each response. The per-token value is a ratio of sums; its standard error is by the delta
+    method. Standard errors are None of a single row.
+    """
+    nats, counts = -np.asarray(logps, dtype=float), np.asarray(tokens)
+    per_token = nats.sum() / counts.sum()
+    residuals = (nats - per_token * counts) / counts.mean()
+    return {
+        "nll": float(nats.mean()),
+        "nll_stderr": _standard_error(nats),
+        "nll_per_token": float(per_token),
+        "nll_per_token_stderr": _standard_error(residuals),
+        "rows": len(nats),
+    }
+
+
+def _standard_error(values: np.ndarray) -> float | None:
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def degeneration(

@@ -32,10 +32,11 @@ from tspin.config import SelfPlayConfig
 from tspin.data.encoding import Example, Examples
 from tspin.data.mapped import column
 from tspin.data.responses import Responses, read_responses, response_statistics, write_responses
-from tspin.diagnostics import Logps, degeneration, sample_table, summary, warnings
+from tspin.diagnostics import Logps, degeneration, held_out_nll, sample_table, summary, warnings
 from tspin.engines.engine import Engine
 from tspin.engines.here import FIRST_STEP, Training
 from tspin.engines.launch import trains_in_bfloat16
+from tspin.engines.trackers import Tracked
 from tspin.errors import tell
 from tspin.models import Policy
 from tspin.objectives import Coefficients, Method
@@ -84,10 +85,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What iteration t − 1 left of use to iteration t: its reference's and its diagnostics' table, where there are."""
+    """What iteration t − 1 left of use to iteration t: its reference's and its diagnostics' table, where there are.
+
+    steps: optimizer steps of all iterations until then.
+    """
 
     reference: Path | None = None
     diagnostics: Path | None = None
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,16 +254,18 @@ def train(
     log_folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
     unfinished: Unfinished | None = None,
+    tracked: Tracked | None = None,
 ) -> dict[str, Any]:
     """Step 3: train from π_θt into the folder `target`; returns tspin.engines.here.train's facts.
 
     reference: step 2's file. log_folder: where the step log goes. unfinished: where a stopped training keeps its state.
+    tracked: the run, for trackers.
     """
     run = iteration.run
     triplets = iteration.with_history(iteration.trained_roles)
     if reference:
         triplets = with_reference(triplets, pd.read_parquet(reference))
-    training = Training(triplets, run.engine.tokenizer, run.args, iteration.number, target, log_folder)
+    training = Training(triplets, run.engine.tokenizer, run.args, iteration.number, target, log_folder, tracked)
     return run.engine.train(iteration.policy, training, callbacks, unfinished)
 
 
@@ -295,6 +302,15 @@ def score_tokens(iteration: Iteration, trained: Policy, target: Path) -> None:
         for policy, of in ((iteration.policy, "the policy before, by token"), (trained, "the trained policy, by token"))
     )
     pq.write_table(token_table(run.engine.tokenizer, triplets, before, after), target)
+
+
+def score_held_out(run: Run, policy: Policy, examples: Examples, target: Path) -> dict[str, float | None]:
+    """Write −log π(y) of labelled rows that are not trained on, as JSON; returns tspin.diagnostics.held_out_nll."""
+    triplets = make_triplets(examples, {})
+    nats = run.engine.score(policy, triplets, "held-out labels")[LABELLED]
+    found = held_out_nll(nats, [len(ids) for ids in column(triplets.dataset, f"{LABELLED}/ids")])
+    write_json(target, found)
+    return found
 
 
 def before_training(

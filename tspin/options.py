@@ -1,7 +1,8 @@
 """TrainingArguments' own options, judged before anything is loaded: what cannot work, and what this machine lacks.
 
-`refuse` knows by name what no self-play training can follow. `try_out` makes for real what Trainer would make only
-after sampling: its optimizer and schedule for a single weight, its data loader without data.
+`refuse` knows by name what no self-play training can follow, and what would do nothing: every option of the installed
+version is in one of the tables here or in tspin.config's (tests/test_options.py). `try_out` makes for real what Trainer
+would make only after sampling: its optimizer and schedule for a single weight, its data loader without data.
 """
 
 import copy
@@ -11,14 +12,16 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from tspin.errors import UserError, reason
 
 NO_EVALUATION = "no training here has an evaluation set: benchmarks are the section `evaluation`"
-NO_UPLOAD = "a run's checkpoints stay in its folder: upload the one you want with `hf upload`"
+NO_UPLOAD = "nothing is uploaded while a run goes on: trainer.push_to_hub() uploads the iteration that you choose"
 NO_LENGTHS = "micro-batches are planned by tokens already, for which no triplet has to move to another step"
 SHARDS = "a launch file says how processes share a training: --launcher accelerate --launcher-config fsdp2"
+NEWEST = "only the newest state of a training is kept, until it ends"
 EVALUATION = (
     *(
         "eval_strategy",
@@ -26,6 +29,7 @@ EVALUATION = (
         "eval_delay",
         "eval_on_start",
         "eval_accumulation_steps",
+        "eval_do_concat_batches",
         "eval_use_gather_object",
     ),
     *("do_eval", "do_predict", "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics"),
@@ -49,6 +53,9 @@ UNUSABLE = {
     "save_only_model": "a training could not go on from such a state; each iteration's checkpoint is the model alone",
     "ignore_data_skip": "a training that was stopped would see its first triplets again when it goes on",
     "resume_from_checkpoint": "the same command goes on from what is kept, by itself",
+    "save_total_limit": NEWEST,
+    "save_on_each_node": "a run is of one machine; a sweep gives each machine a run of its own",
+    "average_tokens_across_devices": "a step's loss is a mean over its triplets, on any number of devices",
 }
 UNUSABLE_VALUES = {
     ("lr_scheduler_type", "reduce_lr_on_plateau"): NO_EVALUATION,
@@ -57,18 +64,53 @@ UNUSABLE_VALUES = {
     ("train_sampling_strategy", "group_by_length"): NO_LENGTHS,
     ("train_sampling_strategy", "batch_rebalance"): NO_LENGTHS,
 }
+# Option → the one without which it would do nothing.
+BESIDE = {
+    **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "report_to=trackio"),
+    **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), "launcher"),
+    **dict.fromkeys(("ddp_static_graph", "ddp_backend"), "launcher"),
+    "save_steps": "save_strategy=steps",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
+    "liger_kernel_config": "use_liger_kernel",
+}
+# The rest of TrainingArguments' own, and who acts on each. Ours (tspin.config.SelfPlayConfig) are declared there.
+USED = {
+    **dict.fromkeys(("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_kwargs"), "schedule"),
+    **dict.fromkeys(("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"), "optimizer"),
+    **dict.fromkeys(("data_seed", "dataloader_drop_last", "train_sampling_strategy"), "order"),
+    **dict.fromkeys(("dataloader_multiprocessing_context", "dataloader_in_order", "accelerator_config"), "loader"),
+    **dict.fromkeys(("tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"), "arithmetic"),
+    **dict.fromkeys(("use_liger_kernel", "torch_empty_cache_steps", "use_cache", "use_cpu"), "device"),
+    **dict.fromkeys(("seed", "full_determinism"), "chance"),
+    **dict.fromkeys(("logging_strategy", "logging_first_step"), "log"),
+    "restore_callback_states_from_checkpoint": "states",
+    "gradient_accumulation_steps": "refused",  # by tspin.config.complete, with batch_size in its place
+    "remove_unused_columns": "off",  # always: rows are triplets, whose columns no model knows
+    "do_train": "scripts",  # Trainer has it for them alone, and so has this
+} | dict.fromkeys(BESIDE, "beside")
+PROJECTED = ("galore", "apollo")  # optimizers that treat some modules in a way of their own
 TRIED_STEPS = 100  # of the schedule that is tried
 
 
 def refuse(settings: Any) -> None:
     """Raise UserError for the first option that could only fail or do nothing. settings: TrainingArguments' fields."""
     for name, why in UNUSABLE.items():
-        value = getattr(settings, name)
-        if value not in (None, False, "no", TrainingArguments.__dataclass_fields__[name].default, []):
-            raise UserError(f"{name}: {why} (got {value!r})")
+        if given(settings, name):
+            raise UserError(f"{name}: {why} (got {getattr(settings, name)!r})")
     for (name, value), why in UNUSABLE_VALUES.items():
         if getattr(settings, name) == value:
             raise UserError(f"{name}={value}: {why}")
+    for name, needed in BESIDE.items():
+        option, _, wanted = needed.partition("=")
+        there = getattr(settings, option)
+        if given(settings, name) and not (wanted in str(getattr(there, "value", there)) if wanted else there):
+            raise UserError(f"{name}: does nothing without {needed} (got {getattr(settings, name)!r})")
+
+
+def given(settings: Any, name: str) -> bool:
+    """Whether an option is neither at its default nor off, as None, False and "no" are where the default is off too."""
+    value, default = getattr(settings, name), TrainingArguments.__dataclass_fields__[name].default
+    return value != default and (default is True or value not in (None, False, "no", []))
 
 
 def try_out(args: TrainingArguments, learning_rate: float) -> None:
@@ -96,6 +138,18 @@ def try_out(args: TrainingArguments, learning_rate: float) -> None:
         except Exception as error:  # whatever a package that is missing, or an option that it does not know, leads to
             value = getattr(getattr(args, option), "value", getattr(args, option))
             raise UserError(f"{option}={value}, with {beside} as given: {reason(error)}") from error
+    _, taken = trial.get_optimizer_cls_and_kwargs(trial.args, trial.model)  # type: ignore[arg-type]
+    _check_optimizer_options(args, taken)
+
+
+def _check_optimizer_options(args: TrainingArguments, taken: dict[str, Any]) -> None:
+    """Raise UserError for what the chosen optimizer does not look at. taken: the arguments that it is made with."""
+    optimizer = OptimizerNames(args.optim).value
+    for name, argument in {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}.items():
+        if given(args, name) and argument not in taken:
+            raise UserError(f"{name}: optim={optimizer} has none; its own are set by optim_args")
+    if args.optim_target_modules and not optimizer.startswith(PROJECTED):
+        raise UserError(f"optim_target_modules: optim={optimizer} trains all weights alike; see lora")
 
 
 class _Trial(Trainer):

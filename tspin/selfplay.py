@@ -9,22 +9,25 @@ The steps are those of tspin.iteration. The loop keeps each one's output as a st
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from shutil import rmtree
-from typing import Any
+from shutil import copytree, rmtree
+from typing import Any, Literal
 
 import pyarrow as pa
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
-from tspin.config import SelfPlayConfig
+from tspin.cards import push, write_card, write_eval_results
+from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.data.encoding import Example, encode_dataset
 from tspin.data.responses import write_parquet
 from tspin.data.turns import writes_date
+from tspin.engines.adapters import ADAPTER, CONFIG, WEIGHTS, lora_config, lora_settings
 from tspin.engines.engine import Engine
 from tspin.engines.here import FIRST_STEP
+from tspin.engines.trackers import Tracked, check_trackers, end_trackers, run_id
 from tspin.errors import UserError
 from tspin.fits import check_rows, check_training
 from tspin.iteration import (
@@ -34,6 +37,7 @@ from tspin.iteration import (
     diagnose,
     measure,
     sample,
+    score_held_out,
     score_reference,
     score_tokens,
     take_generated,
@@ -48,28 +52,11 @@ from tspin.runs.seeds import stage_seed
 from tspin.runs.stages import DamagedStage, Stage, check_stage, note_damage, run_stage
 from tspin.runs.unfinished import Unfinished
 from tspin.schema import PROTO, SYNTHETIC
+from tspin.states import HELD_OUT_NLL, IterationResult, advance, begun, best_of, write_state
 
 PROMPT_SCHEMA = pa.schema(
     [("prompt_id", pa.int64()), ("prompt", pa.string()), ("labelled", pa.string()), ("task", pa.string())]
 )
-
-
-@dataclass(frozen=True)
-class IterationResult:
-    """What one iteration left: the checkpoint's folder, its fingerprint, and facts of its steps."""
-
-    iteration: int
-    model_path: Path
-    fingerprint: str
-    synthetic: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    diagnostics: dict[str, Any] = field(default_factory=dict)
-    warnings: dict[str, str] = field(default_factory=dict)  # what has gone too far, see tspin.iteration.measure
-
-    @property
-    def policy(self) -> Policy:
-        """π_θt+1."""
-        return Policy(str(self.model_path), self.fingerprint)
 
 
 class SelfPlayTrainer:
@@ -82,6 +69,11 @@ class SelfPlayTrainer:
     processing_class: the tokenizer, loaded from `model` when left out.
     callbacks: transformers callbacks for every iteration's training.
     model_arguments: arguments of `from_pretrained`.
+    eval_dataset: labelled rows that are not trained on: −log π(y) of them is recorded after each iteration, and by it
+        args.best_iteration can choose.
+    peft_config: a peft.LoraConfig, in place of args.lora.
+
+    `state` is a transformers.TrainerState of all iterations, kept in the folder's trainer_state.json.
 
     Raises UserError for bad data, a folder that is no model, a tokenizer without an end token, what does not fit
     together (tspin.fits), and an output_dir that holds a run of another config.
@@ -93,19 +85,30 @@ class SelfPlayTrainer:
         args: SelfPlayConfig,
         train_dataset: Any,
         processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         model_arguments: dict[str, Any] | None = None,
+        eval_dataset: Any = None,
+        peft_config: Any = None,
     ):
-        if callbacks and args.launcher:
-            raise UserError("callbacks: those of this process do not reach the processes that args.launcher starts")
+        if not isinstance(args, SelfPlayConfig):
+            raise UserError(f"args: a SelfPlayConfig is needed, which has all options of {type(args).__name__}")
+        if args.best_iteration == HELD_OUT_NLL and eval_dataset is None:
+            raise UserError("best_iteration: held_out_nll is of held-out rows: give them as eval_dataset")
         if isinstance(model, PreTrainedModel) and processing_class is None:
             raise UserError("processing_class: give the tokenizer along with a loaded model")
         self.source = model if isinstance(model, PreTrainedModel) else resolve(str(model))
         self.folder = Path(str(args.output_dir))
         self.shared = Path(args.shared_dir) if args.shared_dir else self.folder
-        self.callbacks = list(callbacks)
+        self.callbacks: list[TrainerCallback] = []
         tokenizer = processing_class or load_tokenizer(str(self.source), model_arguments)
         self.args = args = copy.copy(args)
+        for callback in callbacks or ():
+            self.add_callback(callback)
+        if peft_config is not None:
+            args.lora = self._lora(peft_config, model_arguments or {})
+        if args.lora:
+            lora_config(args.lora)
+        check_trackers(args)
         self.proto_source = args.proto_model and _alike(args.proto_model, tokenizer, model_arguments)
         if args.date is None and writes_date(tokenizer):
             args.date = date_of_run(self.shared)
@@ -113,8 +116,36 @@ class SelfPlayTrainer:
         loading = model_arguments or {}
         check_rows(self.source, loading, tokenizer, self.examples, new_tokens=args.max_new_tokens)
         check_training(self.source, loading, args, len(self.examples))
+        self.held_out = None if eval_dataset is None else encode_dataset(eval_dataset, tokenizer, args)
+        if self.held_out is not None:
+            check_rows(self.source, loading, tokenizer, self.held_out)
         self.run = Run(args, self.examples, Engine(args, tokenizer, loading))
-        self.model: PreTrainedModel | None = None  # the final policy, after train()
+        self.state = TrainerState()
+        # The final policy, after train(); before it, what was handed over as a model.
+        self.model = self.source if isinstance(self.source, PreTrainedModel) else None
+        self.results: list[IterationResult] = []
+        self.train_dataset = train_dataset
+
+    @property
+    def processing_class(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        return self.run.engine.tokenizer
+
+    tokenizer = processing_class
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a callback, or a class of one, for every training from now on. Raises UserError with args.launcher."""
+        if self.args.launcher:
+            raise UserError("callbacks: those of this process do not reach the processes that args.launcher starts")
+        self.callbacks.append(callback() if isinstance(callback, type) else callback)
+
+    def _lora(self, peft_config: Any, loading: dict[str, Any]) -> LoraSettings:
+        if self.args.lora:
+            raise UserError("peft_config: args.lora is given too; leave one of them out")
+        if isinstance(self.source, PreTrainedModel):
+            return lora_settings(peft_config, self.source.config.model_type)
+        trusted = bool(loading.get("trust_remote_code"))
+        return lora_settings(peft_config, AutoConfig.from_pretrained(self.source, trust_remote_code=trusted).model_type)
 
     def algorithm_1(self) -> Iterator[IterationResult]:
         """Algorithm 1 of the paper (arXiv 2601.08198). SFT, which is no self-play, trains once, on y alone."""
@@ -127,9 +158,10 @@ class SelfPlayTrainer:
             reference = self._score_reference(iteration)
             trained = self._train(iteration, reference)  # π_θt+1
             diagnosed = self._diagnose(iteration, reference, trained)
-            result = _result(number, synthetic, reference, trained, diagnosed)
+            held_out = self._score_held_out(iteration, trained)
+            result = _result(number, synthetic, reference, trained, diagnosed, held_out)
             yield result
-            policy, earlier = result.policy, _left(reference, diagnosed)
+            policy, earlier = result.policy, _left(reference, diagnosed, earlier.steps + trained.facts["steps"])
 
     def iterate(self) -> Iterator[IterationResult]:
         """The iterations one by one: a result is yielded when its checkpoint is on disk.
@@ -137,20 +169,42 @@ class SelfPlayTrainer:
         Raises UserError when another process is at work in the run's folder, Stopped at SIGTERM or Ctrl-C in training.
         """
         damaged: set[Path] = set()
-        yielded = 0
-        with owned(self.folder):
+        self.results = []
+        with owned(self.folder), self._tracking():
             while True:
                 try:
                     for number, result in enumerate(self.algorithm_1()):
-                        if number == yielded:
-                            yielded += 1
+                        if number == len(self.results):
+                            self._note(result)
                             yield result
                     return
                 except DamagedStage as error:  # an earlier iteration's: from the start, past all that is whole
                     note_damage(error, damaged)
 
-    def train(self) -> list[IterationResult]:
-        """Run what is missing of all iterations; `self.model` is the final policy afterwards."""
+    @contextmanager
+    def _tracking(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            end_trackers(self.folder)
+
+    def _note(self, result: IterationResult) -> None:
+        """Add an iteration to the results and to the state."""
+        rule = self.args.best_iteration
+        if not self.results:
+            self.state = begun(self.folder, rule)
+        self.results.append(result)
+        advance(self.state, result, rule)
+        write_state(self.folder, self.state)
+        self.write_card(result)
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[IterationResult]:
+        """Run what is missing of all iterations; `self.model` is the final policy afterwards.
+
+        resume_from_checkpoint: a run always goes on from what its folder keeps, and None, True and that folder say so;
+        False asks for a new one. Raises UserError where the folder has one already, and for any other folder.
+        """
+        self._check_resume(resume_from_checkpoint)
         damaged: set[Path] = set()
         while True:
             results = list(self.iterate())
@@ -161,6 +215,62 @@ class SelfPlayTrainer:
                 return results
             except DamagedStage as error:
                 note_damage(error, damaged)
+
+    def _check_resume(self, asked: bool | str | Path | None) -> None:
+        if asked is False and (self.folder / "config.json").exists():
+            raise UserError(
+                f"resume_from_checkpoint=False: {self.folder} holds a run already; leave it out to go on with "
+                "that one, or choose another output_dir"
+            )
+        if isinstance(asked, str | Path) and Path(asked).resolve() != self.folder.resolve():
+            raise UserError(
+                f"resume_from_checkpoint: {asked} is not this run's folder, {self.folder}: a run goes on from what "
+                "that keeps, whole iterations and a stopped training alike"
+            )
+
+    def result_of(self, which: int | Literal["last", "best"] = "last") -> IterationResult:
+        """The result of an iteration: the last, the best by args.best_iteration, or by number. Raises UserError."""
+        if not self.results:
+            raise UserError("no iteration is trained yet: call train() first, which goes past all that is kept")
+        if which == "best":
+            which = best_of(self.state)
+        number = self.results[-1].iteration if which == "last" else which
+        if number not in range(len(self.results)):
+            raise UserError(f"iteration {number}: the run has {len(self.results)}, counted from 0")
+        return self.results[int(number)]
+
+    def write_card(self, result: IterationResult) -> Path:
+        """Write an iteration's model card anew, with the scores that are there by now; returns its folder."""
+        return write_card(result, self.run, self.source, self.train_dataset)
+
+    def save_model(self, output_dir: str | Path, which: int | Literal["last", "best"] = "last") -> None:
+        """Copy an iteration's policy, with tokenizer and card, to a folder. Raises UserError."""
+        result = self.result_of(which)
+        check_stage(result.model_path)
+        for folder in (result.model_path, self.write_card(result)):
+            copytree(folder, output_dir, dirs_exist_ok=True)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        which: int | Literal["last", "best"] = "last",
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        benchmarks: Mapping[str, tuple[str, str]] | None = None,
+    ) -> str:
+        """Upload an iteration's policy with its card; returns the repository's address.
+
+        token: without, args.hub_token or the one that is logged in. benchmarks: evaluated benchmarks that the hub has
+        leaderboards of, see tspin.cards.write_eval_results. Raises UserError.
+        """
+        result = self.result_of(which)
+        check_stage(result.model_path)
+        self.write_card(result)
+        write_eval_results(result, benchmarks or {})
+        message = commit_message or f"{self.args.method}, iteration {result.iteration}"
+        return push(result, repo_id, token or self.args.hub_token, private, message)
 
     def response_path(self, role: str, number: int = 0) -> Path:
         """Where y0 (PROTO) or an iteration's y′ (SYNTHETIC) is kept, as read_responses reads it.
@@ -183,6 +293,7 @@ class SelfPlayTrainer:
     def _initial_policy(self) -> Policy:
         """π_θ0, once the run's folder is known to be this run's; leaves the prompts there for those who read it."""
         policy = self._claimed()
+        begun(self.folder, self.args.best_iteration)
         if self.args.date:
             record_date(self.shared, self.args.date)
         if self.examples.noted and not (self.folder / "rows.json").exists():
@@ -267,13 +378,21 @@ class SelfPlayTrainer:
         scores = reference.output if reference else None
         inputs = {**iteration.inputs, "reference": sha256(scores) if scores else None}
         unfinished = Unfinished(iteration.folder / "unfinished", inputs)
+        tracked = Tracked(self.folder, run_id(self.folder), iteration.earlier.steps)
         produce = partial(
-            train, iteration, scores, log_folder=iteration.folder, callbacks=self.callbacks, unfinished=unfinished
+            train,
+            iteration,
+            scores,
+            log_folder=iteration.folder,
+            callbacks=self.callbacks,
+            unfinished=unfinished,
+            tracked=tracked,
         )
+        beside = ["steps.parquet", FIRST_STEP]
+        if self.args.lora and self.args.lora.keep_adapter:
+            beside += [f"{ADAPTER}/{name}" for name in (WEIGHTS, CONFIG)]
         # Of checkpoints most are not read again: whoever loads one checks it.
-        trained = run_stage(
-            iteration.folder / "model", inputs, produce, beside=["steps.parquet", FIRST_STEP], check=False
-        )
+        trained = run_stage(iteration.folder / "model", inputs, produce, beside=beside, check=False)
         self.run.engine.release()
         unfinished.forget()
         return trained
@@ -296,6 +415,14 @@ class SelfPlayTrainer:
         inputs = {**inputs, "diagnostics": sha256(table) if table else None}
         return [*stages, run_stage(iteration.folder / "guards.json", inputs, produce)]
 
+    def _score_held_out(self, iteration: Iteration, trained: Stage) -> Stage | None:
+        if self.held_out is None:
+            return None
+        policy = Policy(str(trained.output), trained.fingerprint)
+        inputs = {**self.run.inputs, "policy": policy.fingerprint, "held out": self.held_out.fingerprint}
+        produce = partial(score_held_out, self.run, policy, self.held_out)
+        return run_stage(iteration.folder / "held_out.json", inputs, produce)
+
 
 def _alike(model: str, tokenizer: PreTrainedTokenizerBase, model_arguments: dict[str, Any] | None) -> str:
     """The folder of a model whose responses are tokens of this tokenizer's too. Raises UserError where they are not."""
@@ -305,14 +432,22 @@ def _alike(model: str, tokenizer: PreTrainedTokenizerBase, model_arguments: dict
     return folder
 
 
-def _left(reference: Stage | None, diagnosed: Sequence[Stage]) -> Earlier:
-    """What an iteration leaves to the next: its reference's log-probabilities, and its diagnostics if there are any."""
+def _left(reference: Stage | None, diagnosed: Sequence[Stage], steps: int) -> Earlier:
+    """What an iteration leaves to the next: its reference's log-probabilities, and its diagnostics if there are any.
+
+    steps: of all iterations until then.
+    """
     *diagnostics, _ = diagnosed
-    return Earlier(reference.output if reference else None, diagnostics[0].output if diagnostics else None)
+    return Earlier(reference.output if reference else None, diagnostics[0].output if diagnostics else None, steps)
 
 
 def _result(
-    number: int, synthetic: Stage | None, reference: Stage | None, trained: Stage, diagnosed: Sequence[Stage]
+    number: int,
+    synthetic: Stage | None,
+    reference: Stage | None,
+    trained: Stage,
+    diagnosed: Sequence[Stage],
+    held_out: Stage | None,
 ) -> IterationResult:
     """An iteration's facts, and what it cost besides its training: sampling y′, and the reference's pass."""
     seconds = {"sampling_seconds": synthetic, "reference_seconds": reference}
@@ -325,4 +460,5 @@ def _result(
         {**trained.facts, **costs, "commit": trained.provenance["commit"]},
         {name: value for stage in diagnosed for name, value in stage.facts.items()},
         read_json(diagnosed[-1].output)["warnings"],
+        held_out.facts if held_out else {},
     )

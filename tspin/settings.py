@@ -4,7 +4,7 @@ The settings that stand at a config's top level are the fields of tspin.config.S
 """
 
 from datetime import date
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -71,3 +71,5 @@ class LoraSettings(Section):
     rank: PositiveInt = 16
     alpha: Positive = 32.0
     target_modules: str | list[str] = "all-linear"
+    options: dict[str, Any] = {}  # further ones of peft.LoraConfig (tspin.engines.adapters.OPTIONS)
+    keep_adapter: bool = True  # beside each merged checkpoint, the adapter alone

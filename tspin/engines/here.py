@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import pandas as pd
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -22,11 +20,12 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.integrations import TensorBoardCallback
 
-from tspin.config import LoraSettings, SelfPlayConfig
+from tspin.config import SelfPlayConfig
 from tspin.devices import peak_bytes, reset_peak
+from tspin.engines.adapters import ADAPTER, adapted_weights, add_adapters, save_adapter
 from tspin.engines.callbacks import AtTrainBegin, KeepState, LogLastStep, StepBar
+from tspin.engines.trackers import Tracked, tracked_name, trackers
 from tspin.errors import UserError
 from tspin.objectives import of_iteration
 from tspin.runs.files import atomic_path, write_json
@@ -44,7 +43,8 @@ SAMPLED = 256  # elements of a weight
 class Training:
     """One iteration's training: on what, with which settings, and where its files go.
 
-    checkpoint: the folder of the trained policy. log_folder: gets steps.parquet and TensorBoard's events.
+    checkpoint: the folder of the trained policy. log_folder: gets steps.parquet, and adapters where there are any.
+    tracked: the run that trackers are told of; none without.
     """
 
     triplets: Sequence[Triplet]
@@ -53,6 +53,7 @@ class Training:
     iteration: int
     checkpoint: Path
     log_folder: Path
+    tracked: Tracked | None = None
 
     @cached_property
     def arguments(self) -> SelfPlayConfig:
@@ -62,7 +63,9 @@ class Training:
         arguments.seed = stage_seed(self.args.seed, "training", self.iteration)
         arguments.learning_rate = of_iteration(self.args.learning_rates, self.iteration)
         arguments.dataloader_pin_memory = torch.cuda.is_available()
-        arguments.report_to = [target for target in self.args.report_to if target != "tensorboard"]
+        arguments.report_to = []  # ours are told the steps of the whole run
+        if self.tracked is not None:
+            arguments.run_name = tracked_name(self.args, self.tracked)
         return arguments
 
 
@@ -104,10 +107,19 @@ def train(
         _train_until_asked(trainer, unfinished, state, training.args.checkpoint_steps)
     seconds = round(time.perf_counter() - start, 2)
     if adapters is not None:
+        _keep_adapters(adapters, training, str(model.name_or_path))
+        adapted = adapted_weights(adapters)
+        weights = {name: weight for name, weight in weights.items() if name in adapted}
         trainer.model = adapters.merge_and_unload()
     changed = changed_share(weights, sampled_weights(model))
     measured = {"training_seconds": seconds, "changed_share": changed, "peak_memory_bytes": peak_bytes()}
     return {**_written(trainer, training), **measured}
+
+
+def _keep_adapters(adapters: LoraModel, training: Training, policy: str) -> None:
+    assert training.args.lora is not None
+    if training.args.lora.keep_adapter and training.args.process_index == 0:
+        save_adapter(adapters, policy, training.log_folder / ADAPTER)
 
 
 def sampled_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -147,18 +159,13 @@ def _trainer(model: PreTrainedModel, training: Training, callbacks: list[Trainer
 
 
 def _reports(training: Training, step: int) -> list[TrainerCallback]:
-    """The progress bar and TensorBoard's events, as the settings ask; step: where the training goes on."""
+    """The progress bar and the trackers, as the settings ask; step: where the training goes on."""
     args = training.args
     callbacks: list[TrainerCallback] = []
     if not args.disable_tqdm:
         callbacks.append(StepBar(f"training, iteration {training.iteration}"))
-    if "tensorboard" in args.report_to:
-        from torch.utils.tensorboard import SummaryWriter  # here, so that the first bar does not wait for it
-
-        events = training.log_folder / "tensorboard"
-        if not step:
-            rmtree(events, ignore_errors=True)  # what a killed try at the same iteration left
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(events), purge_step=step + 1 if step else None)))
+    if training.tracked is not None:
+        callbacks += trackers(args, training.tracked, step)
     return callbacks
 
 
@@ -218,21 +225,3 @@ def _collator(
         return collator_for(model, triplets, tokenizer, args.micro_batch_tokens, args.layout)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> LoraModel:
-    """Put low-rank adapters into `model`, in place, and freeze everything else (LoRA, arXiv 2106.09685).
-
-    The model itself, not a wrapper, goes on being trained: the layouts that share prompts look into it. Raises
-    UserError where it has no such modules.
-    """
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
-        target_modules=settings.target_modules,
-        lora_dropout=0.0,
-    )
-    try:
-        return LoraModel(model, {"default": config}, "default")
-    except ValueError as error:
-        raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from error

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ def launch_training(policy: str, loading: Mapping[str, Any], training: Training)
             "iteration": training.iteration,
             "checkpoint": str(training.checkpoint.resolve()),
             "log_folder": str(training.log_folder.resolve()),
+            "tracked": training.tracked
+            and {**asdict(training.tracked), "folder": str(training.tracked.folder.resolve())},
         }
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", args.launcher]
         # The settings decide, not the file: scores of this process and the record have the same arithmetic.

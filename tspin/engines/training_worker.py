@@ -15,6 +15,7 @@ from tspin.config import SelfPlayConfig
 from tspin.devices import without_denormals
 from tspin.engines.here import Training, train
 from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS
+from tspin.engines.trackers import Tracked
 from tspin.engines.workers import FAILURE, read_job
 from tspin.errors import UserError
 from tspin.models import load_model, load_tokenizer
@@ -49,6 +50,7 @@ def _train(folder: Path) -> None:
         job["iteration"],
         Path(job["checkpoint"]),
         Path(job["log_folder"]),
+        job["tracked"] and Tracked(**{**job["tracked"], "folder": Path(job["tracked"]["folder"])}),
     )
     callbacks = [WriteProgress(folder / PROGRESS)] if first else []
     facts = train(load_model(job["policy"], loading), training, callbacks)

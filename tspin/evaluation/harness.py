@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HUB_MODULES = ("huggingface_hub", "datasets", "httpx", "requests", "aiohttp", "fsspec")
+HUB_MODULES = ("huggingface_hub", "datasets", "httpx", "httpx2", "requests", "aiohttp", "fsspec")
 PYTHON_SEED = 0  # lm-eval's default
 SCORES = ["benchmark", "metric", "value", "stderr", "n"]
 SAMPLES = ["benchmark", "task", "doc_id", "metric", "value", "response"]

@@ -1,8 +1,5 @@
 """Held-out −log π(y): how likely a policy finds labelled responses that no method has trained on."""
 
-from typing import Any
-
-import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -10,6 +7,7 @@ from tspin.config import SelfPlayConfig
 from tspin.data.encoding import encode_dataset
 from tspin.data.mapped import column
 from tspin.data.sources import load_rows
+from tspin.diagnostics import held_out_nll
 from tspin.engines.here import Scoring, score
 from tspin.schema import HELD_OUT, LABELLED
 from tspin.triplets import make_triplets
@@ -25,16 +23,10 @@ def held_out_scores(
     """
     examples = encode_dataset(load_rows(path, labels=limit), tokenizer, args)
     triplets = make_triplets(examples, {})
-    nats = -np.asarray(score(model, triplets, Scoring(tokenizer, args, "held-out labels"))[LABELLED])
-    tokens = np.array([len(ids) for ids in column(triplets.dataset, f"{LABELLED}/ids")])
-    per_token = nats.sum() / tokens.sum()
-    residuals = (nats - per_token * tokens) / tokens.mean()
-    rows: list[dict[str, Any]] = [
-        {"metric": "nll,none", "value": nats.mean(), "stderr": _error(nats)},
-        {"metric": "nll_per_token,none", "value": per_token, "stderr": _error(residuals)},
+    nats = score(model, triplets, Scoring(tokenizer, args, "held-out labels"))[LABELLED]
+    found = held_out_nll(nats, [len(ids) for ids in column(triplets.dataset, f"{LABELLED}/ids")])
+    rows = [
+        {"metric": f"{name},none", "value": found[name], "stderr": found[f"{name}_stderr"]}
+        for name in ("nll", "nll_per_token")
     ]
-    return pd.DataFrame(rows).assign(benchmark=HELD_OUT, n=len(nats))
-
-
-def _error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    return pd.DataFrame(rows).assign(benchmark=HELD_OUT, n=len(nats)).astype({"stderr": float})

@@ -7,6 +7,7 @@ runs/<preset>/seed-<s>/<method>/iteration-<t>/      synthetic.parquet, model/, s
 results/<preset>/                                   see tspin.experiment.results
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig, rendering_of
+from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig, rendering_of, warmup_of
 from tspin.data.mapped import spread
 from tspin.data.sources import Source, load_rows
 from tspin.data.turns import writes_date
@@ -41,6 +42,7 @@ from tspin.runs.locks import owned
 from tspin.runs.stages import DamagedStage, check_stage, note_damage, run_stage
 from tspin.schema import BASE
 from tspin.selfplay import IterationResult, SelfPlayTrainer
+from tspin.states import HELD_OUT_NLL
 from tspin.yaml_files import find_yaml
 
 # What y0 and the first y′ follow from, besides the model, the data and the seed.
@@ -146,6 +148,7 @@ def collect_run(
         for text in result.warnings.values():
             say(f"[yellow]warning[/yellow]: {step}: {text}")
         scores, problems = evaluator.scores(result.policy, result.model_path.parent / "evaluation", step)
+        trainer.write_card(result)  # with its scores
         iteration = result.iteration if self_play else None
         collected.add("evaluations", scores, method, seed, iteration)
         collected.add("problems", problems, method, seed, iteration)
@@ -227,8 +230,15 @@ def build_trainer(
         model,
         args=training_arguments(settings, folder / settings.method, seed, shared, launcher),
         train_dataset=load_dataset(settings.data),
+        eval_dataset=held_out_rows(settings),
         model_arguments=model_arguments,
     )
+
+
+def held_out_rows(settings: RunSettings) -> Source | None:
+    """evaluation.held_out, where the best iteration is chosen by it; what only evaluates it reads it then."""
+    path = settings.evaluation.held_out if settings.evaluation else None
+    return load_rows(path) if path and settings.training.best_iteration == HELD_OUT_NLL else None
 
 
 def load_dataset(settings: DataSettings) -> Source:
@@ -294,7 +304,8 @@ class Evaluator:
     def results_config(self) -> dict[str, Any]:
         """What numbers in one results folder must agree on; `iterations` may grow."""
         suite = {"suite": self.suite.model_dump(mode="json"), "tasks": self.suite.definition()}
-        return {"config": self.config.tree(), "policy": self.policy.fingerprint, **suite}
+        config = {"config": self.config.tree(), "policy": self.policy.fingerprint}
+        return {**config, **suite, **warmup_of(self.config.training)}
 
     def scores(self, policy: Policy, folder: Path, title: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         """(scores, problems) of a policy, kept in `folder` with the per-problem samples."""
@@ -338,6 +349,9 @@ def describe(result: IterationResult) -> str:
     """One line on what an iteration did."""
     training, synthetic = result.training, result.synthetic
     line = f"{training['steps']} steps, {training['tokens']:,} tokens, {training['training_seconds']:.0f} s"
+    moved = result.moved()
+    line += f"; learning rate up to {moved['learning_rate']:.2g}"
+    line += "" if math.isnan(moved["labelled"]) else f", log π(y) {moved['labelled']:+.3g} nats"
     if synthetic:
         line += (
             f"; synthetic responses: {synthetic['mean_tokens']:.1f} tokens, {synthetic['end_token_share']:.0%} ended, "

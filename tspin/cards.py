@@ -1,0 +1,147 @@
+"""What an iteration tells of itself: its model card and the hub's evaluation results, in `card/` beside the checkpoint.
+
+Beside, not in it: a checkpoint is sealed when it is trained, and the scores come later. SelfPlayTrainer's `save_model`
+and `push_to_hub` put both into one place.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+from transformers import PreTrainedModel
+
+from tspin.errors import UserError, reason, unknown
+from tspin.evaluation.harness import HUB_MODULES
+from tspin.iteration import Run
+from tspin.runs.files import write_text
+from tspin.runs.provenance import provenance
+from tspin.states import IterationResult
+
+CARD = "card"  # the folder
+TEMPLATE = Path(__file__).with_name("card.md.j2")
+LOSSES = {  # of a triplet; ℓ is loss_type
+    "sft": "−log π(y) per token",
+    "spin": "ℓ(λ log π(y)/π_t(y) − λ log π(y′)/π_t(y′))",
+    "tspin": "ℓ(α log π(y) − α log π(y′)) + β ℓ(α log π(y′) − α log π(y0))",
+    "tspin_no_history": "ℓ(α log π(y) − α log π(y′))",
+    "tspin_reference": "ℓ(α [r(y) − r(y′)]) + β ℓ(α [r(y′) − r(y0)]), r = log π/π_t",
+    "dpo": "ℓ(λ log π(y)/π_0(y) − λ log π(y′)/π_0(y′))",
+    "simpo": "−log σ(the difference of mean log π per token of y and y′, scaled, less a margin)",
+    "space": "−log σ_μ(r(y)) − μ log(1 − σ_μ(r(y′))), r = log π/π_t",
+}
+
+
+def write_card(result: IterationResult, run: Run, source: str | PreTrainedModel, data: Any) -> Path:
+    """Write an iteration's card with what is known of it now; returns its folder.
+
+    Scores are those of evaluation/scores.csv beside the checkpoint, if they are there. source: the initial policy.
+    data: what the run was given as its rows.
+    """
+    folder = result.model_path.parent / CARD
+    scores = _scores(result)
+    name = f"{run.args.method}-iteration-{result.iteration}"
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["self-play", run.args.method, "tspin", "arxiv:2601.08198"],
+        model_name=name,
+        eval_results=[_eval_result(row) for row in scores] or None,
+        **_origin(source, data),
+    )
+    card = ModelCard.from_template(
+        header,
+        template_path=str(TEMPLATE),
+        name=name,
+        result=result,
+        method=run.args.method,
+        loss=LOSSES.get(run.args.method),
+        settings=run.args.computed() | {"iterations": run.iterations},
+        defaults=type(run.args)(output_dir=run.args.output_dir).computed(),
+        rows=len(run.examples),
+        scores=scores,
+        provenance=provenance(),
+        version=version("tspin"),
+        date=datetime.fromtimestamp(result.model_path.stat().st_mtime, UTC).date().isoformat(),
+    )
+    write_text(folder / "README.md", str(card))
+    return folder
+
+
+def write_eval_results(result: IterationResult, benchmarks: Mapping[str, tuple[str, str]]) -> None:
+    """Write `.eval_results/<benchmark>.yaml`, as the hub's leaderboards read it, in percent.
+
+    benchmarks: name in the scores → the data set's id on the hub and the task's id in that one's eval.yaml: only who
+    has registered a benchmark says so. Raises UserError for a benchmark without a score.
+    """
+    scores = {row["benchmark"]: row for row in reversed(_scores(result))}
+    for name, (dataset, task) in benchmarks.items():
+        if name not in scores:
+            raise UserError(unknown("evaluated benchmark", name, scores))
+        row = scores[name]
+        notes = f"{row['metric']}; lm-evaluation-harness, {row['n']} problems"
+        entry = EvalResultEntry(dataset, task, round(100 * row["value"], 2), notes=notes)
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+        write_text(result.model_path.parent / CARD / ".eval_results" / f"{name}.yaml", text)
+
+
+def push(result: IterationResult, repo_id: str, token: str | None, private: bool | None, message: str) -> str:
+    """Upload a checkpoint and its card to a repository of the hub, made where there is none; returns its address.
+
+    Raises UserError, one line, where the hub cannot be reached or refuses it.
+    """
+    api = HfApi(token=token)
+    try:
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        for folder in (result.model_path, result.model_path.parent / CARD):
+            api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=message)
+    except Exception as error:
+        if not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in HUB_MODULES):
+            raise
+        raise UserError(
+            f"{repo_id}: could not be uploaded ({reason(error)}); nothing is lost, it is in {result.model_path}"
+        ) from error
+    return str(address)
+
+
+def _origin(source: str | PreTrainedModel, data: Any) -> dict[str, Any]:
+    """base_model, license and datasets for the card's header, those that are known."""
+    folder = Path(str(source if isinstance(source, str) else source.name_or_path))
+    found: dict[str, Any] = {}
+    if folder.parent.name == "snapshots":  # the hub's cache
+        found["base_model"] = folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    if (folder / "README.md").is_file():
+        found["license"] = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+    name = getattr(getattr(data, "info", None), "dataset_name", None)
+    if name and "/" in name:
+        found["datasets"] = [name]
+    return found
+
+
+def _scores(result: IterationResult) -> list[dict[str, Any]]:
+    """The checkpoint's scores, {"benchmark", "metric", "value", "stderr", "n"} each; none before it is evaluated."""
+    path = result.model_path.parent / "evaluation" / "scores.csv"
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    return [{str(name): value for name, value in row.items()} for row in rows]
+
+
+def _eval_result(row: Mapping[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=row["benchmark"],
+        dataset_name=row["benchmark"],
+        metric_type=row["metric"].split(",")[0],
+        metric_name=row["metric"],
+        metric_value=round(float(row["value"]), 6),
+    )
