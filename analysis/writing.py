@@ -27,6 +27,7 @@ def write_figure(figure: Figure, stem: Path) -> list[Path]:
     for path, metadata in zip(paths, ({"Software": None}, {"Date": None, "Creator": None}), strict=True):
         with atomic_path(path) as temporary, matplotlib.rc_context(RC):
             figure.savefig(temporary, format=path.suffix[1:], dpi=300, metadata=metadata)
+        figure.set_layout_engine("none")  # what was laid out for the first file stands in the second
     return paths
 
 
