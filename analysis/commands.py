@@ -1,4 +1,4 @@
-"""`tspin table`, `figure`, `claims` and `compare`: the paper from results. Heavy imports wait until a command runs."""
+"""`tspin table`, `figure`, `claims`, `compare` and `report`: the paper from results. Heavy imports wait until a command runs."""
 
 import re
 from pathlib import Path
@@ -109,6 +109,28 @@ def compare(
     write_text(out, page(first, second))
     _print(summary(first, second))
     _wrote([out])
+
+
+def report(
+    preset: Preset = "pocket",
+    results: Results = Path("results"),
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    pdf: Annotated[Path | None, typer.Option(help="Write it as PDF too (pip install 'tspin\\[report]').")] = None,
+) -> None:
+    """Write one page of everything that a preset's results hold: set-up, tables, figures, claims, limits, provenance.
+
+    Example: tspin report --preset pocket --results results/reference
+    """
+    from tspin.runs.files import write_text
+
+    from .report import page, write_pdf
+
+    text = page(results / preset)
+    write_text(out, text)
+    _wrote([out])
+    if pdf is not None:
+        write_pdf(text, pdf)
+        _wrote([pdf])
 
 
 def _folder(number: str, preset: str | None, results: Path) -> Path:

@@ -60,6 +60,8 @@ class Evidence:
 
     @cached_property
     def _pairs(self) -> pd.DataFrame:
+        if not (self.folder / "diagnostics.parquet").is_file():
+            raise Missing("not recorded: log-likelihoods of responses (diagnostics.parquet)")
         table = read_table(self.folder, "diagnostics")
         return pairs(table[table["method"].isin(PAIR)])
 

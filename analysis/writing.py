@@ -41,8 +41,13 @@ def write_table(stem: Path, table: pd.DataFrame, cells: pd.DataFrame, caption: s
 
 def write_csv(path: Path, table: pd.DataFrame) -> Path:
     """Write a table with four decimals, missing cells empty; return the path."""
-    write_text(path, table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
+    write_text(path, csv_text(table))
     return path
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """What `write_csv` writes."""
+    return str(table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
 
 
 def number(value: float | None, form: str = ".2f") -> str:
