@@ -55,7 +55,7 @@ class Cells:
     def value(self, file: str, *path: str | int, form: str = "", cut: Callable[[str], str | None] = str) -> Cell:
         """The value of a JSON file at the end of a path. cut: what of a text is shown; None where it has no such part.
 
-        Absent too where the value is null.
+        Absent too where the value is null or empty.
         """
         source = SEPARATOR.join(map(str, (file, *path)))
         found = self.files.get(file)
@@ -64,10 +64,8 @@ class Cells:
                 found = found[key]  # type: ignore[index]
             except (KeyError, IndexError, TypeError) as error:
                 raise Absent(source) from error
-        if found is None or (isinstance(found, str) and not found):
-            raise Absent(source)
-        text = number(found, form) if form else cut(_plain(found))
-        if text is None:
+        text = None if found is None else number(found, form) if form else cut(_plain(found))
+        if not text:
             raise Absent(source)
         return Cell(text, source)
 
@@ -107,8 +105,8 @@ def _plain(value: Any) -> str:
 
 
 def sentence(caller: Callable[[], Markup]) -> Markup:
-    """What a template's `call` block says, or nothing where a number of it is absent."""
+    """What a template's `call` block says, and a space; or nothing where a number of it is absent."""
     try:
-        return Markup(caller())
+        return Markup(caller()).strip() + " "
     except Absent:
         return Markup("")

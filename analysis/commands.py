@@ -1,4 +1,4 @@
-"""`tspin table`, `figure`, `claims`, `compare` and `report`: the paper from results. Heavy imports wait until a command runs."""
+"""`tspin table`, `figure`, `claims`, `compare`, `report`: the paper from results. Heavy imports wait for a command."""
 
 import re
 from pathlib import Path

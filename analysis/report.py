@@ -32,15 +32,14 @@ from .cells import Absent, Cell, Cells, sentence
 from .claims import scorecard
 from .curves import CURVES, average_by_iteration
 from .figures import FIGURES
-from .map import map_of
 from .map_text import map_text
-from .reading import read_scores, read_suite
+from .reading import COMMITTED, read_scores, read_suite
 from .responses import response_caption, response_cells, response_table
 from .scorecard import chance_rows
 from .scores import AVG, means, scores_of
 from .style import RC, in_order, look
 from .tables import LAYOUTS, score_caption, score_cells, score_table
-from .verdicts import VERDICTS
+from .verdicts import BY_DEFINITION, VERDICTS
 from .writing import csv_text, number
 
 T = TypeVar("T")
@@ -100,7 +99,8 @@ class Gathered:
         self.scores = read_scores(folder)
         self.methods = in_order(self.scores["method"])
         ours = score_table(folder, LAYOUTS["1"], self.scores)
-        self.table, self.agreement = beside(ours, folder, LAYOUTS["1"])
+        self.table, agreement = beside(ours, folder, LAYOUTS["1"])
+        self.agreement = agreement.replace(f"{COMMITTED}/", "reference/")  # not where they are on this machine
         self.files: dict[str, Any] = {"table1.csv": self.table}
         if "tspin_no_history" in self.methods:
             self.files["table2.csv"] = score_table(folder, LAYOUTS["2"], self.scores)
@@ -108,7 +108,7 @@ class Gathered:
             if (folder / name).is_file():
                 self.files[name] = read_json(folder / name)
             else:
-                self.left_out.append(f"{folder / name}: no such file")
+                self.left_out.append(f"{name}: no such file")
         intervals = self.attempt(lambda: means(scores_of(folder)))
         if intervals is not None:
             self.files["intervals.csv"] = intervals
@@ -121,8 +121,9 @@ class Gathered:
         try:
             return make()
         except UserError as error:
-            if str(error) not in self.left_out:
-                self.left_out.append(str(error))
+            reason = str(error).partition("; ")[0].replace(f"{self.folder}/", "")  # a page has readers elsewhere
+            if reason not in self.left_out:
+                self.left_out.append(reason)
             return None
 
     @property
@@ -183,7 +184,7 @@ def page(folder: Path) -> str:
         settings=settings_of(gathered),
         claims=gathered.claims,
         chances=chance_rows(gathered.claims),
-        verdicts=VERDICTS,
+        verdicts=(*VERDICTS, BY_DEFINITION),
         ledger=_ledger(folder),
         runs=_runs(gathered),
         warnings=_warnings(gathered),
@@ -404,12 +405,11 @@ def _runs(gathered: Gathered) -> list[dict[str, str]]:
     runs = pd.DataFrame(gathered.files.get("provenance.json", {}).get("runs", []))
     if runs.empty:
         return []
-    if "commit" not in runs:
-        runs["commit"] = None
+    runs["commit"] = runs["commit"].fillna("").str[:12] if "commit" in runs else ""
     rows = []
-    for (method, commit), group in runs.groupby(["method", "commit"], sort=False, dropna=False):
+    for (method, commit), group in runs.groupby(["method", "commit"], sort=False):
         texts = {name: ", ".join(map(str, sorted(group[name].unique()))) for name in ("seed", "iteration")}
-        rows.append({"method": look(method).label, **texts, "commit": "" if pd.isna(commit) else str(commit)[:12]})
+        rows.append({"method": look(str(method)).label, **texts, "commit": str(commit)})
     return rows
 
 

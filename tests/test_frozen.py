@@ -24,7 +24,7 @@ FROZEN = Path(__file__).parent / "frozen"
 FREEZE = bool(os.environ.get("TSPIN_FREEZE"))
 COMMANDS = [
     *("claims", "compare", "diagnose", "evaluate", "fetch", "figure", "plan"),
-    *("rerun", "run", "sample", "sweep", "table", "train"),
+    *("report", "rerun", "run", "sample", "sweep", "table", "train"),
 ]
 TIMES = ["tokens_per_second"]
 RUN = {
