@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +21,6 @@ import pandas as pd
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
-from tspin import __version__
 from tspin.errors import UserError, tell
 from tspin.runs.files import atomic_path, json_text, read_json
 from tspin.schema import BASE, unit
@@ -162,7 +162,7 @@ def page(folder: Path) -> str:
         suite=read_suite(folder),
         versions=gathered.files.get("provenance.json", {}).get("versions", {}),
         uncommitted=gathered.files.get("provenance.json", {}).get("uncommitted_changes", False),
-        version=__version__,
+        version=metadata.version("tspin"),
         cell=cells.cell,
         value=cells.value,
         count=cells.count,
