@@ -22,7 +22,7 @@ table5 figure3 figure7: NEEDS = spin,tspin
 figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
-.PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims \
+.PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims report \
 	study studies notebooks sweep benchmark readme example times command-times breakdown plan-check regenerate test fault-test load test-vllm engines fuzz lock audit sbom lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
@@ -49,6 +49,10 @@ reproduce-all: $(READY)
 
 claims: $(READY)
 	$(TSPIN) claims $(OF)
+
+# One page of everything that the results hold. PDF=report.pdf for paper too (it needs the system's pango).
+report: $(if $(PDF),$(VENV)/.report,$(READY))
+	$(TSPIN) report $(OF) --out $(or $(OUT),report.html) $(if $(PDF),--pdf $(PDF))
 
 # STUDY: a file of experiments/studies/, drawn as the figure of its name (or FIGURE).
 FIGURES_map := map map_sft map_course map_entropy
@@ -174,6 +178,10 @@ $(VENV)/.lint: $(READY)
 
 $(VENV)/.notebooks: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
+	touch $@
+
+$(VENV)/.report: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[report]'
 	touch $@
 
 $(VENV)/.benchmark: $(READY)

@@ -1,4 +1,4 @@
-"""`tspin table`, `figure`, `claims`, `compare`, `inspect`: the paper from results. Heavy imports wait for a command."""
+"""The commands that read results: the paper's tables and figures, claims, pages. Heavy imports wait for a command."""
 
 import re
 from pathlib import Path
@@ -125,6 +125,28 @@ def _look(specs: list[str], out: Path) -> None:
     write_text(out, page(runs))
     _print(facts_table(runs))
     _wrote([out])
+
+
+def report(
+    preset: Preset = "pocket",
+    results: Results = Path("results"),
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+    pdf: Annotated[Path | None, typer.Option(help="Write it as PDF too (pip install 'tspin\\[report]').")] = None,
+) -> None:
+    """Write one page of everything that a preset's results hold: set-up, tables, figures, claims, limits, provenance.
+
+    Example: tspin report --preset pocket --results results/reference
+    """
+    from tspin.runs.files import write_text
+
+    from .report import page, write_pdf
+
+    text = page(results / preset)
+    write_text(out, text)
+    _wrote([out])
+    if pdf is not None:
+        write_pdf(text, pdf)
+        _wrote([pdf])
 
 
 def _folder(number: str, preset: str | None, results: Path) -> Path:

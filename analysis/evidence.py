@@ -30,6 +30,7 @@ class Evidence:
         self.folder = folder
         self.scores = scores_of(folder)
         self.iterations = sorted({t for m, t in self.scores.policies() if m in PAIR and t is not None})
+        self._gaps: dict[Policy, pd.DataFrame] = {}
 
     def need(self, *policies: Policy) -> None:
         """Raise Missing unless all of them were run."""
@@ -59,6 +60,8 @@ class Evidence:
 
     @cached_property
     def _pairs(self) -> pd.DataFrame:
+        if not (self.folder / "diagnostics.parquet").is_file():
+            raise Missing("not recorded: log-likelihoods of responses (diagnostics.parquet)")
         table = read_table(self.folder, "diagnostics")
         return pairs(table[table["method"].isin(PAIR)])
 
@@ -66,8 +69,13 @@ class Evidence:
         """A row per seed and prompt after training: tokens of y and y′, gaps of y over y′, in nats and per token.
 
         Columns: seed, prompt_id, tokens, tokens_synthetic, reward, log_likelihood, reward_per_token,
-        log_likelihood_per_token. Raises Missing where the iteration was not run.
+        log_likelihood_per_token. Computed once. Raises Missing where the iteration was not run.
         """
+        if (method, iteration) not in self._gaps:
+            self._gaps[method, iteration] = self._gaps_of(method, iteration)
+        return self._gaps[method, iteration]
+
+    def _gaps_of(self, method: str, iteration: int) -> pd.DataFrame:
         table = self._pairs
         table = table[(table["method"] == method) & (table["iteration"] == iteration)]
         if table.empty:

@@ -222,7 +222,10 @@ def _grid_needs(found: Spread) -> str:
 
 
 def c9(evidence: Evidence) -> list[Part]:
-    runs = pd.DataFrame(read_json(evidence.folder / "provenance.json")["runs"])
+    path = evidence.folder / "provenance.json"
+    runs = pd.DataFrame(read_json(path)["runs"] if path.is_file() else [])
+    if runs.empty:
+        raise Missing("not recorded: time and memory of the runs (provenance.json)")
     runs = runs[(runs["iteration"] > 0) & runs["method"].isin(["spin", "tspin"])]
     stages = [name for name in ("training_seconds", "sampling_seconds", "reference_seconds") if name in runs]
     runs = runs.assign(seconds=runs[stages].fillna(0).sum(axis=1))

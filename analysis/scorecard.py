@@ -31,9 +31,14 @@ def scorecard_text(rows: Sequence[dict[str, Any]], preset: str, decoding: str) -
     if marks := [f"{row['claim']}: {', '.join(_marks(row['still']))}" for row in rows if row.get("still")]:
         blocks.append(STILL.format(marks="; ".join(marks)))
     blocks += [RULES, _table([_rule(row) for row in rows])]
-    if chances := [_chance(row["claim"], chance) for row in rows for chance in row.get("chances", [])]:
+    if chances := chance_rows(rows):
         blocks += [CHANCES, _table(chances)]
     return "\n\n".join(blocks) + "\n"
+
+
+def chance_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """What each rule can decide, as texts: claim (""), part, if, and a column per verdict."""
+    return [_chance(row["claim"], chance) for row in rows for chance in row.get("chances", [])]
 
 
 def _verdict(row: dict[str, Any]) -> dict[str, str]:

@@ -27,6 +27,7 @@ def write_figure(figure: Figure, stem: Path) -> list[Path]:
     for path, metadata in zip(paths, ({"Software": None}, {"Date": None, "Creator": None}), strict=True):
         with atomic_path(path) as temporary, matplotlib.rc_context(RC):
             figure.savefig(temporary, format=path.suffix[1:], dpi=300, metadata=metadata)
+        figure.set_layout_engine("none")  # what was laid out for the first file stands in the second
     return paths
 
 
@@ -40,8 +41,13 @@ def write_table(stem: Path, table: pd.DataFrame, cells: pd.DataFrame, caption: s
 
 def write_csv(path: Path, table: pd.DataFrame) -> Path:
     """Write a table with four decimals, missing cells empty; return the path."""
-    write_text(path, table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
+    write_text(path, csv_text(table))
     return path
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """What `write_csv` writes."""
+    return str(table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
 
 
 def number(value: float | None, form: str = ".2f") -> str:

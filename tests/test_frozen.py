@@ -24,7 +24,7 @@ FROZEN = Path(__file__).parent / "frozen"
 FREEZE = bool(os.environ.get("TSPIN_FREEZE"))
 COMMANDS = [
     *("claims", "compare", "diagnose", "evaluate", "fetch", "figure", "inspect", "plan"),
-    *("rerun", "run", "sample", "settings", "sweep", "table", "tokens", "train"),
+    *("report", "rerun", "run", "sample", "settings", "sweep", "table", "tokens", "train"),
 ]
 TIMES = ["tokens_per_second"]
 RUN = {
