@@ -132,6 +132,11 @@ def setting(default: Any, meaning: str, operational: bool = False) -> Any:
     return field(default=default, metadata={"help": meaning, "operational": operational})
 
 
+def warmup_of(training: Any) -> dict[str, str]:
+    """What tells runs with a warm-up from those of versions that began it at a rate of 0, for fingerprints."""
+    return {"warmup": "from 1/w"} if training.warmup_steps else {}
+
+
 def coefficients_of(training: Any) -> dict[str, float | str | list[float]]:
     """The coefficients of a SelfPlayConfig's method: those that are given, and the defaults. Raises UserError."""
     given = {name: getattr(training, name) for name in COEFFICIENTS if getattr(training, name) is not None}
@@ -198,7 +203,7 @@ class SelfPlayConfig(_WithCoefficients):
     per_device_train_batch_size: int | None = setting(None, "follows from batch_size")  # type: ignore[assignment]
     optim: OptimizerNames = setting("rmsprop", "the optimizer")
     weight_decay: NonNegative = setting(0.0, "of all weights but biases and norms")
-    warmup_steps: NonNegative = setting(0.1, "below 1, the share of the steps")
+    warmup_steps: NonNegative = setting(0.1, "below 1, the share of the steps; from 1/w of the rate at the first")
     lr_scheduler_type: SchedulerType = setting("linear", "after the warm-up")
     max_grad_norm: Positive = setting(1.0, "gradients are clipped there")
     gradient_checkpointing: bool = setting(False, "saves memory, costs a second forward pass")
@@ -286,7 +291,8 @@ class SelfPlayConfig(_WithCoefficients):
     def computed(self) -> dict[str, Any]:
         """What decides what an iteration computes, as JSON values: for fingerprints."""
         left_out = OPERATIONAL | COEFFICIENTS.keys()
-        return {name: value for name, value in self.to_dict().items() if name not in left_out} | self.coefficients
+        fields = {name: value for name, value in self.to_dict().items() if name not in left_out}
+        return fields | self.coefficients | warmup_of(self)
 
 
 _DECLARED = {declared.name: declared for declared in dataclasses.fields(SelfPlayConfig) if declared.init}

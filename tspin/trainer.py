@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -125,6 +127,21 @@ class TripletTrainer(Trainer):
                 losses.append(super().training_step(model, micro_batch))
         losses.append(super().training_step(model, last))
         return torch.stack(losses).sum()
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Trainer's schedule, its warm-up a step earlier: of w steps, step k has k/w of the rate, counted from 1.
+
+        Trainer's own first step has a rate of 0: it costs a pass over its triplets and moves nothing.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup and isinstance(scheduler, LambdaLR):
+            scheduler.lr_lambdas = [partial(_step_earlier, shape, warmup) for shape in scheduler.lr_lambdas]
+            for group, rate, shape in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = rate * shape(scheduler.last_epoch)
+        return scheduler
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches in one order whatever the number of processes: each gets all of a step, and the collator its part."""
@@ -263,6 +280,10 @@ class TripletTrainer(Trainer):
         means = self.means.pop()
         means.pop("loss", None)  # Trainer's own is logged
         super().log({**logs, **means}, start_time)
+
+
+def _step_earlier(shape: Callable[[int], float], warmup: int, step: int) -> float:
+    return shape(step + 1 if step < warmup else step)
 
 
 def checkpointed_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, field_validator
 from submitit.helpers import Checkpointable
 
-from tspin.config import Config, load_config
+from tspin.config import Config, load_config, warmup_of
 from tspin.errors import UserError, unknown
 from tspin.evaluation.suites import load_suite
 from tspin.objectives import METHODS
@@ -306,11 +306,13 @@ def _identity(preset: str, overrides: tuple[str, ...], method: str) -> str:
     if config.evaluation is None:
         raise UserError(f"{preset} names no evaluation suite, so its runs have no results")
     suite = load_suite(config.evaluation.suite)
+    schedule: dict[str, str] = {}  # the initial policy has none
     if method == BASE:
         settings = _beyond(config.tree(), Config().tree())
     else:
         settings = _beyond(config.for_method(method).tree(), Config().for_method(method).tree())
-    return fingerprint([settings, suite.model_dump(mode="json"), suite.definition()])[:12]
+        schedule = warmup_of(config.for_method(method).training)
+    return fingerprint([settings, *schedule.values(), suite.model_dump(mode="json"), suite.definition()])[:12]
 
 
 def _beyond(tree: Any, defaults: Any) -> Any:

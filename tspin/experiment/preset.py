@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig, rendering_of
+from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig, rendering_of, warmup_of
 from tspin.data.mapped import spread
 from tspin.data.sources import Source, load_rows
 from tspin.data.turns import writes_date
@@ -292,7 +292,8 @@ class Evaluator:
     def results_config(self) -> dict[str, Any]:
         """What numbers in one results folder must agree on; `iterations` may grow."""
         suite = {"suite": self.suite.model_dump(mode="json"), "tasks": self.suite.definition()}
-        return {"config": self.config.tree(), "policy": self.policy.fingerprint, **suite}
+        config = {"config": self.config.tree(), "policy": self.policy.fingerprint}
+        return {**config, **suite, **warmup_of(self.config.training)}
 
     def scores(self, policy: Policy, folder: Path, title: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         """(scores, problems) of a policy, kept in `folder` with the per-problem samples."""
