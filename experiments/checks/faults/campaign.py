@@ -185,6 +185,7 @@ class Campaign:
         runs = self.whole / "runs"
         files = [path.relative_to(runs) for path in sorted(runs.rglob("*")) if path.is_file()]
         skipped = ("tensorboard", ".lock", "tokenizer", "chat_template", "generation_config", "prompts.parquet")
+        skipped += ("tracker.json", "trainer_state.json", "card/")  # made from the others, or of no number
         files = [file for file in files if not any(part in file.as_posix() for part in skipped)]
         chance = random.Random(0)
         cases = [(file, chance.choice(("cut", "bit flipped"))) for file in files]
