@@ -19,9 +19,8 @@ from tspin.runs.provenance import provenance
 
 COMMANDS = [
     "head -n 2 my-data.jsonl",
-    "tspin run --model pocket --data my-data.jsonl --method tspin --iterations 2 --out runs/mine "
-    "--set batch_size=4 --set learning_rate=3e-5",
-    "ls runs/mine/tspin/iteration-1",
+    "tspin run --model pocket --data my-data.jsonl --methods spin,tspin --iterations 2 --out runs/mine "
+    "--batch-size 4 --lr 3e-6",
 ]
 
 
