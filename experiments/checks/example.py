@@ -29,17 +29,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/example"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        lines = [
-            json.dumps({"prompt": f"What is {a} + {b}?", "completion": f"The answer is {a + b}."})
-            for a in range(3, 6)
-            for b in range(4, 8)
-        ]
-        (Path(folder) / "my-data.jsonl").write_text("\n".join(lines) + "\n")
+        write_sums(Path(folder) / "my-data.jsonl")
         text = "".join(transcript(command, Path(folder)) for command in COMMANDS)
     write_text(arguments.out / "transcript.txt", text)
     write_json(arguments.out / "provenance.json", provenance())
     print(text, end="")
     print(f"wrote {arguments.out / 'transcript.txt'}")
+
+
+def write_sums(path: Path) -> None:
+    """Twelve sums as JSON Lines, in TRL's columns."""
+    sums = [(a, b) for a in range(3, 6) for b in range(4, 8)]
+    lines = [json.dumps({"prompt": f"What is {a} + {b}?", "completion": f"The answer is {a + b}."}) for a, b in sums]
+    path.write_text("\n".join(lines) + "\n")
 
 
 def transcript(command: str, folder: Path) -> str:

@@ -350,11 +350,11 @@ def describe(result: IterationResult) -> str:
     training, synthetic = result.training, result.synthetic
     line = f"{training['steps']} steps, {training['tokens']:,} tokens, {training['training_seconds']:.0f} s"
     moved = result.moved()
-    line += f"; learning rate up to {moved['learning_rate']:.2g}"
+    line += f"; peak rate {moved['learning_rate']:.2g}"
     line += "" if math.isnan(moved["labelled"]) else f", log π(y) {moved['labelled']:+.3g} nats"
     if synthetic:
         line += (
-            f"; synthetic responses: {synthetic['mean_tokens']:.1f} tokens, {synthetic['end_token_share']:.0%} ended, "
+            f"; y′: {synthetic['mean_tokens']:.1f} tokens, {synthetic['end_token_share']:.0%} ended, "
             f"{synthetic['duplicate_share']:.0%} duplicates, {synthetic['equal_to_labelled_share']:.0%} equal to y"
         )
     return line
