@@ -95,7 +95,7 @@ class Found(NamedTuple):
 
 
 class Map:
-    """The study `map` of a preset's results. Raises UserError where it is missing or sets what is not known here."""
+    """The study `map` of a preset's results. Raises UserError where it is missing, is empty or sets what is unknown."""
 
     def __init__(self, folder: Path):
         self.study = Study(folder, "map", BESIDE)
@@ -108,6 +108,8 @@ class Map:
             table["path"] = table["path"] + pd.Series(rates, dtype=str)
         self.table = table.assign(arm=pd.Series([_arm_of(row) for row in table.to_dict("records")], dtype=object))
         self._last = self.table.groupby("cell")["iteration"].transform("max")
+        if not self.arms:
+            raise UserError(f"{self.study.path}: no arm of self-play was run yet; {self.study.again}")
 
     @property
     def starts(self) -> list[str]:

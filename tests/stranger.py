@@ -1,10 +1,10 @@
 """README.md, played line by line in an empty folder, as by someone who has just come: `python tests/stranger.py`.
 
 Every line of its code blocks is run, and of the section of experiments/README.md on single steps, in order, with the
-file of data that it shows and a model of one's own (a copy of the embedded one). Two things are not done in full: `make`
-is asked whether it would work (it sets up an environment, and trains for minutes), and an experiment of a preset gets
-fewer labels and problems (SMALLER). At the end the notebook that trains is run, from the same folder. The first line
-that does not work ends it: exit code 1, and what it said.
+file of data that it shows and a model of one's own (a copy of the embedded one). Two things are not done in full:
+`make` is asked whether it would work (it sets up an environment, and trains for minutes), and an experiment of a preset
+gets fewer labels and problems (SMALLER). At the end the notebook that trains is run, from the same folder. The first
+line that does not work ends it: exit code 1, and what it said.
 """
 
 import re

@@ -230,3 +230,11 @@ def test_every_figure_has_a_place():
     assert figures.FIGURES["2"].stem == "figure2" and figures.FIGURES["entropy"].stem == "entropy"
     assert figures.FIGURES["ten"].stem == "studies/ten" and figures.FIGURES["4a"].stem == "figure4a"
     assert set(figures.FIGURES["4a"].texts) == {"studies/data.md"}
+
+
+def test_a_map_without_an_arm_yet_is_told(tmp_path):
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    write_study(folder, "map", table().query("method == 'base'").dropna(axis="columns", how="all"))
+    with pytest.raises(UserError, match="no arm of self-play was run yet; make it with: make study STUDY=map"):
+        Map(tmp_path)
