@@ -117,15 +117,14 @@ def masks_padding(model: PreTrainedModel, settings: GenerationConfig) -> bool:
     trial = copy.deepcopy(settings)
     trial.max_new_tokens, trial.do_sample, trial.temperature, trial.top_p, trial.top_k = 4, False, None, None, None
     trial.eos_token_id = None
+    trial.output_logits = trial.return_dict_in_generate = True
     alone = torch.arange(1, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
     padded = torch.cat([torch.full_like(alone, settings.pad_token_id), alone], dim=1)
     told = []
     for ids in (alone, padded):
         mask = torch.ones_like(ids)
         mask[:, : ids.shape[1] - alone.shape[1]] = 0
-        output: Any = model.generate(  # type: ignore[operator]
-            ids, attention_mask=mask, generation_config=trial, output_logits=True, return_dict_in_generate=True
-        )
+        output: Any = model.generate(ids, attention_mask=mask, generation_config=trial)  # type: ignore[operator]
         told.append([logits.float().log_softmax(-1) for logits in output.logits])
     for first, second in zip(*told, strict=True):
         if (first - second).abs().max() > (1e-3 if model.dtype == torch.float32 else 0.1):
@@ -184,7 +183,7 @@ def generate_in_segments(
     segment = FIRST_SEGMENT if in_segments else left
     while rows and left > 0:
         part = copy.deepcopy(settings)
-        part.max_new_tokens = min(segment, left)
+        part.max_new_tokens, part.return_dict_in_generate = min(segment, left), True
         with grouped(model), watch.over(model) if watch else nullcontext():
             output: Any = model.generate(  # type: ignore[operator]
                 input_ids,
@@ -192,7 +191,6 @@ def generate_in_segments(
                 past_key_values=cache,
                 generation_config=part,
                 stopping_criteria=stops(len(rows)) if stops else None,
-                return_dict_in_generate=True,
             )
         new = output.sequences[:, input_ids.shape[1] :]
         if watch:
