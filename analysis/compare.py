@@ -27,7 +27,7 @@ def sign(*runs: Run) -> str:
 
 
 def facts(run: Run, sign: str = "%") -> dict[str, str]:
-    """A run in a few texts, by the names that `summary` shows. sign: the average's unit."""
+    """A run in a few texts, by the names that `facts_table` shows. sign: the average's unit."""
     average, gap, costs = run.average(), run.likelihood_gap(), run.costs
     peak = costs["peak_bytes"].max()
     changes = average.diff().dropna()
@@ -50,4 +50,4 @@ def _warned(run: Run) -> str:
     if run.warnings is None:
         return MISSING
     by_name = run.warnings.sort_values("iteration").groupby("name", sort=False)["iteration"]
-    return "; ".join(f"{name} ({', '.join(map(str, numbers))})" for name, numbers in by_name) or "none"
+    return "; ".join(f"{name} ({', '.join(map(str, numbers.unique()))})" for name, numbers in by_name) or "none"

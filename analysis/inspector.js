@@ -4,7 +4,6 @@
 const MOST_ROWS = 25;
 const FAINT = 8; // nats at which a token has the full colour
 const FAINT_CHANGE = 1; // the same of a difference
-const ROLES = ["y, labelled", "y′", "y0"];
 const by = (id) => document.getElementById(id);
 
 function element(tag, properties = {}, ...children) {
@@ -23,8 +22,9 @@ class Inspector {
   constructor(data) {
     this.data = data;
     this.runs = data.runs;
-    this.iterations = sorted(this.runs.flatMap((run) => run.samples.map((part) => part.iteration)));
-    this.seeds = sorted(this.runs.flatMap((run) => run.samples.map((part) => part.seed)));
+    this.iterations = data.iterations;
+    const parts = this.runs.flatMap((run) => (run.samples.length ? run.samples : run.responses));
+    this.seeds = sorted(parts.map((part) => part.seed));
     this.iteration = this.iterations.includes(1) ? 1 : (this.iterations[0] ?? 0);
     this.filter = { search: "", task: "", seed: "", ended: "", misaligned: false, equal: false, tokens: false };
     this.order = { column: 0, down: false };
@@ -55,6 +55,9 @@ class Inspector {
         });
       }
     });
+    if (!this.runs.some((run) => run.samples.length)) { // no pairs, of sft: its prompts and responses
+      this.data.prompts.id.forEach((_, place) => found.set(place, { place, seed: this.seeds[0] ?? 0, of: this.runs.map(() => null) }));
+    }
     return [...found.values()].filter((row) => this.wanted(row));
   }
 
@@ -87,7 +90,7 @@ class Inspector {
     options(by("seed"), ["", ...this.seeds.map(String)], "all");
     by("task").parentElement.hidden = tasks.length < 2;
     by("seed").parentElement.hidden = this.seeds.length < 2;
-    for (const name of ["search", "task", "seed", "ended"]) {
+    for (const name of ["search", "seed", "ended"]) {
       by(name).addEventListener("input", () => this.change(name, by(name).value.toLowerCase()));
     }
     by("task").addEventListener("input", () => this.change("task", by("task").value));
@@ -114,8 +117,8 @@ class Inspector {
     this.draw();
   }
 
-  turn(by) {
-    this.page += by;
+  turn(count) {
+    this.page += count;
     this.drawTable();
   }
 
@@ -129,17 +132,32 @@ class Inspector {
 
   // Reward gap against log-likelihood gap.
   drawScatter() {
-    if (!this.iterations.length) {
-      by("scatter-note").textContent = "No diagnostics were kept: there are no gaps to draw.";
-      return;
+    by("scatter-note").textContent = this.note();
+    if (!this.runs.some((run) => run.samples.length)) return;
+    const layout = this.layout();
+    const traces = this.runs.map((run, number) => this.panel(run, number, layout));
+    Plotly.react("scatter", traces, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+    if (!this.clicks) {
+      by("scatter").on("plotly_click", ({ points }) => this.open(...points[0].customdata));
+      this.clicks = true;
     }
-    const nat = this.data.nat;
-    const side = by("scatter").clientWidth > 640 && this.runs.length > 1;
-    const x = extent(this.runs.flatMap((run) => run.samples.flatMap((part) => part.likelihood)), nat);
+  }
+
+  note() {
+    const { count, prompts, paired } = this.data;
+    const part = prompts.id.length < count ? `${prompts.id.length} of ${count} prompts, evenly spread. ` : "";
+    const pairs = this.runs.some((run) => run.samples.length) ? "" : "No pairs of y and y′ were scored: there are no gaps to draw. ";
+    const tokens = this.known.size ? `Single tokens were kept of ${this.known.size} prompts.` : "Single tokens were not kept (token_prompts).";
+    return `${paired ? "" : "The runs have other prompts: only benchmarks are paired. "}${pairs}${part}${tokens}`;
+  }
+
+  layout() {
+    const several = this.runs.length > 1;
+    const side = by("scatter").clientWidth > 640 && several;
     const differences = this.runs.flatMap((run) => run.samples.flatMap((part) => part.tokens.map((y, i) => y - part.drawn[i])));
     const most = Math.max(1, quantile(differences.map(Math.abs), 0.98));
-    const layout = {
-      height: side || this.runs.length === 1 ? 440 : 780, margin: { l: 55, r: 10, t: 40, b: 45 }, showlegend: false, hovermode: "closest",
+    return {
+      height: side || !several ? 440 : 780, margin: { l: 55, r: 10, t: 40, b: 45 }, showlegend: false, hovermode: "closest",
       grid: { rows: side ? 1 : this.runs.length, columns: side ? this.runs.length : 1, pattern: "independent" },
       coloraxis: {
         cmin: -most, cmax: most, colorscale: [[0, "#2166ac"], [0.5, "#9a9a9a"], [1, "#b2182b"]],
@@ -147,36 +165,31 @@ class Inspector {
       },
       shapes: [], annotations: [], dragmode: "zoom",
     };
-    const traces = this.runs.map((run, number) => {
-      const rows = this.shown.filter((row) => row.of[number] && row.of[number].reward !== null);
-      const of = rows.map((row) => row.of[number]);
-      const suffix = number ? String(number + 1) : "";
-      const y = extent(run.samples.flatMap((part) => part.reward), this.data.reward);
-      layout[`xaxis${suffix}`] = { title: { text: "log π(y) − log π(y′), nats" }, range: x, zerolinecolor: "#555" };
-      layout[`yaxis${suffix}`] = { title: { text: number && side ? "" : "reward of y minus that of y′" }, range: y, zerolinecolor: "#555" };
-      const axes = { xref: `x${suffix}`, yref: `y${suffix}` };
-      layout.shapes.push({ type: "rect", ...axes, x0: x[0], x1: 0, y0: 0, y1: y[1], line: { width: 0 }, fillcolor: "rgba(213,94,0,0.12)", layer: "below" });
-      const share = of.filter((sample) => sample.misaligned).length / (of.length || 1);
-      const title = of.length ? `${run.letter}: ${run.method}, ${of.length} prompts, ${(100 * share).toFixed(1)} % misaligned` : `${run.letter}: ${run.method}, no such sample`;
-      layout.annotations.push({ text: title, xref: `x${suffix} domain`, yref: `y${suffix} domain`, x: 0, y: 1.08, xanchor: "left", showarrow: false, font: { color: run.colour } });
-      return {
-        type: "scatter", mode: "markers", xaxis: `x${suffix}`, yaxis: `y${suffix}`,
-        x: of.map((sample) => sample.likelihood / nat), y: of.map((sample) => sample.reward / this.data.reward),
-        customdata: rows.map((row) => [row.place, row.seed]),
-        text: rows.map((row) => this.hover(row)),
-        hovertemplate: "%{text}<br>log π gap %{x:.2f}, reward gap %{y:.4f}<extra></extra>",
-        marker: { color: of.map((sample) => sample.tokens - sample.drawn), coloraxis: "coloraxis", size: 6, opacity: 0.75 },
-      };
-    });
-    Plotly.react("scatter", traces, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
-    if (!this.clicks) {
-      by("scatter").on("plotly_click", ({ points }) => this.open(...points[0].customdata));
-      this.clicks = true;
-    }
-    const { count, prompts } = this.data;
-    const part = prompts.id.length < count ? `${prompts.id.length} of ${count} prompts, evenly spread. ` : "";
-    const tokens = this.known.size ? `Single tokens were kept of ${this.known.size} prompts.` : "Single tokens were not kept (token_prompts).";
-    by("scatter-note").textContent = part + tokens;
+  }
+
+  // The dots of one run; its axes, its shaded corner and its title go into the layout.
+  panel(run, number, layout) {
+    const { nat, reward } = this.data;
+    const suffix = number ? String(number + 1) : "";
+    const axes = { xref: `x${suffix}`, yref: `y${suffix}` };
+    const x = extent(this.runs.flatMap((other) => other.samples.flatMap((part) => part.likelihood)), nat);
+    const y = extent(run.samples.flatMap((part) => part.reward), reward);
+    layout[`xaxis${suffix}`] = { title: { text: "log π(y) − log π(y′), nats" }, range: x, zerolinecolor: "#555" };
+    layout[`yaxis${suffix}`] = { title: { text: number && layout.grid.rows === 1 ? "" : "reward of y minus that of y′" }, range: y, zerolinecolor: "#555" };
+    layout.shapes.push({ type: "rect", ...axes, x0: x[0], x1: 0, y0: 0, y1: y[1], line: { width: 0 }, fillcolor: "rgba(213,94,0,0.12)", layer: "below" });
+    const rows = this.shown.filter(({ of }) => of[number] && of[number].reward !== null && of[number].likelihood !== null);
+    const of = rows.map((row) => row.of[number]);
+    const share = of.filter((sample) => sample.misaligned).length / (of.length || 1);
+    const said = of.length ? `${of.length} prompts, ${(100 * share).toFixed(1)} % misaligned` : "no such sample";
+    layout.annotations.push({ text: plain(`${run.letter}: ${run.method}, ${said}`), xref: `x${suffix} domain`, yref: `y${suffix} domain`, x: 0, y: 1.08, xanchor: "left", showarrow: false, font: { color: run.colour } });
+    return {
+      type: "scatter", mode: "markers", xaxis: `x${suffix}`, yaxis: `y${suffix}`,
+      x: of.map((sample) => sample.likelihood / nat), y: of.map((sample) => sample.reward / reward),
+      customdata: rows.map((row) => [row.place, row.seed]),
+      text: rows.map((row) => this.hover(row)),
+      hovertemplate: "%{text}<br>log π gap %{x:.2f}, reward gap %{y:.4f}<extra></extra>",
+      marker: { color: of.map((sample) => sample.tokens - sample.drawn), coloraxis: "coloraxis", size: 6, opacity: 0.75 },
+    };
   }
 
   hover(row) {
@@ -217,7 +230,7 @@ class Inspector {
     const columns = this.columns();
     const { column, down } = this.order;
     const key = columns[Math.min(column, columns.length - 1)].get;
-    this.shown.sort((first, second) => (down ? -1 : 1) * compared(key(first), key(second)) || first.place - second.place);
+    this.shown.sort((first, second) => compared(key(first), key(second), down) || first.place - second.place);
     const pages = Math.max(Math.ceil(this.shown.length / MOST_ROWS), 1);
     this.page = Math.min(Math.max(this.page, 0), pages - 1);
     const head = columns.map((entry, i) => {
@@ -259,9 +272,9 @@ class Inspector {
     by("detail").scrollTop = 0;
   }
 
-  step(by) {
+  step(count) {
     const at = this.shown.findIndex((row) => row.place === this.prompt.place && row.seed === this.prompt.seed);
-    const next = this.shown[at + by];
+    const next = this.shown[at + count];
     if (next) this.open(next.place, next.seed);
   }
 
@@ -300,9 +313,10 @@ class Inspector {
     const holder = element("div", { className: "tokens", tabIndex: 0 });
     pieces.forEach((piece, i) => {
       const values = { before: before[i] / nat, after: after[i] / nat, change: (after[i] - before[i]) / nat };
+      const known = before[i] !== null && after[i] !== null;
       const span = element("span", { textContent: piece.replaceAll("\n", "⏎\n") || "∅" });
-      span.style.backgroundColor = colour(how, values[how]);
-      span.said = `${JSON.stringify(piece)}: log π ${values.before.toFixed(2)} before, ${values.after.toFixed(2)} after training, ${signed(values.change)}`;
+      if (known) span.style.backgroundColor = colour(how, values[how]);
+      span.said = !known ? `${JSON.stringify(piece)}: log π is no number` : `${JSON.stringify(piece)}: log π ${values.before.toFixed(2)} before, ${values.after.toFixed(2)} after training, ${signed(values.change)}`;
       span.title = span.said;
       holder.append(span);
     });
@@ -367,6 +381,7 @@ function grouped(entries, key) {
   return groups;
 }
 
+// How long the beginning and the end are that all texts share, up to white space: words are not cut.
 function common(texts) {
   if (texts.length < 2) return [0, 0];
   const shortest = Math.min(...texts.map((text) => text.length));
@@ -375,14 +390,18 @@ function common(texts) {
   while (start < shortest - 1 && alike((text) => text[start])) start += 1;
   let end = 0;
   while (end < shortest - start - 1 && alike((text) => text[text.length - 1 - end])) end += 1;
+  const [text] = texts;
+  while (start > 0 && !/\s/.test(text[start - 1])) start -= 1;
+  while (end > 0 && !/\s/.test(text[text.length - end])) end -= 1;
   return [start, end];
 }
 
-function compared(first, second) {
+// In order, what is missing last whichever way.
+function compared(first, second, down) {
+  const missing = [first, second].map((value) => value === null || value === undefined);
+  if (missing[0] || missing[1]) return missing[0] - missing[1];
   if (first === second) return 0;
-  if (first === null || first === undefined) return 1;
-  if (second === null || second === undefined) return -1;
-  return first < second ? -1 : 1;
+  return (first < second) === down ? 1 : -1;
 }
 
 function quantile(values, share) {

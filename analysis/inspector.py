@@ -8,7 +8,8 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,17 @@ from markupsafe import Markup
 
 from tspin.schema import LABELLED, ROLES
 
-from .compare import facts_table, sign
+from .compare import LETTERS, facts_table, sign
 from .intervals import Estimate, estimate
 from .runs import Run
 from .samples import by_iteration, spread_over
 from .style import MISSING
 from .writing import number
 
-COLOURS = ("#D55E00", "#0072B2")  # A and B, whatever their methods
-LETTERS = "AB"
+COLOURS = ("#B34E00", "#0072B2")  # A and B, whatever their methods: dark enough for text
 PROMPTS = 1_000  # prompts on a page, evenly spread over those that there are
-TOKENS = 400_000  # tokens on a page: prompts are left out, evenly, until there are no more
+TOKENS = 400_000  # tokens on a page, and characters of responses: prompts are left out, evenly, until there are no more
+CHARACTERS = 20_000_000
 NAT = 100  # numbers of nats are rounded to hundredths
 REWARD = 10_000  # SPIN's rewards are small: λ times a difference of two policies
 AVG = "Avg"
@@ -38,6 +39,7 @@ AVG = "Avg"
 
 def page(runs: Sequence[Run]) -> str:
     """The HTML page of one run or of two; everything that comes from data is escaped, or text that a script sets."""
+    runs = paired(runs)
     here = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined
@@ -56,6 +58,39 @@ def page(runs: Sequence[Run]) -> str:
         iterations=scored_iterations(runs),
         missing=MISSING,
     )
+
+
+def paired(runs: Sequence[Run]) -> list[Run]:
+    """The runs with their prompts' numbers and seeds such that equal ones belong together.
+
+    Two runs of one seed each are held side by side whatever their seeds. Where their prompts are not the same, those of
+    the second get numbers of their own: nothing is paired then but the benchmarks.
+    """
+    if len(runs) < 2:
+        return list(runs)
+    first, second = runs
+    seeds = [set(run.diagnostics["seed"]) if len(run.diagnostics) else set() for run in runs]
+    if len(seeds[0]) == len(seeds[1]) == 1 and seeds[0] != seeds[1]:
+        first, second = (_with(run, lambda table: table.assign(seed=0), "seed") for run in (first, second))
+    if not same_prompts(first, second):
+        start = 1 + max((int(first.prompts["prompt_id"].max()), *first.diagnostics.get("prompt_id", [0])))
+        second = _with(second, lambda table: table.assign(prompt_id=table["prompt_id"] + start), "prompt_id")
+    return [first, second]
+
+
+def same_prompts(first: Run, second: Run) -> bool:
+    """Whether prompts that two runs have by the same number are the same; where texts were not kept, taken to be."""
+    if first.prompts.empty or second.prompts.empty:
+        return True
+    both = first.prompts.merge(second.prompts, on="prompt_id", suffixes=("", "_second"))
+    return bool((both["prompt"] == both["prompt_second"]).all())
+
+
+def _with(run: Run, change: Callable[[pd.DataFrame], pd.DataFrame], column: str) -> Run:
+    """The run, its tables that have the column changed."""
+    names = ("diagnostics", "responses", "token_logps", "outcomes", "prompts")
+    tables: dict[str, Any] = {name: table for name in names if column in (table := getattr(run, name))}
+    return replace(run, **{name: change(table) for name, table in tables.items()})
 
 
 def plotly() -> str:
@@ -97,8 +132,9 @@ def cell(runs: Sequence[Run], label: str, iteration: int) -> dict[str, Any]:
     tables = [outcomes(run, label, iteration) for run in runs]
     found = difference(*tables) if len(runs) > 1 else whole(tables[0])
     there = [value for value in scores if value is not None]
-    plain = float(np.diff([0.0, *there])[-1]) if len(there) == len(runs) else None  # where no problems were kept
-    main = found.mean if found is not None else plain
+    main = found.mean if found is not None else None
+    if found is None and len(there) == len(runs):  # no problems were kept
+        main = there[1] - there[0] if len(runs) > 1 else there[0]
     sure = found is not None and len(runs) > 1 and not found.low <= 0 <= found.high
     interval = "" if found is None or not np.isfinite(found.low) else f"[{number(found.low)}, {number(found.high)}]"
     if found is not None and len(runs) > 1 and found.low == found.high:
@@ -180,9 +216,8 @@ def shown(settings: Any, name: str) -> str:
 def payload(runs: Sequence[Run]) -> dict[str, Any]:
     """All that the script shows: see `prompts_of`, `samples_of` and `tokens_of`, a list by run each."""
     there = [run.samples() for run in runs]
-    numbers = sorted({int(number) for rows in there for number in rows["prompt_id"].unique()})
-    places = {number: place for place, number in enumerate(np.array(numbers)[spread_over(len(numbers), PROMPTS)])}
-    prompts = prompts_of(there, places)
+    numbers = numbers_of(runs, there)
+    places = {number: place for place, number in enumerate(numbers[spread_over(len(numbers), bound(runs, numbers))])}
     with_tokens = kept_tokens(runs, places)
     return {
         "runs": [
@@ -198,19 +233,35 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
             }
             for letter, colour, run, rows in zip(LETTERS, COLOURS, runs, there, strict=False)
         ],
-        "prompts": prompts,
+        "prompts": prompts_of(runs, places),
+        "paired": len(runs) < 2 or bool(set(there[0]["prompt_id"]) & set(there[1]["prompt_id"])),
+        "iterations": sorted({t for run in runs for t in run.iterations}),
         "count": len(numbers),
         "nat": NAT,
         "reward": REWARD,
     }
 
 
-def prompts_of(tables: Sequence[pd.DataFrame], places: dict[int, int]) -> dict[str, list[Any]]:
+def numbers_of(runs: Sequence[Run], samples: Sequence[pd.DataFrame]) -> np.ndarray:
+    """The prompts that anything is known of, in order: those of samples or, where no run has any, of texts."""
+    tables = [*samples] if any(len(rows) for rows in samples) else []
+    tables = tables or [table for run in runs for table in (run.prompts, run.responses) if len(table)]
+    return np.unique(np.concatenate([table["prompt_id"].to_numpy(int) for table in tables] or [np.empty(0, int)]))
+
+
+def bound(runs: Sequence[Run], numbers: np.ndarray) -> int:
+    """How many prompts a page can have: PROMPTS, or as many as have CHARACTERS of responses."""
+    size = sum(int(run.responses["text"].str.len().sum()) for run in runs if len(run.responses))
+    return min(PROMPTS, len(numbers) * CHARACTERS // max(size, CHARACTERS) or 1)
+
+
+def prompts_of(runs: Sequence[Run], places: dict[int, int]) -> dict[str, list[Any]]:
     """By column, a list with a cell for each prompt of the page: id, task, prompt, labelled, proto."""
-    rows = pd.concat(tables).drop_duplicates("prompt_id").set_index("prompt_id")
-    rows = rows.reindex(list(places))
-    texts = {name: [text_or_none(value) for value in rows[name]] for name in ("task", "prompt", "labelled", "proto")}
-    return {"id": [int(number) for number in places], **texts}
+    columns = ["task", "prompt", "labelled", "proto"]
+    known = [run.prompts for run in runs if len(run.prompts)]
+    rows = pd.concat(known).drop_duplicates("prompt_id").set_index("prompt_id") if known else pd.DataFrame()
+    rows = rows.reindex(index=list(places), columns=columns)
+    return {"id": [int(number) for number in places], **{name: [*map(text_or_none, rows[name])] for name in columns}}
 
 
 def text_or_none(value: Any) -> str | None:

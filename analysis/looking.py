@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from tspin.errors import UserError
+
 from .dynamics import SMOOTHED, running_means
-from .inspector import benchmarks, scored_iterations
+from .inspector import COLOURS, benchmarks, scored_iterations
 from .runs import Run
 from .samples import spread_over
 from .style import look
@@ -57,6 +59,8 @@ def step_figure(run: Run) -> "Figure":
     """log π of y and of y′ by training step, all iterations in a row; running means, over the seeds."""
     from matplotlib.figure import Figure
 
+    if run.steps.empty:
+        raise UserError(f"{run.name}: no steps were logged, there is nothing to draw over them")
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     names = {"log_likelihood/labelled": "y", "log_likelihood/synthetic": "y′"}
@@ -86,11 +90,13 @@ def course_figure(runs: Sequence[Run]) -> "Figure":
         "entropy: −log π(y′), nats": Run.entropy,
         "length of y′, tokens": Run.length,
     }
+    alike = len({run.method for run in runs}) < len(runs)
     for axes, (title, curve) in zip(figure.subplots(2, 2).flat, curves.items(), strict=True):
-        for run in runs:
+        for number, run in enumerate(runs):
             values = curve(run)
-            axes.plot(values.index.to_numpy(), values.to_numpy(float), color=look(run.method).colour,
-                      marker=look(run.method).marker, label=run.method)  # fmt: skip
+            colour = COLOURS[number % len(COLOURS)] if alike else look(run.method).colour
+            axes.plot(values.index.to_numpy(), values.to_numpy(float), color=colour,
+                      marker=look(run.method).marker, label=run.name if alike else run.method)  # fmt: skip
         axes.set(title=title, xlabel="iteration")
         axes.locator_params(axis="x", integer=True)
     figure.axes[0].legend(frameon=False)

@@ -6,6 +6,7 @@ run.tokens(42)                                         # a row a token of y, y�
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from tspin.errors import UserError
-from tspin.schema import SYNTHETIC, gaps, misaligned, unit
+from tspin.schema import ONCE, SYNTHETIC, gaps, misaligned, unit
 
 from .entropy import nats
 from .reading import read_evaluations, read_scores, read_settings, read_suite, read_table
@@ -154,14 +155,6 @@ def _from_results(folder: Path, method: str, seed: int | None) -> Run:
         name: of_run(table) if len(table) else table
         for name, table in ((name, optional(name)) for name in ("steps", "diagnostics", "problems", "tokens"))
     }
-    texts = optional("responses")
-    drawn = texts
-    if len(texts):  # of "base" the first y′; of what a method's iteration ended with the y′ of the next
-        wanted = texts["method"].isin([method, "base"]) & ((texts["seed"] == seed) if seed is not None else True)
-        drawn = texts[wanted].assign(
-            iteration=texts.loc[wanted, "iteration"].astype("Int64").fillna(-1).astype(int) + 1
-        )
-        drawn = drawn[["seed", "iteration", "prompt_id", "text"]]
     problems = tables["problems"]
     costs = [
         cost
@@ -177,18 +170,33 @@ def _from_results(folder: Path, method: str, seed: int | None) -> Run:
         steps=tables["steps"],
         diagnostics=tables["diagnostics"],
         costs=_costs(costs),
-        responses=drawn,
+        responses=_drawn(optional("responses"), method, seed),
         prompts=prompts.drop(columns=["method", "seed", "iteration"], errors="ignore"),
         token_logps=tables["tokens"],
-        warnings=_warnings({cost["iteration"]: cost["warnings"] for cost in costs if "warnings" in cost}),
+        warnings=_warnings((cost["iteration"], cost["warnings"]) for cost in costs if "warnings" in cost),
         unit=unit((column.benchmark, column.metric, column.label) for column in columns),
         settings=_method_settings(read_settings(folder), method),
     )
 
 
+def _drawn(texts: pd.DataFrame, method: str, seed: int | None) -> pd.DataFrame:
+    """seed, iteration, prompt_id, text of results' responses, by the iteration that trains on them.
+
+    Results have them by the iteration whose policy drew them: the first y′, of all methods, is base's.
+    """
+    if texts.empty:
+        return texts
+    initial = (texts["method"] == "base") & (method not in ONCE)
+    wanted = (initial | (texts["method"] == method)) & ((texts["seed"] == seed) if seed is not None else True)
+    drawn = texts[wanted]
+    started = drawn["iteration"].astype("Int64").fillna(0).astype(int) + 1
+    return drawn.assign(iteration=started.where(~initial[wanted], 0))[["seed", "iteration", "prompt_id", "text"]]
+
+
 def _from_folder(folder: Path) -> Run:
-    folders = [path for path in folder.glob("iteration-*") if path.is_dir()]  # iteration-0-synthetic.parquet is none
-    iterations = {t: path for t, path in sorted((int(path.name.split("-")[1]), path) for path in folders)}
+    numbered = ((re.fullmatch(r"iteration-(\d+)", path.name), path) for path in sorted(folder.iterdir()))
+    iterations = {int(found[1]): path for found, path in numbered if found and path.is_dir()}
+    iterations = dict(sorted(iterations.items()))
     config = _json(folder / "config.json")
     seed = int(config["settings"].get("seed", 0))
 
@@ -206,8 +214,9 @@ def _from_folder(folder: Path) -> Run:
     drawn = [parquet("synthetic.parquet", TEXT), parquet("examples.parquet", TEXT)]
     if len(drawn[1]):  # of the policy that an iteration ended with
         drawn[1]["iteration"] += 1
+    method = config["settings"]["method"]
     first, proto = (_shared(folder, name) for name in ("iteration-0-synthetic.parquet", "proto.parquet"))
-    if first is not None and 0 in iterations:
+    if first is not None and 0 in iterations and method not in ONCE:
         drawn.insert(0, pd.read_parquet(first, columns=TEXT).assign(seed=seed, iteration=0))
     prompts = pd.read_parquet(folder / "prompts.parquet") if (folder / "prompts.parquet").is_file() else pd.DataFrame()
     if len(prompts) and proto is not None:
@@ -218,7 +227,7 @@ def _from_folder(folder: Path) -> Run:
     guards = {t: path / "guards.json" for t, path in iterations.items()}
     return Run(
         name=str(folder),
-        method=config["settings"]["method"],
+        method=method,
         scores=scores,
         outcomes=outcomes,
         steps=parquet("steps.parquet"),
@@ -227,13 +236,14 @@ def _from_folder(folder: Path) -> Run:
         responses=pd.concat(drawn, ignore_index=True).drop_duplicates(["iteration", "prompt_id"]),
         prompts=prompts,
         token_logps=parquet("tokens.parquet"),
-        warnings=_warnings({t: _json(path)["warnings"] for t, path in guards.items() if path.is_file()}),
+        warnings=_warnings((t, _json(path)["warnings"]) for t, path in guards.items() if path.is_file()),
         unit=unit(columns.itertuples(index=False, name=None)),
-        settings=flat(config["settings"]),
+        settings=flat({**config["settings"], **{name: config[name] for name in MADE_FROM if name in config}}),
     )
 
 
 TEXT = ["prompt_id", "text"]
+MADE_FROM = ("data", "policy", "loading")  # of a run's config.json, besides its settings
 
 
 def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -299,9 +309,11 @@ def _costs(costs: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["iteration", "seconds", "tokens", "peak_bytes"]).sort_values("iteration")
 
 
-def _warnings(names_by_iteration: Mapping[int, Iterable[str]]) -> pd.DataFrame | None:
-    rows = [{"iteration": t, "name": name} for t, names in names_by_iteration.items() for name in names]
-    return pd.DataFrame(rows, columns=["iteration", "name"]) if names_by_iteration else None
+def _warnings(names: Iterable[tuple[int, Iterable[str]]]) -> pd.DataFrame | None:
+    """names: iteration and the warnings of each iteration (and seed) that recorded whether there were any."""
+    recorded = list(names)
+    rows = [{"iteration": t, "name": name} for t, told in recorded for name in told]
+    return pd.DataFrame(rows, columns=["iteration", "name"]) if recorded else None
 
 
 def _mean_by_iteration(table: pd.DataFrame, column: str) -> pd.Series:

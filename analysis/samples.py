@@ -44,11 +44,15 @@ def sample_rows(diagnostics: pd.DataFrame, prompts: pd.DataFrame, responses: pd.
     return found.assign(
         misaligned=misaligned(found),
         finished=found["finished_synthetic"],
-        equal=found["synthetic"].notna() & (found["synthetic"].str.strip() == found["labelled"].str.strip())
-        if found["synthetic"].notna().any()
-        else False,
+        equal=_equal(found),
         length_difference=found["tokens"].astype(int) - found["tokens_synthetic"].astype(int),
     )[columns]
+
+
+def _equal(rows: pd.DataFrame) -> pd.Series:
+    """Whether y′ is y, white space around it apart; not where a text was not kept."""
+    first, second = (rows[name].astype("string").str.strip() for name in ("synthetic", "labelled"))
+    return (first == second).fillna(False).astype(bool)
 
 
 def by_iteration(table: pd.DataFrame) -> Iterator[tuple[int, int, pd.DataFrame]]:
@@ -83,5 +87,5 @@ def prompt_tokens(name: str, logps: pd.DataFrame, prompt_id: int, iteration: int
 
 
 def spread_over(count: int, most: int) -> np.ndarray:
-    """Which of so many rows are shown where only `most` can be: evenly spread."""
-    return np.arange(count) if count <= most else np.unique(np.linspace(0, count - 1, most).round().astype(int))
+    """Which of so many rows are shown where only `most` can be: evenly spread, as runs choose theirs."""
+    return np.arange(count) if count <= most else np.arange(most) * count // most

@@ -12,9 +12,11 @@ from test_selfplay import play
 from typer.testing import CliRunner
 
 from tspin.cli import app
+from tspin.data.mapped import spread
 from tspin.errors import UserError
 from tspin_analysis import compare, inspector
 from tspin_analysis.runs import Run, load_run
+from tspin_analysis.samples import spread_over
 
 HOSTILE = '<script>document.title="broken"</script><img src=x onerror="document.title=1">'
 COUNT = 30
@@ -105,6 +107,30 @@ def test_samples_and_tokens_as_tables():
     assert tokens.iloc[2][["place", "token", "before", "after", "change"]].tolist() == [2, "<b>bold</b>", -1, -10, -9]
     with pytest.raises(UserError, match="spin: single tokens are kept of 10 other prompts, not of prompt 20"):
         made.tokens(20)
+
+
+def test_seeds_and_prompts_that_are_not_the_same():
+    first, second = run("spin", [40, 42]), run("tspin", [41, 43], seeds=(7,))
+    data = inspector.payload(inspector.paired([first, second]))
+    assert data["paired"] and [part["seed"] for made in data["runs"] for part in made["samples"]] == [0] * 4
+    other = replace(second, prompts=second.prompts.assign(prompt="Another."))
+    data = inspector.payload(inspector.paired([first, other]))
+    assert not data["paired"] and data["count"] == 2 * COUNT and data["prompts"]["prompt"][COUNT] == "Another."
+
+
+def test_sft_has_prompts_and_responses_without_pairs():
+    made = run("sft", [40])
+    labelled = made.diagnostics[made.diagnostics["role"] == "labelled"]
+    data = inspector.payload([replace(made, diagnostics=labelled)])
+    assert data["count"] == COUNT and not data["runs"][0]["samples"] and data["runs"][0]["responses"]
+
+
+def test_tokens_that_a_run_kept_are_on_the_page():
+    assert set(spread_over(5000, 200)) <= set(spread_over(5000, 1000))
+    assert spread_over(5000, 200).tolist() == spread(range(5000), 200)
+    long = run("spin", [40], count=100)
+    long.responses["text"] = "x" * 1_000_000
+    assert inspector.bound([long], np.arange(100)) == 20
 
 
 def test_nothing_was_kept():
@@ -203,6 +229,8 @@ def test_search_filter_and_sort(page):
     assert page.run("document.querySelector('#rows tbody button').textContent") == str(COUNT - 1)
     assert page.run("document.querySelector('#rows thead th').ariaSort") == "descending"
     page.run("document.querySelectorAll('#rows thead button')[0].click()")
+    assert page.run("common(['What is it? End.', 'Where? End.', 'Why? End.'])") == [0, 5]  # words are not cut
+    assert page.run("[3, null, 1].sort((a, b) => compared(a, b, true))") == [3, 1, None]
     page.run("document.getElementById('on').click()")
     assert page.run("document.getElementById('pages').textContent") == "page 2 of 2"
     page.run("document.getElementById('back').click()")
