@@ -89,8 +89,8 @@ def same_prompts(first: Run, second: Run) -> bool:
 def _with(run: Run, change: Callable[[pd.DataFrame], pd.DataFrame], column: str) -> Run:
     """The run, its tables that have the column changed."""
     names = ("diagnostics", "responses", "token_logps", "outcomes", "prompts")
-    tables: dict[str, Any] = {name: table for name in names if column in (table := getattr(run, name))}
-    return replace(run, **{name: change(table) for name, table in tables.items()})
+    changed: dict[str, Any] = {name: change(table) for name in names if column in (table := getattr(run, name))}
+    return replace(run, **changed)
 
 
 def plotly() -> str:
