@@ -92,8 +92,8 @@ def plan(
     console.print(f"{config.model.path}: {planned.shape.parameters:,} parameters; {machines}")
     console.print(_memory_table(planned), _work_table(planned), sep="\n")
     console.print(
-        f"{planned.hours:.1f} hours, {planned.gpu_hours:,.0f} GPU-hours, one seed, at {utilisation:.0%} of the GPUs' speed; "
-        f"{planned.disk / 1e9:.1f} GB of checkpoints"
+        f"{planned.hours:.1f} hours, {planned.gpu_hours:,.0f} GPU-hours, one seed, at {utilisation:.0%} of the GPUs' "
+        f"speed; {planned.disk / 1e9:.1f} GB of checkpoints"
     )
     console.print("Taken for granted: " + "; ".join(f"{each.text} ({each.source})" for each in ASSUMPTIONS))
     if nodes > 1:

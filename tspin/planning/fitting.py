@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from tspin.config import Config, LoraSettings
-from tspin.planning.architectures import find_config
+from tspin.planning.architectures import Architecture
 from tspin.planning.hardware import Hardware
 from tspin.planning.peaks import Parts
 from tspin.planning.plan import Data, memory_of, total, works_of
@@ -41,13 +39,13 @@ class Setup:
 class Fitting:
     """A model and data that setups are planned with."""
 
-    model: PreTrainedConfig
+    model: Architecture
     data: Data
 
     @classmethod
     def of(cls, config: Config, data: Data) -> "Fitting":
         """Raises UserError as tspin.planning.plan.plan does."""
-        return cls(find_config(config.model.path, config.model.revision, config.model.trust_remote_code), data)
+        return cls(Architecture(config.model), data)
 
     def memory(self, setup: Setup) -> Mapping[str, Parts]:
         """Stage → parts, see tspin.planning.plan.memory_of."""
@@ -58,9 +56,9 @@ class Fitting:
         return total(self.memory(setup).get(stage, {})) <= setup.hardware.usable
 
     def micro_batches(self, setup: Setup) -> list[int]:
-        """The powers of two that micro_batch_tokens can be, largest first: from a GPU's part of a step to one prompt's."""
+        """The powers of two that micro_batch_tokens can be: from a GPU's part of a step, first, to one prompt's."""
         works = works_of(setup.config, self.model, setup.hardware, self.data)
-        row = max(work.longest_row for work in works)
+        row = max(work.fullest_row for work in works)
         step = max(work.training.batch_size * work.longest_row for work in works) / setup.hardware.all_gpus
         sizes = [2**power for power in range(6, 31)]
         useful = [size for size in sizes if row <= size < 2 * max(step, row)]
@@ -153,5 +151,5 @@ def advice(config: Config, hardware: Hardware, data: Data) -> str:
         )
     better = fitting.remedied(setup)
     if better is None:
-        return "No micro-batch, gradient checkpointing, adapters or number of GPUs makes it fit: take GPUs with more memory"
+        return "No micro-batch, checkpointing, adapters or number of GPUs makes it fit: take GPUs with more memory"
     return f"It fits with {' '.join(better.typed)}"

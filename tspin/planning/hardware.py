@@ -1,4 +1,4 @@
-"""What `tspin plan` takes for granted of machines: GPUs, disks, networks, starts. Every number says where it is from."""
+"""What `tspin plan` takes for granted of machines: GPUs, disks, networks, starts. Each number says its source."""
 
 from dataclasses import dataclass
 

@@ -160,7 +160,8 @@ def head_bytes(shape: Shape, precision: Precision, batch: MicroBatch, frozen: bo
 
     Log-softmax, its gradient and the gradient before it, float32: 12 n V; the chunk's part of the head's gradient,
     (c + w) V h under autocast and w V h without, of a frozen head its copy under autocast alone, c V h; and the hidden
-    states that chunks are made from, 2 w N h, a state and its gradient. The padded layout has the logits of all T tokens as well, and in float32 too: (c + 4) T V.
+    states that chunks are made from, 2 w N h, a state and its gradient. The padded layout has the logits of all T
+    tokens as well, and in float32 too: (c + 4) T V.
     """
     copied = precision.compute if precision.autocast else 0
     gradient = (copied if frozen else precision.new_gradient) * shape.vocabulary * shape.hidden
@@ -196,7 +197,8 @@ def sampling_parts(
 ) -> Parts:
     """Peak memory of decoding a batch, on each of the GPUs that share a copy: weights, cache, and the prompts' pass.
 
-    cache: sequences · (prompt + new) · 2 k w · layers; both in equal parts. The prompts' pass: a layer's three tensors m wide, the stream
+    cache: sequences · (prompt + new) · 2 k w · layers; both in equal parts. The prompts' pass: a layer's
+    three tensors m wide, the stream
     and its norm, w (3 m + 4 h) per token, with a mask of w · prompt per token.
     """
     per_token = weight * (3 * shape.intermediate + 4 * shape.hidden + prompt_tokens)

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from tspin.config import Config
 from tspin.objectives import METHODS
 from tspin.planning import peaks
-from tspin.planning.architectures import Shape, adapter_parameters, find_config, shape_of
+from tspin.planning.architectures import Architecture, Shape
 from tspin.planning.hardware import Hardware
 from tspin.planning.work import (
     WEIGHT,
@@ -62,15 +60,14 @@ class Plan:
         return self.hours * self.hardware.all_gpus
 
 
-def plan(config: Config, hardware: Hardware = Hardware(), data: Data = Data()) -> Plan:
+def plan(config: Config, hardware: Hardware, data: Data = Data()) -> Plan:
     """Memory, tokens, time and disk of a config's methods, one seed.
 
     Training is sharded over all GPUs (FSDP; adapters have whole weights on each), log-probabilities have a copy on
     engine.data_parallel of one machine's, vLLM one on engine.tensor_parallel of each.
     Raises UserError for models that cannot be planned, and for rows that have to be said.
     """
-    model = find_config(config.model.path, config.model.revision, config.model.trust_remote_code)
-    works = works_of(config, model, hardware, data)
+    works = works_of(config, Architecture(config.model), hardware, data)
     memory = memory_of(works)
     drawn: set[str] = set()
     found = base_evaluation(works[0])
@@ -82,9 +79,9 @@ def plan(config: Config, hardware: Hardware = Hardware(), data: Data = Data()) -
     return Plan(works[0].shape, hardware, memory, found, disk, problem_of(memory, hardware))
 
 
-def works_of(config: Config, model: PreTrainedConfig, hardware: Hardware, data: Data) -> list[Work]:
+def works_of(config: Config, model: Architecture, hardware: Hardware, data: Data) -> list[Work]:
     """The work of each of a config's methods; of T-SPIN where it names none."""
-    shape, works = shape_of(model), []
+    works = []
     lengths = Lengths(
         data.prompt_tokens or config.training.max_prompt_length // 2,
         data.response_tokens or config.training.max_completion_length // 2,
@@ -92,9 +89,8 @@ def works_of(config: Config, model: PreTrainedConfig, hardware: Hardware, data: 
     )
     for name in config.methods or ["tspin"]:
         settings = config.for_method(name)
-        lora = settings.training.lora
-        adapters = adapter_parameters(model, lora.rank, lora.target_modules) if lora else 0
-        works.append(Work(settings, shape, lengths, hardware, labels_of(settings, data.rows), adapters))
+        labels, adapters = labels_of(settings, data.rows), model.adapters(settings.training.lora)
+        works.append(Work(settings, model.shape, lengths, hardware, labels, adapters))
     return works
 
 
@@ -132,13 +128,14 @@ def _precision(work: Work) -> peaks.Precision:
 
 def _micro_batch(work: Work) -> peaks.MicroBatch:
     roles = max((work.roles(t) for t in range(work.training.iterations)), key=work.row)
-    responses, row, tokens = sum(map(work.lengths.of, roles)), work.longest_row, work.micro_batch_tokens
+    responses, row = sum(map(work.lengths.of, roles)), work.longest_row
+    tokens = max(work.training.micro_batch_tokens, work.fullest_row)
     padded = work.training.layout == "padded"
     return peaks.MicroBatch(
         tokens=tokens,
         row_tokens=work.lengths.prompt + max(map(work.lengths.of, roles)) if padded else row,
         response_tokens=tokens * responses // row,
-        count=work.micro_batches(),
+        count=work.micro_batches(work.fullest_row),
         padded=padded,
         checkpointing=work.training.gradient_checkpointing,
     )
@@ -155,8 +152,8 @@ def problem_of(memory: dict[str, peaks.Parts], hardware: Hardware) -> str | None
         largest = max(parts, key=lambda part: parts[part])
         if total(parts) > hardware.usable:
             return (
-                f"{stage} needs {total(parts) / 2**30:.1f} GiB on each of {hardware.all_gpus} {hardware.gpu}, which has "
-                f"{hardware.usable / 2**30:.1f} to give; most of it is {largest} ({parts[largest] / 2**30:.1f} GiB)"
+                f"{stage} needs {total(parts) / 2**30:.1f} GiB on each of {hardware.all_gpus} {hardware.gpu}, which "
+                f"has {hardware.usable / 2**30:.1f} to give; most of it is {largest} ({parts[largest] / 2**30:.1f} GiB)"
             )
     return None
 

@@ -6,7 +6,7 @@ and with gradient checkpointing a second forward pass too; gradients of what is 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from math import ceil
@@ -112,14 +112,17 @@ class Work:
         rows = sum(self.rounds(t) * self.row(self.roles(t)) for t in range(self.training.iterations))
         return self.training.num_train_epochs * self.labels * rows
 
-    def micro_batches(self) -> int:
-        """Of a step on one GPU, each with the tokens that it may have; one more where some are left over."""
-        return ceil(self.training.batch_size * self.longest_row / (self.hardware.all_gpus * self.micro_batch_tokens))
-
     @property
-    def micro_batch_tokens(self) -> int:
-        """As the settings say, and no fewer than one prompt's, which is not cut."""
-        return max(self.training.micro_batch_tokens, self.longest_row)
+    def fullest_row(self) -> int:
+        """The same where prompt and responses have all the tokens that they may have: what memory is planned for."""
+        training = self.training
+        most = Lengths(training.max_prompt_length, training.max_completion_length, training.max_new_tokens)
+        return replace(self, lengths=most).longest_row
+
+    def micro_batches(self, row: int) -> int:
+        """Of a step on one GPU, of prompts with rows of so many tokens; what is left over is one more."""
+        tokens = max(self.training.micro_batch_tokens, row)  # a prompt is not cut
+        return ceil(self.training.batch_size * row / (self.hardware.all_gpus * tokens))
 
 
 def labels_of(settings: RunSettings, rows: int | None) -> int:
@@ -161,7 +164,7 @@ def _exchange_seconds(work: Work) -> float:
     seen = sum(work.rounds(t) for t in range(work.training.iterations)) * work.labels
     steps = work.training.num_train_epochs * seen / work.training.batch_size
     if work.sharded:
-        size = work.micro_batches() * (2 * work.compute + peaks.SUMMED) * work.shape.parameters
+        size = work.micro_batches(work.longest_row) * (2 * work.compute + peaks.SUMMED) * work.shape.parameters
     else:  # adapters' gradients are added up and brought back, once a step
         size = 2 * peaks.SUMMED * work.adapters
     return steps * work.hardware.exchange_seconds(size)
@@ -275,9 +278,8 @@ def _requests(settings: EvaluationSettings, again: bool) -> list[tuple[int, int,
     for column in load_suite(settings.suite).columns:
         of = next(of for name, of in benchmark_facts().items() if fnmatchcase(column.benchmark, name))
         limits = [limit for limit in (settings.limit, column.limit) if limit]
-        found.append(
-            (min([of["problems"], *limits]) * (max(of["options"], 1) if again else 1), of["prompt"], of["drawn"])
-        )
+        problems = min([of["problems"], *limits])
+        found.append((problems * max(of["options"], 1) if again else problems, of["prompt"], of["drawn"]))
     return found
 
 
