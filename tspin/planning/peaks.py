@@ -6,6 +6,7 @@ intermediate, q and k the widths of all query and of all key heads, g keys that 
 Activations are those of a decoder built as Llama is.
 """
 
+import sys
 from dataclasses import dataclass
 
 from tspin.errors import UserError
@@ -193,19 +194,27 @@ def scoring_parts(shape: Shape, precision: Precision, batch: MicroBatch) -> Part
 
 
 def sampling_parts(
-    shape: Shape, weight: int, sequences: int, prompt_tokens: int, new_tokens: int, gpus: int = 1
+    shape: Shape,
+    weight: int,
+    sequences: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    gpus: int = 1,
+    most: int | None = None,
 ) -> Parts:
     """Peak memory of decoding a batch, on each of the GPUs that share a copy: weights, cache, and the prompts' pass.
 
     cache: sequences · (prompt + new) · 2 k w · layers; both in equal parts. The prompts' pass: a layer's
     three tensors m wide, the stream
-    and its norm, w (3 m + 4 h) per token, with a mask of w · prompt per token.
+    and its norm, w (3 m + 4 h) per token, with a mask of w · prompt per token. most: tokens of prompts that pass at
+    once.
     """
     per_token = weight * (3 * shape.intermediate + 4 * shape.hidden + prompt_tokens)
     return {
         "weights": weight * shape.parameters // gpus,
         "key-value cache": sequences * (prompt_tokens + new_tokens) * cache_bytes(shape, weight) // gpus,
-        "temporary": sequences * prompt_tokens * per_token + 12 * sequences * shape.vocabulary,
+        "temporary": min(sequences * prompt_tokens, most or sys.maxsize) * per_token
+        + 12 * sequences * shape.vocabulary,
     }
 
 

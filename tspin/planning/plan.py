@@ -14,6 +14,7 @@ from tspin.planning import peaks
 from tspin.planning.architectures import Architecture, Shape
 from tspin.planning.hardware import Hardware
 from tspin.planning.work import (
+    PASSED_TOGETHER,
     WEIGHT,
     Lengths,
     Stage,
@@ -103,8 +104,8 @@ def _drawing(work: Work) -> str:
 def memory_of(works: Sequence[Work]) -> dict[str, peaks.Parts]:
     """Stage → parts in bytes on one GPU, for the method with the longest rows; stages that have work."""
     work = max(works, key=lambda work: work.longest_row)
-    training, shape, lengths = work.training, work.shape, work.lengths
-    weight, precision = WEIGHT[work.settings.model.dtype], _precision(work)
+    training, shape = work.training, work.shape
+    precision = peaks.Precision(WEIGHT[work.settings.model.dtype], work.compute)
     scored = peaks.Precision(work.compute, work.compute) if work.sharded else precision
     batch = _micro_batch(work)
     if training.lora:
@@ -115,15 +116,23 @@ def memory_of(works: Sequence[Work]) -> dict[str, peaks.Parts]:
     if any(map(scoring_passes, works)):
         memory["scoring"] = peaks.scoring_parts(shape, scored, batch)
     if any(METHODS[each.settings.method].self_play for each in works):
-        drawn = WEIGHT[training.sampling_dtype] if training.sampling_dtype else weight
-        split = training.engine.tensor_parallel if training.sampling_backend == "vllm" else 1
-        sizes = (together(training), lengths.prompt, lengths.drawn)
-        memory["sampling"] = peaks.sampling_parts(shape, drawn, *sizes, min(split, work.hardware.gpus))
+        memory["sampling"] = _sampling_parts(work)
     return memory
 
 
-def _precision(work: Work) -> peaks.Precision:
-    return peaks.Precision(WEIGHT[work.settings.model.dtype], work.compute)
+def _sampling_parts(work: Work) -> peaks.Parts:
+    """vLLM decodes fewer sequences at once where its cache would be full; Transformers as many as it is told."""
+    training, lengths, sequences = work.training, work.lengths, together(work.training)
+    weight = WEIGHT[training.sampling_dtype or work.settings.model.dtype]
+    sizes = (lengths.prompt, lengths.drawn)
+    if training.sampling_backend != "vllm":
+        return peaks.sampling_parts(work.shape, weight, sequences, *sizes)
+    split = min(training.engine.tensor_parallel, work.hardware.gpus)
+    while True:
+        parts = peaks.sampling_parts(work.shape, weight, sequences, *sizes, split, PASSED_TOGETHER)
+        if sequences == 1 or total(parts) <= work.hardware.usable:
+            return parts
+        sequences //= 2
 
 
 def _micro_batch(work: Work) -> peaks.MicroBatch:

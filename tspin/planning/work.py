@@ -25,6 +25,7 @@ from tspin.planning.hardware import DISK, ENGINE_START, HASHING, PROCESS_START, 
 from tspin.schema import BASE, LABELLED, PROTO, ROLES, SYNTHETIC
 
 DECODED_TOGETHER = 256  # sequences of a vLLM copy, its default
+PASSED_TOGETHER = 16384  # tokens of prompts, likewise
 WEIGHT = {"float32": 4, "bfloat16": 2}  # bytes
 FACTS = Path(__file__).with_name("benchmarks.yaml")
 
