@@ -38,7 +38,7 @@ NETWORK = Assumption(400.0, "400 Gb/s a machine", "NVIDIA ConnectX-7, one port; 
 DISK = Assumption(1e9, "1 GB/s of disk", "assumed: a shared file system; a local NVMe disk is faster")
 HASHING = Assumption(1e9, "1 GB/s of SHA-256", "assumed: one core with SHA instructions")
 PROCESS_START = Assumption(20.0, "20 s a start", "results/benchmarks/times/commands.csv, `tspin run --preset pocket`")
-ENGINE_START = Assumption(90.0, "90 s more for vLLM", "assumed: it compiles and records CUDA graphs")
+ENGINE_START = Assumption(90.0, "90 s more for vLLM", "assumed: it compiles and records graphs")
 BENCHMARKS = Assumption(0.0, "benchmarks' sizes", "tspin/planning/benchmarks.yaml")
 ASSUMPTIONS = (USABLE, NETWORK, DISK, HASHING, PROCESS_START, ENGINE_START, BENCHMARKS)
 
