@@ -22,7 +22,8 @@ from tspin.engines.here import Scoring, Training, score, train
 from tspin.experiment.preset import load_dataset, training_arguments
 from tspin.hub import offline as hub
 from tspin.planning.architectures import find_config, shape_of
-from tspin.planning.plan import Data, Hardware, plan
+from tspin.planning.hardware import Hardware
+from tspin.planning.plan import Data, plan
 from tspin.schema import PROTO, SYNTHETIC
 from tspin.triplets import make_triplets, reference_table, with_reference
 

@@ -124,7 +124,7 @@ def test_prompts_without_a_chat_template_are_said_to_be_the_papers(tmp_path, mod
 
 
 def test_gpus_that_are_not_there(tmp_path, data_file, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
     mine = ["run", "--model", "pocket", "--data", data_file, "--out", tmp_path / "out"]
     result = call(*mine, "--set", "engine.data_parallel=8")
     assert_refused(result)
@@ -146,7 +146,7 @@ def test_gpus_that_are_not_there(tmp_path, data_file, monkeypatch):
 
 
 def test_as_many_gpus_as_there_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     check_gpus(EngineSettings(data_parallel=2, tensor_parallel=2))
     with pytest.raises(UserError, match="8 GPUs are asked for, and this machine has 4 GPUs: set both .* they make 4"):
         check_gpus(EngineSettings(data_parallel=4, tensor_parallel=2))

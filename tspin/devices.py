@@ -1,32 +1,112 @@
-"""The memory that a GPU or this process takes, running out of it, and what arithmetic is fast here."""
+"""This machine's accelerators (CUDA, ROCm, XPU, NPU, MPS), or its CPU: which there are, their memory, fast arithmetic.
+
+No other module asks what kind they are, but for the attention kernel that CUDA and ROCm alone have (tspin.segments).
+"""
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from transformers.utils import is_torch_bf16_gpu_available
+
+from tspin.errors import UserError
 
 PROCESS = Path("/proc/self")
 PROCESSORS = Path("/proc/cpuinfo")
+# The variables that say which devices a process may use, the one that counts first. A machine has one "mps" at most.
+VISIBLE = {
+    "cuda": ("CUDA_VISIBLE_DEVICES",),
+    "rocm": ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+    "xpu": ("ZE_AFFINITY_MASK",),
+    "npu": ("ASCEND_RT_VISIBLE_DEVICES",),
+}
+
+
+def accelerator() -> torch.device | None:
+    """The kind of accelerator that computes here, without a number; None where the CPU does."""
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
+def device() -> torch.device:
+    """Where a model is put to compute: the accelerator, else the CPU."""
+    return accelerator() or torch.device("cpu")
+
+
+def accelerators() -> int:
+    """How many this process may use."""
+    return torch.accelerator.device_count()
+
+
+def accelerator_names() -> list[str]:
+    """Their products' names, as their drivers give them."""
+    kind = accelerator()
+    if kind is None:
+        return []
+    if kind.type == "mps":
+        return [torch.backends.mps.get_name()]
+    return [_module().get_device_name(number) for number in range(accelerators())]
+
+
+def visible_devices(environment: Mapping[str, str]) -> list[str]:
+    """The accelerators of a process with this environment, as its variable names them."""
+    listed = next((environment[name] for name in _variables() if environment.get(name)), None)
+    return listed.split(",") if listed else [str(number) for number in range(accelerators())]
+
+
+def showing(environment: Mapping[str, str], devices: Sequence[str]) -> dict[str, str]:
+    """The environment in which a process sees these of `visible_devices` alone.
+
+    Raises UserError for a kind of accelerator whose processes cannot be kept apart.
+    """
+    if not _variables():
+        raise UserError(
+            f"engine: no variable is known that gives a process some of several {device().type} devices; "
+            "set engine.data_parallel=1"
+        )
+    return {**environment, **dict.fromkeys(_variables(), ",".join(devices))}
+
+
+def _variables() -> tuple[str, ...]:
+    kind = device().type
+    return VISIBLE.get("rocm" if kind == "cuda" and torch.version.hip else kind, ())
+
+
+def _module() -> Any:
+    """torch.cuda, torch.xpu, torch.mps …; torch.cpu without an accelerator."""
+    return torch.get_device_module(device())
+
+
+def pins_memory() -> bool:
+    """Whether host memory can be pinned, for faster copies to the accelerator: MPS shares the host's."""
+    return device().type not in ("cpu", "mps")
+
+
+def widest_float() -> torch.dtype:
+    """float64, for sums that need it; float32 on MPS, which has nothing wider."""
+    return torch.float32 if device().type == "mps" else torch.float64
 
 
 def reset_peak() -> None:
     """Let the peak start again from here, where the system allows it."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    try:
-        (PROCESS / "clear_refs").write_text("5")
-    except OSError:
-        pass
+    if accelerator() is None:
+        try:
+            (PROCESS / "clear_refs").write_text("5")
+        except OSError:
+            pass
+    elif hasattr(_module(), "reset_peak_memory_stats"):  # MPS counts no peaks
+        _module().reset_peak_memory_stats()
 
 
 def peak_bytes() -> int | None:
-    """The most memory since `reset_peak`, allocated on the GPU or resident in this process; None if unknown."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+    """The most memory since `reset_peak`, allocated on the accelerator or resident in this process; None if unknown."""
+    if accelerator() is None:
+        return resident("VmHWM")
+    return _module().max_memory_allocated() if hasattr(_module(), "max_memory_allocated") else None
 
 
 def resident(field: str) -> int | None:
@@ -39,10 +119,10 @@ def resident(field: str) -> int | None:
 
 
 def give_back() -> None:
-    """Return the GPU memory of what this process no longer uses, which PyTorch keeps, for other processes to take."""
+    """Return the device memory of what this process no longer uses, which PyTorch keeps, for others to take."""
     gc.collect()  # a Trainer and its model refer to each other
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if accelerator() is not None:
+        _module().empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -53,9 +133,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine's GPU, or without one its CPU, has bfloat16 matrix instructions."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    """Whether this machine's accelerator, or without one its CPU, has bfloat16 matrix instructions.
+
+    Never on MPS: only newer systems have the type there, and Transformers does not train in it.
+    """
+    kind = accelerator()
+    if kind is not None:
+        if kind.type in ("cuda", "xpu"):
+            return bool(_module().is_bf16_supported(including_emulation=False))
+        return is_torch_bf16_gpu_available()
     try:
         flags = PROCESSORS.read_text()
     except OSError:

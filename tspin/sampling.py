@@ -102,7 +102,7 @@ def _drawing(model: PreTrainedModel) -> Iterator[None]:
     # would not be drawn from the policy.
     model.generation_config = GenerationConfig()
     try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):
             yield
     finally:
         model.generation_config = configured

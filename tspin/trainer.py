@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tspin.devices import out_of_memory
+from tspin.devices import give_back, out_of_memory, widest_float
 from tspin.errors import UserError
 from tspin.objectives import Coefficients, Method, SequenceLogps
 from tspin.schema import LABELLED, PROTO, SYNTHETIC
@@ -185,8 +185,7 @@ class TripletTrainer(Trainer):
             file=sys.stderr,
         )
         self.collator = finer
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradients' norm, before the optimizer uses them. Raises UserError where it is not finite."""
@@ -390,7 +389,7 @@ class GradientSignal:
 
 
 def _square(gradients: Sequence[Tensor]) -> Tensor:
-    return torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
+    return torch.stack([gradient.to(widest_float()).square().sum() for gradient in gradients]).sum()
 
 
 def _ids(triplets: Sequence[Triplet] | Sequence[int]) -> str:

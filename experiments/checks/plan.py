@@ -71,25 +71,34 @@ def main() -> None:
 def measure(name: str, tokens: int, checkpointing: bool) -> dict:
     """T-SPIN steps of two micro-batches of `tokens` tokens: predicted and measured peak."""
     step("pocket", ROW, False)  # what libraries load at first use is not the model's
-    config, args, peak = step(name, tokens, checkpointing)
-    responses = tokens * 3 * LENGTHS[1] // ROW
-    batch = MicroBatch(tokens, row_tokens=ROW, response_tokens=responses, count=2, checkpointing=checkpointing)
-    precision = Precision(4, 2 if args.bf16 else 4)
-    parts = training_parts(shape_of(config), precision, batch, Optimizer("rmsprop", foreach=False))
+    _, args, peak = step(name, tokens, checkpointing)
     return {
         "model": name,
         "micro_batch_tokens": tokens,
         "gradient_checkpointing": checkpointing,
         "bf16": bool(args.bf16),
-        "predicted_bytes": sum(parts.values()),
+        "predicted_bytes": predicted(name, tokens, checkpointing, bool(args.bf16)),
         "measured_bytes": peak,
     }
 
 
+def predicted(name: str, tokens: int, checkpointing: bool, bf16: bool) -> int:
+    """Bytes that `tspin plan` predicts for the same steps."""
+    responses = tokens * 3 * LENGTHS[1] // ROW
+    batch = MicroBatch(tokens, row_tokens=ROW, response_tokens=responses, count=2, checkpointing=checkpointing)
+    precision, optimizer = Precision(4, 2 if bf16 else 4), Optimizer("rmsprop", foreach=False)
+    return sum(training_parts(shape_of(model_config(name)), precision, batch, optimizer).values())
+
+
+def model_config(name: str) -> PreTrainedConfig:
+    """Of one of MODELS."""
+    path, changes = MODELS[name]
+    return AutoConfig.for_model(**{**find_config(path).to_dict(), **changes})
+
+
 def step(name: str, tokens: int, checkpointing: bool) -> tuple[PreTrainedConfig, SelfPlayConfig, int]:
     """Make a model and train it for STEPS steps; its config, the settings, and the peak above what was there before."""
-    path, changes = MODELS[name]
-    config = AutoConfig.for_model(**{**find_config(path).to_dict(), **changes})
+    config = model_config(name)
     batch = 2 * tokens // ROW
     count = STEPS * batch
     prompt, response = ([5] * length for length in LENGTHS)

@@ -54,8 +54,10 @@ def fetch(
 
 def plan(
     preset: Preset,
-    gpus: Annotated[int, typer.Option(help="how many", min=1)] = 8,
+    gpus: Annotated[int, typer.Option(help="of a machine", min=1)] = 8,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, a100-40, l40s or rtx4090")] = "h100",
+    nodes: Annotated[int, typer.Option(help="machines", min=1)] = 1,
+    network: Annotated[float, typer.Option(help="between machines, Gb/s of each", min=1)] = 400,
     utilisation: Annotated[float, typer.Option(help="share of the GPU's speed that is reached", min=0.01, max=1)] = 0.4,
     prompt_tokens: Annotated[int | None, typer.Option(help="mean; half of the maximum when left out")] = None,
     response_tokens: Annotated[int | None, typer.Option(help="mean, likewise")] = None,
@@ -63,7 +65,7 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the plan there too")] = None,
     settings: Set = None,
 ) -> None:
-    """Parameters, memory, tokens, hours and disk of a preset, and the first thing that will not fit.
+    """Parameters, memory, tokens, hours and disk of a preset, and what to change where it does not fit.
 
     Example: tspin plan zephyr-7b --gpus 8 --gpu h100 --rows 200000
     """
@@ -75,21 +77,31 @@ def plan(
         from rich.console import Console
 
         from tspin.config import load_config
-        from tspin.planning.plan import Data, Hardware, as_dict, measured_error
+        from tspin.planning.fitting import advice
+        from tspin.planning.hardware import ASSUMPTIONS, Hardware
+        from tspin.planning.plan import Data, as_dict, measured_error
         from tspin.planning.plan import plan as plan_for
         from tspin.runs.files import write_json
 
     config = load_config(preset, overrides)
-    planned = plan_for(config, Hardware(gpus, gpu, utilisation), Data(prompt_tokens, response_tokens, rows))
-    hours = sum(stage.hours for stage in planned.stages)
+    hardware = Hardware(gpus, gpu, utilisation, nodes, network)
+    data = Data(prompt_tokens, response_tokens, rows)
+    planned = plan_for(config, hardware, data)
     console = Console(highlight=False)
-    console.print(f"{config.model.path}: {planned.shape.parameters:,} parameters; {gpus} × {gpu}")
+    machines = f"{nodes} × {gpus} × {gpu}" if nodes > 1 else f"{gpus} × {gpu}"
+    console.print(f"{config.model.path}: {planned.shape.parameters:,} parameters; {machines}")
     console.print(_memory_table(planned), _work_table(planned), sep="\n")
-    console.print(f"{hours:.1f} hours at {utilisation:.0%} of the GPUs' speed, evaluation not counted; ", end="")
-    console.print(f"{planned.disk / 1e9:.1f} GB of checkpoints")
+    console.print(
+        f"{planned.hours:.1f} hours, {planned.gpu_hours:,.0f} GPU-hours, one seed, at {utilisation:.0%} of the GPUs' "
+        f"speed; {planned.disk / 1e9:.1f} GB of checkpoints"
+    )
+    console.print("Taken for granted: " + "; ".join(f"{each.text} ({each.source})" for each in ASSUMPTIONS))
+    if nodes > 1:
+        console.print("`tspin run` trains on one machine: several are planned here, and have been run by nobody.")
     if error := measured_error():
         console.print(error)
     console.print(planned.problem or "Everything fits.", style="bold")
+    console.print(advice(config, hardware, data), soft_wrap=True)
     if json_file is not None:
         write_json(json_file, as_dict(planned))
 
@@ -108,8 +120,10 @@ def _memory_table(planned: "Plan") -> "Table":
 def _work_table(planned: "Plan") -> "Table":
     from rich.table import Table
 
-    table = Table("method", "stage", "tokens", "PFLOPs", "hours", box=None, padding=(0, 2, 0, 0))
+    columns = ("method", "stage", "tokens", "PFLOPs", "hours", "GPU-hours")
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for stage in planned.stages:
-        work = (f"{stage.tokens:,}", f"{stage.flops / 1e15:,.1f}", f"{stage.hours:.2f}")
-        table.add_row(stage.method, stage.stage, *work)
+        done = (f"{stage.tokens:,}", f"{stage.flops / 1e15:,.1f}") if stage.tokens else ("", "")
+        hours = (f"{stage.hours:.2f}", f"{stage.hours * planned.hardware.all_gpus:.1f}")
+        table.add_row(stage.method, stage.stage, *done, *hours)
     return table

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tspin.config import SelfPlayConfig
-from tspin.devices import peak_bytes, reset_peak
+from tspin.devices import peak_bytes, pins_memory, reset_peak
 from tspin.engines.adapters import ADAPTER, adapted_weights, add_adapters, save_adapter
 from tspin.engines.callbacks import AtTrainBegin, KeepState, LogLastStep, StepBar
 from tspin.engines.trackers import Tracked, tracked_name, trackers
@@ -62,7 +62,7 @@ class Training:
         arguments.output_dir = str(self.log_folder)
         arguments.seed = stage_seed(self.args.seed, "training", self.iteration)
         arguments.learning_rate = of_iteration(self.args.learning_rates, self.iteration)
-        arguments.dataloader_pin_memory = torch.cuda.is_available()
+        arguments.dataloader_pin_memory = pins_memory()
         arguments.report_to = []  # ours are told the steps of the whole run
         if self.tracked is not None:
             arguments.run_name = tracked_name(self.args, self.tracked)

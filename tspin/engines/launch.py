@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from tqdm.auto import tqdm
 
 from tspin.config import SelfPlayConfig
+from tspin.devices import accelerators
 from tspin.engines.here import Training
 from tspin.engines.workers import Worker, run_workers
 from tspin.errors import UserError
@@ -39,7 +39,7 @@ def check_launcher(path: Path, args: SelfPlayConfig) -> None:
     kind = settings["distributed_type"]
     if settings.get("num_machines", 1) != 1:
         raise UserError(f"{path}: num_machines must be 1; a sweep (`tspin sweep`) gives each machine a run of its own")
-    processes, there = int(settings.get("num_processes", 1)), torch.cuda.device_count()
+    processes, there = int(settings.get("num_processes", 1)), accelerators()
     if processes > (there or os.cpu_count() or 1):
         have = f"{there} GPUs" if there else f"{os.cpu_count()} CPU cores and no GPU"
         raise UserError(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from tspin.config import EngineSettings, SelfPlayConfig
+from tspin.devices import accelerators
 from tspin.engines.here import Scoring
 from tspin.engines.launch import TOKENIZER, TRIPLETS, plain_arguments
 from tspin.engines.workers import Worker, gpu_environment, run_workers
@@ -22,7 +22,7 @@ LOGPS = "logps.parquet"
 
 def check_gpus(engine: EngineSettings) -> None:
     """Raise UserError where the settings ask for more GPUs than this machine has."""
-    asked, there = engine.data_parallel * engine.tensor_parallel, torch.cuda.device_count()
+    asked, there = engine.data_parallel * engine.tensor_parallel, accelerators()
     if asked > max(there, 1):
         have = f"{there} GPUs" if there else "no GPU"
         raise UserError(
@@ -34,7 +34,7 @@ def check_gpus(engine: EngineSettings) -> None:
 
 def scoring_processes(args: SelfPlayConfig) -> int:
     """As many as engine.data_parallel says, and as there are GPUs; 1 without."""
-    return max(min(args.engine.data_parallel, torch.cuda.device_count()), 1)
+    return max(min(args.engine.data_parallel, accelerators()), 1)
 
 
 def score_in_processes(

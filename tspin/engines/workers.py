@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tspin.devices import give_back
+from tspin.devices import give_back, showing, visible_devices
 from tspin.errors import UserError
 
 JOB, LOG, FAILURE = "job.json", "log.txt", "failure.txt"
@@ -106,17 +104,16 @@ def gpu_environment(number: int, gpus: int) -> dict[str, str]:
     Without GPUs, or with 0: this process's environment. Raises UserError where there are too few.
     """
     environment = dict(os.environ)
-    if not gpus or not torch.cuda.is_available():
+    there, needed = visible_devices(environment), (number + 1) * gpus
+    if not gpus or not there:
         return environment
-    visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    there, needed = visible.split(","), (number + 1) * gpus
     if needed > len(there):
         raise UserError(
             f"engine: {number + 1} copies of the model on {gpus} GPUs each need {needed} GPUs, {len(there)} are there; "
             "lower engine.data_parallel or engine.tensor_parallel"
         )
-    environment["CUDA_VISIBLE_DEVICES"] = ",".join(there[needed - gpus : needed])
-    return environment
+    mine = there[needed - gpus : needed]
+    return environment if mine == there else showing(environment, mine)
 
 
 def read_job(folder: Path) -> dict[str, Any]:

@@ -153,13 +153,13 @@ class Fleet:
             self.jobs[cell] = job
 
     def _executor(self) -> Any:
-        import torch
+        from tspin.devices import accelerators  # which brings PyTorch
 
         executor = submitit.AutoExecutor(folder=self.folder, cluster=self.executor)
         if self.executor == "slurm":
             parameters = {"name": f"tspin-{self.sweep.path.stem}", **self.sweep.submitit}
         else:  # the profile is of other machines; here every job sees every GPU
-            parameters = {"timeout_min": NO_LIMIT_MINUTES, "gpus_per_node": torch.cuda.device_count()}
+            parameters = {"timeout_min": NO_LIMIT_MINUTES, "gpus_per_node": accelerators()}
         try:
             executor.update_parameters(**parameters)
         except (NameError, ValueError, AssertionError, TypeError) as error:

@@ -23,7 +23,7 @@ from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfP
 from tspin.data.mapped import spread
 from tspin.data.sources import Source, load_rows
 from tspin.data.turns import writes_date
-from tspin.devices import without_denormals
+from tspin.devices import device, without_denormals
 from tspin.engines.launch import check_launcher
 from tspin.engines.scoring import check_gpus
 from tspin.engines.vllm import Served, evaluate_folder, require_vllm
@@ -331,8 +331,7 @@ class Evaluator:
             evaluate_folder(served, self.suite.model_dump(mode="json"), target, limit=self.settings.limit)
             return
         model = load_model(policy.folder, self.loading)
-        if torch.cuda.is_available():
-            model.to("cuda")  # type: ignore[arg-type]
+        model.to(device())  # type: ignore[arg-type]
         tokenizer = load_tokenizer(policy.folder, self.loading)
         settings = self.settings
         evaluation = evaluate(model, tokenizer, self.suite, batch_size=settings.batch_size, limit=settings.limit)

@@ -18,6 +18,7 @@ from tspin.config import RunSettings, build_config
 from tspin.data.encoding import encode_dataset
 from tspin.data.responses import Responses, read_responses
 from tspin.data.turns import writes_date
+from tspin.devices import device
 from tspin.engines.engine import Engine
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
@@ -169,8 +170,7 @@ def evaluate_to_file(
     check_chat_template(suite, tokenizer)
     policy = load_model(folder, {"dtype": getattr(torch, dtype)})
     check_tokens(policy, tokenizer, {})
-    if torch.cuda.is_available():
-        policy.to("cuda")  # type: ignore[arg-type]
+    policy.to(device())  # type: ignore[arg-type]
     evaluation = evaluate(policy, tokenizer, suite, batch_size=batch_size, limit=limit)
     if out is not None:
         write_text(out, evaluation.scores.to_csv(index=False))

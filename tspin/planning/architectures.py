@@ -1,7 +1,7 @@
 """A model's shape without its weights: its config, a model of it on the meta device, and what is counted there."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from tspin.errors import UserError
 from tspin.hub.offline import check_name
 from tspin.models import EMBEDDED, meta_model
+from tspin.settings import LoraSettings, ModelSettings
 
 FACTS = Path(__file__).with_name("architectures.yaml")
 
@@ -36,6 +37,29 @@ class Shape:
     def root_parameters(self) -> int:
         """Embeddings, last norm and head: what belongs to no layer."""
         return self.parameters - self.layers * self.layer_parameters
+
+
+class Architecture:
+    """A model's config and what is counted on it, once. trust_remote_code and the rest: see ModelSettings."""
+
+    def __init__(self, settings: ModelSettings):
+        """Raises UserError where the model's config cannot be had."""
+        self.config = find_config(settings.path, settings.revision, settings.trust_remote_code)
+        self._adapters: dict[str, int] = {}
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Raises UserError for a model that is not built as Llama is."""
+        return shape_of(self.config)
+
+    def adapters(self, lora: LoraSettings | None) -> int:
+        """Parameters of low-rank adapters; 0 without."""
+        if lora is None:
+            return 0
+        key = lora.model_dump_json()
+        if key not in self._adapters:
+            self._adapters[key] = adapter_parameters(self.config, lora.rank, lora.target_modules)
+        return self._adapters[key]
 
 
 @cache

@@ -6,6 +6,7 @@ intermediate, q and k the widths of all query and of all key heads, g keys that 
 Activations are those of a decoder built as Llama is.
 """
 
+import sys
 from dataclasses import dataclass
 
 from tspin.errors import UserError
@@ -22,6 +23,7 @@ OPTIMIZER_STATE = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), (0, 2)),
     **dict.fromkeys(("rmsprop_bnb_8bit", "lion_8bit", "paged_lion_8bit"), (0, 1)),
 }
+SUMMED = 4  # bytes of a gradient while GPUs add theirs up (tspin.trainer)
 FUSED = {"adamw_torch_fused", "adamw_apex_fused"}  # update in place, nothing of the parameters' size beside them
 
 
@@ -71,6 +73,11 @@ class Optimizer:
     shards: int = 1  # GPUs that weights, gradients and state are spread over (FSDP, full shard)
     foreach: bool = True  # all tensors are updated at once, as on GPUs
 
+    @property
+    def adapters(self) -> bool:
+        """Whether the weights themselves are frozen: no gradient of them exists at any moment."""
+        return self.trained is not None
+
     def state_bytes(self, weight: int) -> int:
         """Bytes of state per parameter. Raises UserError for an optimizer that is not in OPTIMIZER_STATE."""
         if self.name not in OPTIMIZER_STATE:
@@ -89,7 +96,11 @@ def training_parts(shape: Shape, precision: Precision, batch: MicroBatch, optimi
                      of one layer; embeddings' and the last norm's states, and masks, c T L at most
         copies       one shard, autocast: c per weight in the layers' matrices, from forward to backward pass (with
                      checkpointing during the forward pass, one layer's afterwards)
-        gathered     several shards: c per weight of two layers and of what belongs to no layer, and a layer's gradients
+                     With adapters only without checkpointing, where the backward pass needs them: autocast keeps none
+                     of frozen weights
+        gathered     several shards: c per weight of two layers and of what belongs to no layer, and their gradients, of
+                     one layer and of the rest, which waits for the embeddings'; 4 per weight of a layer, whose
+                     gradients are added up in float32 (tspin.trainer) and kept in the weights' own type
         temporary    the larger of a layer's backward pass and the head's
 
     The largest of several moments counts: forward and backward pass, which meet older gradients when a step has several
@@ -106,14 +117,16 @@ def training_parts(shape: Shape, precision: Precision, batch: MicroBatch, optimi
     layer = saved_per_token(shape, precision, batch) * batch.tokens
     inputs = w * batch.tokens * shape.hidden
     ends = 3 * inputs + c * batch.tokens * batch.row_tokens
-    head, backward = head_bytes(shape, precision, batch), layer_backward_bytes(shape, precision, batch)
+    head = head_bytes(shape, precision, batch, optimizer.adapters)
+    backward = layer_backward_bytes(shape, precision, batch, optimizer.adapters)
     copy = c * shape.layer_matrices if precision.autocast and shards == 1 else 0
     copies = copy * shape.layers
-    around = c * (3 * shape.layer_parameters + shape.root_parameters)
+    around = c * (3 * shape.layer_parameters + 2 * shape.root_parameters) + SUMMED * shape.layer_parameters
     gathered = {"gathered layers": around} if shards > 1 else {}
     if batch.checkpointing:
         stored = inputs * shape.layers + ends
-        moments = [{"activations": stored, "weight copies": copies, "temporary": head}]
+        cached = copy if optimizer.adapters else copies
+        moments = [{"activations": stored, "weight copies": cached, "temporary": head}]
         moments += [{"activations": stored + layer, "weight copies": copy, "temporary": backward}]
     else:
         stored = layer * shape.layers + ends
@@ -143,28 +156,30 @@ def saved_per_token(shape: Shape, precision: Precision, batch: MicroBatch) -> in
     return round(norms + c * kept) + 4 * shape.heads + 4 * c * shape.intermediate
 
 
-def head_bytes(shape: Shape, precision: Precision, batch: MicroBatch) -> int:
+def head_bytes(shape: Shape, precision: Precision, batch: MicroBatch, frozen: bool = False) -> int:
     """The most that the head needs at once, in the backward pass of a chunk of n response tokens (all when padded).
 
     Log-softmax, its gradient and the gradient before it, float32: 12 n V; the chunk's part of the head's gradient,
-    (c + w) V h under autocast and w V h without; and the hidden states that chunks are made from, 2 w N h, a state and
-    its gradient. The padded layout has the logits of all T tokens as well, and in float32 too: (c + 4) T V.
+    (c + w) V h under autocast and w V h without, of a frozen head its copy under autocast alone, c V h; and the hidden
+    states that chunks are made from, 2 w N h, a state and its gradient. The padded layout has the logits of all T
+    tokens as well, and in float32 too: (c + 4) T V.
     """
-    gradient = precision.new_gradient * shape.vocabulary * shape.hidden
+    copied = precision.compute if precision.autocast else 0
+    gradient = (copied if frozen else precision.new_gradient) * shape.vocabulary * shape.hidden
     states = 2 * precision.weight * batch.response_tokens * shape.hidden
     every = (precision.compute + 4) * batch.tokens * shape.vocabulary if batch.padded else 0
     n = batch.response_tokens if batch.padded else chunk_tokens(shape, batch)
     return 12 * n * shape.vocabulary + gradient + states + every
 
 
-def layer_backward_bytes(shape: Shape, precision: Precision, batch: MicroBatch) -> int:
+def layer_backward_bytes(shape: Shape, precision: Precision, batch: MicroBatch, frozen: bool = False) -> int:
     """What a layer's backward pass needs beside what was saved, at its MLP.
 
     Gradients of the three tensors m wide and of the residual stream: T (3 c m + 3 · w h); and of one matrix before it
-    is added to the others: w m h, under autocast (c + w) m h.
+    is added to the others: w m h, under autocast (c + w) m h; none of frozen ones.
     """
     tokens = batch.tokens * (3 * precision.compute * shape.intermediate + 3 * precision.weight * shape.hidden)
-    return tokens + precision.new_gradient * shape.intermediate * shape.hidden
+    return tokens + (0 if frozen else precision.new_gradient * shape.intermediate * shape.hidden)
 
 
 def scoring_parts(shape: Shape, precision: Precision, batch: MicroBatch) -> Parts:
@@ -178,17 +193,28 @@ def scoring_parts(shape: Shape, precision: Precision, batch: MicroBatch) -> Part
     return {"weights": precision.weight * shape.parameters, "weight copies": copies, "temporary": temporary}
 
 
-def sampling_parts(shape: Shape, weight: int, sequences: int, prompt_tokens: int, new_tokens: int) -> Parts:
-    """Peak memory of decoding a batch: weights, cache, and the prompts' pass.
+def sampling_parts(
+    shape: Shape,
+    weight: int,
+    sequences: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    gpus: int = 1,
+    most: int | None = None,
+) -> Parts:
+    """Peak memory of decoding a batch, on each of the GPUs that share a copy: weights, cache, and the prompts' pass.
 
-    cache: sequences · (prompt + new) · 2 k w · layers. The prompts' pass: a layer's three tensors m wide, the stream
-    and its norm, w (3 m + 4 h) per token, with a mask of w · prompt per token.
+    cache: sequences · (prompt + new) · 2 k w · layers; both in equal parts. The prompts' pass: a layer's
+    three tensors m wide, the stream
+    and its norm, w (3 m + 4 h) per token, with a mask of w · prompt per token. most: tokens of prompts that pass at
+    once.
     """
     per_token = weight * (3 * shape.intermediate + 4 * shape.hidden + prompt_tokens)
     return {
-        "weights": weight * shape.parameters,
-        "key-value cache": sequences * (prompt_tokens + new_tokens) * cache_bytes(shape, weight),
-        "temporary": sequences * prompt_tokens * per_token + 12 * sequences * shape.vocabulary,
+        "weights": weight * shape.parameters // gpus,
+        "key-value cache": sequences * (prompt_tokens + new_tokens) * cache_bytes(shape, weight) // gpus,
+        "temporary": min(sequences * prompt_tokens, most or sys.maxsize) * per_token
+        + 12 * sequences * shape.vocabulary,
     }
 
 

@@ -1,55 +1,30 @@
-"""`tspin plan`: what an experiment needs, before any GPU is booked. For memory see tspin.planning.peaks."""
+"""`tspin plan`: what an experiment needs, before any GPU is booked.
 
-from collections.abc import Mapping, Sequence
+Memory: tspin.planning.peaks. Tokens and hours: work. What machines are taken for: hardware. What would fit: fitting.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-
-from tspin.config import Config, RunSettings
-from tspin.errors import UserError, unknown
+from tspin.config import Config
 from tspin.objectives import METHODS
 from tspin.planning import peaks
-from tspin.planning.architectures import Shape, adapter_parameters, find_config, shape_of
-
-USABLE = 0.95  # of a GPU's memory: the driver, the libraries and fragments take the rest
-DECODED_TOGETHER = 256  # sequences of a vLLM copy, its default
-WEIGHT = {"float32": 4, "bfloat16": 2}  # bytes
-Lengths = tuple[int, int, int]  # mean tokens of prompts, of y, and of y′ and y0
-REMEDIES = {
-    "training": "lower micro_batch_tokens, set gradient_checkpointing or lora, or take more GPUs",
-    "scoring": "lower micro_batch_tokens",
-    "sampling": "lower sampling_batch_size or max_new_tokens, or raise engine.tensor_parallel",
-}
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """memory: bytes. flops: dense bfloat16, per second. bandwidth: bytes per second. Vendors' public figures."""
-
-    memory: float
-    flops: float
-    bandwidth: float
-
-
-GPUS = {
-    "h200": Gpu(141e9, 989e12, 4.80e12),
-    "h100": Gpu(80e9, 989e12, 3.35e12),
-    "a100": Gpu(80e9, 312e12, 2.04e12),
-    "a100-40": Gpu(40e9, 312e12, 1.56e12),
-    "l40s": Gpu(48e9, 362e12, 0.864e12),
-    "rtx4090": Gpu(24e9, 165e12, 1.01e12),
-}
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """GPUs of a kind of GPUS, and the share of their arithmetic, and of their bandwidth, that is reached."""
-
-    gpus: int = 8
-    gpu: str = "h100"
-    utilisation: float = 0.4
+from tspin.planning.architectures import Architecture, Shape
+from tspin.planning.hardware import Hardware
+from tspin.planning.work import (
+    PASSED_TOGETHER,
+    WEIGHT,
+    Lengths,
+    Stage,
+    Work,
+    base_evaluation,
+    labels_of,
+    scoring_passes,
+    stages,
+    together,
+)
 
 
 @dataclass(frozen=True)
@@ -65,159 +40,129 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One kind of work of a method, over all its iterations. hours: on the clock."""
-
-    method: str
-    stage: str
-    tokens: int
-    flops: float
-    hours: float
-
-
-@dataclass(frozen=True)
 class Plan:
     """memory: stage → parts in bytes on one GPU. disk: bytes. problem: the first thing that does not fit."""
 
     shape: Shape
+    hardware: Hardware
     memory: dict[str, peaks.Parts]
     stages: list[Stage]
     disk: int
     problem: str | None
 
+    @property
+    def hours(self) -> float:
+        """On the clock, of all stages one after the other."""
+        return sum(stage.hours for stage in self.stages)
 
-def plan(config: Config, hardware: Hardware = Hardware(), data: Data = Data()) -> Plan:
-    """Memory, tokens, time and disk of a config's methods; evaluation is not in it.
+    @property
+    def gpu_hours(self) -> float:
+        """Of all GPUs from start to end, whether a stage uses all of them or not."""
+        return self.hours * self.hardware.all_gpus
 
-    Training is sharded over all GPUs (FSDP; adapters have whole weights on each), sampling has a copy on each,
-    log-probabilities one on engine.data_parallel of them.
-    Raises UserError for unknown GPUs and models that cannot be planned.
+
+def plan(config: Config, hardware: Hardware, data: Data = Data()) -> Plan:
+    """Memory, tokens, time and disk of a config's methods, one seed.
+
+    Training is sharded over all GPUs (FSDP; adapters have whole weights on each), log-probabilities have a copy on
+    engine.data_parallel of one machine's, vLLM one on engine.tensor_parallel of each.
+    Raises UserError for models that cannot be planned, and for rows that have to be said.
     """
-    if hardware.gpu not in GPUS:
-        raise UserError(f"--gpu: {unknown('GPU', hardware.gpu, GPUS)}")
-    model = find_config(config.model.path, config.model.revision, config.model.trust_remote_code)
-    shape = shape_of(model)
-    lengths = (
+    works = works_of(config, Architecture(config.model), hardware, data)
+    memory = memory_of(works)
+    drawn: set[str] = set()
+    found = base_evaluation(works[0])
+    for work in works:
+        key = _drawing(work)
+        found += stages(work, first=key not in drawn)
+        drawn |= {key} if METHODS[work.settings.method].self_play else set()
+    disk = sum(work.training.iterations for work in works) * WEIGHT[config.model.dtype] * works[0].shape.parameters
+    return Plan(works[0].shape, hardware, memory, found, disk, problem_of(memory, hardware))
+
+
+def works_of(config: Config, model: Architecture, hardware: Hardware, data: Data) -> list[Work]:
+    """The work of each of a config's methods; of T-SPIN where it names none."""
+    works = []
+    lengths = Lengths(
         data.prompt_tokens or config.training.max_prompt_length // 2,
         data.response_tokens or config.training.max_completion_length // 2,
         data.response_tokens or config.training.max_new_tokens // 2,
     )
-    methods = [config.for_method(name) for name in config.methods or ["tspin"]]
-    memory = _memory(methods, model, shape, lengths, hardware.gpus)
-    stages = [stage for settings in methods for stage in _stages(settings, shape, lengths, hardware, data.rows)]
-    disk = sum(settings.training.iterations for settings in methods) * WEIGHT[config.model.dtype] * shape.parameters
-    return Plan(shape, memory, stages, disk, _problem(memory, hardware))
+    for name in config.methods or ["tspin"]:
+        settings = config.for_method(name)
+        labels, adapters = labels_of(settings, data.rows), model.adapters(settings.training.lora)
+        works.append(Work(settings, model.shape, lengths, hardware, labels, adapters))
+    return works
 
 
-def _memory(
-    methods: Sequence[RunSettings], model: PreTrainedConfig, shape: Shape, lengths: Lengths, gpus: int
-) -> dict[str, peaks.Parts]:
-    """Stage → parts in bytes on one GPU, for the method with the longest rows."""
-    settings = max(methods, key=lambda settings: _row_tokens(settings, lengths))
-    training, tokens, row = settings.training, settings.training.micro_batch_tokens, _row_tokens(settings, lengths)
-    weight = WEIGHT[settings.model.dtype]
-    precision = scored = peaks.Precision(weight, weight if training.bf16 is False else 2)
-    batch = peaks.MicroBatch(
-        tokens=tokens,
-        row_tokens=min(row, tokens),
-        response_tokens=tokens * (row - lengths[0]) // row,
-        count=max(training.batch_size * row // (gpus * tokens), 1),
-        padded=training.layout == "padded",
-        checkpointing=training.gradient_checkpointing,
-    )
-    if training.lora:  # adapters are trained beside whole weights on every GPU
-        adapters = adapter_parameters(model, training.lora.rank, training.lora.target_modules)
-        optimizer = peaks.Optimizer(training.optim, trained=adapters)
+def _drawing(work: Work) -> str:
+    """What y0 and the first y′ follow from: methods that agree in it share them."""
+    fields = work.training.model_dump(include={"template", "temperature", "top_p", "max_new_tokens", "proto_model"})
+    return f"{work.settings.data.model_dump()} {fields}"
+
+
+def memory_of(works: Sequence[Work]) -> dict[str, peaks.Parts]:
+    """Stage → parts in bytes on one GPU, for the method with the longest rows; stages that have work."""
+    work = max(works, key=lambda work: work.longest_row)
+    training, shape = work.training, work.shape
+    precision = peaks.Precision(WEIGHT[work.settings.model.dtype], work.compute)
+    scored = peaks.Precision(work.compute, work.compute) if work.sharded else precision
+    batch = _micro_batch(work)
+    if training.lora:
+        optimizer = peaks.Optimizer(training.optim, trained=work.adapters)
     else:
-        optimizer = peaks.Optimizer(training.optim, shards=gpus)
-        if gpus > 1:  # as trainings in shards compute, see tspin.engines.launch.trains_in_bfloat16
-            scored = peaks.Precision(precision.compute, precision.compute)
-    drawn = 2 if settings.training.sampling_backend == "vllm" else weight
-    return {
-        "training": peaks.training_parts(shape, precision, batch, optimizer),
-        "scoring": peaks.scoring_parts(shape, scored, batch),
-        "sampling": peaks.sampling_parts(shape, drawn, _together(settings), lengths[0], lengths[2]),
-    }
+        optimizer = peaks.Optimizer(training.optim, shards=work.hardware.all_gpus)
+    memory = {"training": peaks.training_parts(shape, precision, batch, optimizer)}
+    if any(map(scoring_passes, works)):
+        memory["scoring"] = peaks.scoring_parts(shape, scored, batch)
+    if any(METHODS[each.settings.method].self_play for each in works):
+        memory["sampling"] = _sampling_parts(work)
+    return memory
 
 
-def _stages(settings: RunSettings, shape: Shape, lengths: Lengths, hardware: Hardware, rows: int | None) -> list[Stage]:
-    """A method's work: 2 P FLOPs per token forward, 6 P forward and backward, 8 P with checkpointing.
-
-    Decoding reads all weights and the cache for each token of a batch: the larger of that and its arithmetic counts.
-    """
-    labels = settings.data.labels or rows
-    if labels is None:
-        raise UserError(f"{settings.method} uses all rows of {settings.data.path}: say how many they are with --rows")
-    method, device, gpus = METHODS[settings.method], GPUS[hardware.gpu], hardware.gpus
-    speed = gpus * device.flops * hardware.utilisation
-    prompt, _, response = lengths
-    seen = _rounds(settings) * labels * _row_tokens(settings, lengths)
-
-    def stage(name: str, tokens: float, per_token: int, seconds: float = 0.0, used: int = gpus) -> Stage:
-        flops = tokens * per_token * shape.parameters
-        hours = max(flops / (speed * used / gpus), seconds) / 3600
-        return Stage(settings.method, name, round(tokens), flops, hours)
-
-    backward = 8 if settings.training.gradient_checkpointing else 6
-    stages = [stage("training", settings.training.num_train_epochs * seen, backward)]
-    scored = _scored_tokens(settings, lengths, labels)
-    stages.append(stage("scoring", scored, 2, used=min(settings.training.engine.data_parallel, gpus)))
-    if method.self_play:
-        drawn = (settings.training.iterations + (not settings.data.generated)) * labels  # y′ and, once, y0
-        together = _together(settings)
-        steps = drawn * response / (gpus * together)
-        read = 2 * shape.parameters + together * (prompt + response) * peaks.cache_bytes(shape, 2)
-        seconds = steps * read / (device.bandwidth * hardware.utilisation)
-        seconds += drawn * prompt * 2 * shape.parameters / speed
-        stages.append(stage("sampling", drawn * (prompt + response), 2, seconds))
-    return stages
+def _sampling_parts(work: Work) -> peaks.Parts:
+    """vLLM decodes fewer sequences at once where its cache would be full; Transformers as many as it is told."""
+    training, lengths, sequences = work.training, work.lengths, together(work.training)
+    weight = WEIGHT[training.sampling_dtype or work.settings.model.dtype]
+    sizes = (lengths.prompt, lengths.drawn)
+    if training.sampling_backend != "vllm":
+        return peaks.sampling_parts(work.shape, weight, sequences, *sizes)
+    split = min(training.engine.tensor_parallel, work.hardware.gpus)
+    while True:
+        parts = peaks.sampling_parts(work.shape, weight, sequences, *sizes, split, PASSED_TOGETHER)
+        if sequences == 1 or total(parts) <= work.hardware.usable:
+            return parts
+        sequences //= 2
 
 
-def _scored_tokens(settings: RunSettings, lengths: Lengths, labels: int) -> int:
-    """Tokens of all forward passes beside training: nothing that the sampler or an earlier iteration found."""
-    training, method = settings.training, METHODS[settings.method]
-    prompt, labelled, response = lengths
-    shown = min(labels, training.diagnostics_prompts) if training.diagnostics else 0
-    tokens = shown * training.iterations * _row_tokens(settings, lengths)  # after each training
-    if method.uses_reference:  # y′ in each iteration; y in the first, and where not all of the earlier ones are known
-        anew = method.reference == "previous" and shown < labels  # y too then, and the y′ of a history
-        rounds = _rounds(settings) if anew else training.iterations
-        tokens += labels * (rounds * (prompt + response) + (training.iterations if anew else 1) * labelled)
-    if method.reference != "previous" and shown:  # under the policy: y in the first iteration, y′ in another arithmetic
-        own_type = training.bf16 is False and training.sampling_dtype in (None, settings.model.dtype)
-        apart = training.sampling_backend == "vllm" or not own_type
-        drawn = training.iterations * (prompt + response) if method.self_play and apart else 0
-        tokens += shown * (prompt + labelled + drawn)
-    return tokens
+def _micro_batch(work: Work) -> peaks.MicroBatch:
+    roles = max((work.roles(t) for t in range(work.training.iterations)), key=work.row)
+    responses, row = sum(map(work.lengths.of, roles)), work.longest_row
+    tokens = max(work.training.micro_batch_tokens, work.fullest_row)
+    padded = work.training.layout == "padded"
+    return peaks.MicroBatch(
+        tokens=tokens,
+        row_tokens=work.lengths.prompt + max(map(work.lengths.of, roles)) if padded else row,
+        response_tokens=tokens * responses // row,
+        count=work.micro_batches(work.fullest_row),
+        padded=padded,
+        checkpointing=work.training.gradient_checkpointing,
+    )
 
 
-def _rounds(settings: RunSettings) -> int:
-    """How often all iterations see the labels: each its own pairs, and with a history those of iterations before it."""
-    return sum(1 + min(t, settings.data.history) for t in range(settings.training.iterations))
+def total(parts: peaks.Parts) -> int:
+    """Bytes of all parts."""
+    return sum(parts.values())
 
 
-def _row_tokens(settings: RunSettings, lengths: Lengths) -> int:
-    """Tokens of one prompt's row: the prompt once, y, and in self-play y′ and y0."""
-    prompt, labelled, response = lengths
-    return prompt + labelled + (2 * response if METHODS[settings.method].self_play else 0)
-
-
-def _together(settings: RunSettings) -> int:
-    """Sequences that one copy of the model decodes together."""
-    training = settings.training
-    return DECODED_TOGETHER if training.sampling_backend == "vllm" else training.sampling_batch_size
-
-
-def _problem(memory: Mapping[str, peaks.Parts], hardware: Hardware) -> str | None:
-    """The first stage that needs more than a GPU has, and what to change; None where all fit."""
-    usable = USABLE * GPUS[hardware.gpu].memory
+def problem_of(memory: dict[str, peaks.Parts], hardware: Hardware) -> str | None:
+    """The first stage that needs more than a GPU has, in words; None where all fit."""
     for stage, parts in memory.items():
-        total, largest = sum(parts.values()), max(parts, key=lambda part: parts[part])
-        if total > usable:
+        largest = max(parts, key=lambda part: parts[part])
+        if total(parts) > hardware.usable:
             return (
-                f"{stage} needs {total / 2**30:.1f} GiB on each of {hardware.gpus} {hardware.gpu}, which has "
-                f"{usable / 2**30:.1f} to give; most of it is {largest} ({parts[largest] / 2**30:.1f} GiB): "
-                f"{REMEDIES[stage]}"
+                f"{stage} needs {total(parts) / 2**30:.1f} GiB on each of {hardware.all_gpus} {hardware.gpu}, which "
+                f"has {hardware.usable / 2**30:.1f} to give; most of it is {largest} ({parts[largest] / 2**30:.1f} GiB)"
             )
     return None
 
@@ -239,6 +184,8 @@ def as_dict(planned: Plan) -> dict[str, Any]:
         "parameters": planned.shape.parameters,
         "memory_bytes_per_gpu": planned.memory,
         "stages": [vars(stage) for stage in planned.stages],
+        "hours": planned.hours,
+        "gpu_hours": planned.gpu_hours,
         "disk_bytes": planned.disk,
         "does_not_fit": planned.problem,
     }

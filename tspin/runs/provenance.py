@@ -19,13 +19,14 @@ def provenance() -> dict[str, Any]:
     """{"commit", "uncommitted_changes", "versions", "hardware", "command"} of this process."""
     import torch
 
+    from tspin.devices import accelerator_names
+
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", "tspin", "experiments")
-    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(changes),
         "versions": _versions(),
-        "hardware": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "accelerators": accelerators},
+        "hardware": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "accelerators": accelerator_names()},
         "command": redacted(" ".join([Path(sys.argv[0]).name, *map(_without_place, sys.argv[1:])])),
     }
 
