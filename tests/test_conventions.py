@@ -1,7 +1,10 @@
 """SelfPlayTrainer as those expect it who know transformers.Trainer: arguments, state, adapters, held-out rows."""
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState, TrainingArguments
 
 from tspin import SelfPlayConfig, SelfPlayTrainer
-from tspin.cards import LOSSES, _origin
+from tspin.cards import _origin
 from tspin.engines.adapters import lora_settings
+from tspin.engines.trackers import check_trackers
 from tspin.errors import UserError
 from tspin.objectives import METHODS
 from tspin.states import IterationResult, advance
@@ -200,14 +204,17 @@ def test_a_model_card_as_the_hub_reads_it(trained, tmp_path):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "transformers" and {"spin", "self-play"} <= set(card.data.tags)
     assert card.data.eval_results[0].metric_value == 12.5 and card.data.model_name == "spin-iteration-0"
-    for part in ("| gsm8k | exact_match,strict-match | 12.5000 | 1.0000 | 80 |", "In percent", LOSSES["spin"], "- it stood still",
+    for part in ("| gsm8k | exact_match,strict-match | 12.5000 | 1.0000 | 80 |", "In percent",
+                 METHODS["spin"].formula, "- it stood still",
                  "`learning_rate`: `0.01`", "2 optimizer steps", "commit abc with", "torch 2.0.0"):  # fmt: skip
         assert part in card.text, part
     assert not (trained.results[0].model_path / "README.md").exists()  # sealed
 
 
-def test_every_method_has_its_loss_in_the_card():
-    assert LOSSES.keys() == METHODS.keys()
+def test_what_changes_the_loss_is_in_the_card(trained, tmp_path):
+    trained.args.method, trained.args.sft_weight, trained.args.proto_model = "tspin", 0.5, "org/other"
+    text = (trained.write_card(trained.results[0]) / "README.md").read_text()
+    assert f"\n    0.5 (−log π_θ(y)/|y|) + {METHODS['tspin'].formula}\n" in text and "y0 from org/other)" in text
 
 
 def test_the_origin_of_a_card(tmp_path):
@@ -251,7 +258,7 @@ def test_an_upload(trained, monkeypatch):
     with pytest.raises(UserError, match="unknown evaluated benchmark 'mmlu'"):
         trained.push_to_hub("me/policy", benchmarks={"mmlu": ("a/b", "c")})
     scores = path.parents[2] / "evaluation" / "scores.csv"
-    scores.write_text("benchmark,metric,value,stderr,n\nwikitext,\"word_perplexity,none\",31.5,,62\n")
+    scores.write_text('benchmark,metric,value,stderr,n\nwikitext,"word_perplexity,none",31.5,,62\n')
     with pytest.raises(UserError, match="wikitext: word_perplexity,none is no share"):
         trained.push_to_hub("me/policy", benchmarks={"wikitext": ("a/b", "c")})
 
@@ -260,6 +267,29 @@ def test_an_upload_without_a_network_is_one_line(trained):
     with pytest.raises(UserError, match="^me/policy: could not be uploaded .*nothing is lost") as refused:
         trained.push_to_hub("me/policy")  # the tests' environment is offline
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "begun, mode, known, refused",
+    [
+        (False, "online", False, True),
+        (False, None, False, True),
+        (False, "online", True, False),
+        (True, "online", False, False),  # the caller's run: login() says False within one
+        (False, "offline", False, False),
+        (False, "disabled", False, False),
+    ],
+)
+def test_who_has_to_log_in_to_wandb(monkeypatch, begun, mode, known, refused):
+    stub = SimpleNamespace(
+        run=object() if begun else None,
+        setup=lambda: SimpleNamespace(settings=SimpleNamespace(mode=mode)),
+        login=lambda prompt, verify: known,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    args = SimpleNamespace(report_to=["wandb"], trackio_space_id=None)
+    with pytest.raises(UserError, match="report_to=wandb: no key") if refused else nullcontext():
+        check_trackers(args)
 
 
 def test_the_citation_is_whole():

@@ -31,16 +31,6 @@ from tspin.states import IterationResult
 
 CARD = "card"  # the folder
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-LOSSES = {  # of a triplet; ℓ is loss_type
-    "sft": "−log π(y) per token",
-    "spin": "ℓ(λ log π(y)/π_t(y) − λ log π(y′)/π_t(y′))",
-    "tspin": "ℓ(α log π(y) − α log π(y′)) + β ℓ(α log π(y′) − α log π(y0))",
-    "tspin_no_history": "ℓ(α log π(y) − α log π(y′))",
-    "tspin_reference": "ℓ(α [r(y) − r(y′)]) + β ℓ(α [r(y′) − r(y0)]), r = log π/π_t",
-    "dpo": "ℓ(λ log π(y)/π_0(y) − λ log π(y′)/π_0(y′))",
-    "simpo": "−log σ(the difference of mean log π per token of y and y′, scaled, less a margin)",
-    "space": "−log σ_μ(r(y)) − μ log(1 − σ_μ(r(y′))), r = log π/π_t",
-}
 
 
 def write_card(result: IterationResult, run: Run, source: str | PreTrainedModel) -> Path:
@@ -65,7 +55,7 @@ def write_card(result: IterationResult, run: Run, source: str | PreTrainedModel)
         name=name,
         result=result,
         method=run.args.method,
-        loss=LOSSES.get(run.args.method),
+        loss=run.method.formula,
         settings=run.args.computed() | {"iterations": run.iterations},
         defaults=type(run.args)(output_dir=run.args.output_dir).computed(),
         rows=len(run.examples),
