@@ -22,6 +22,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from tspin.errors import UserError, tell
+from tspin.objectives import find_method
 from tspin.runs.files import atomic_path, json_text, read_json
 from tspin.schema import BASE, unit
 from tspin.yaml_files import find_yaml
@@ -172,6 +173,7 @@ def page(folder: Path) -> str:
         seeds=partial(_seeds, cells),
         single=lambda method: gathered.scores.loc[gathered.scores["method"] == method, "seed"].nunique() == 1,
         label=lambda method: look(method).label,
+        formula=lambda method: find_method(method).formula,
         unit=unit(columns),
         methods=gathered.methods,
         trained=[method for method in gathered.methods if method != BASE],

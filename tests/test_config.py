@@ -156,7 +156,7 @@ def test_a_coefficient_has_a_name_of_its_own():
     code = """
 from tspin import objectives
 taken = objectives.Coefficient("weight_decay", 1.0, "taken", "a test")
-objectives.METHODS["mine"] = objectives.Method("mine", None, None, objectives.PAIR, (taken,))
+objectives.METHODS["mine"] = objectives.Method("mine", "", None, None, objectives.PAIR, (taken,))
 import tspin.config
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
@@ -173,6 +173,7 @@ from tspin.objectives import LABELLED, SYNTHETIC, Coefficient, Method
 
 objectives.METHODS["orpo"] = Method(
     "orpo",
+    "−w log σ(log π_θ(y) − log π_θ(y′))",
     lambda logps, c: -c["odds"] * logsigmoid(logps.policy[LABELLED] - logps.policy[SYNTHETIC]),
     lambda logps, c, role: c["odds"] * logps.policy[role],
     (LABELLED, SYNTHETIC),

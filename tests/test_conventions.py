@@ -1,7 +1,10 @@
 """SelfPlayTrainer as those expect it who know transformers.Trainer: arguments, state, adapters, held-out rows."""
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState, TrainingArguments
 
 from tspin import SelfPlayConfig, SelfPlayTrainer
-from tspin.cards import LOSSES, _origin
+from tspin.cards import _origin
 from tspin.engines.adapters import lora_settings
+from tspin.engines.trackers import check_trackers
 from tspin.errors import UserError
 from tspin.objectives import METHODS
 from tspin.states import IterationResult, advance
@@ -66,6 +70,8 @@ def test_a_run_with_held_out_rows_and_its_state(tmp_path, model_folder, rows):
     assert scored == [result.held_out["nll"] for result in results] and state.best_metric == min(scored)
     best = trainer.result_of("best")
     assert best.iteration == int(np.argmin(scored)) and state.best_model_checkpoint == str(best.model_path)
+    card = (tmp_path / "run" / "iteration-1" / "card" / "README.md").read_text()
+    assert f"torch {results[1].provenance['versions']['torch']}" in card
     kept = json.loads((tmp_path / "run" / "iteration-1" / "held_out.json").read_text())
     assert kept["rows"] == 4 and kept["nll"] > kept["nll_per_token"] > 0
     # The value is that of the checkpoint.
@@ -183,10 +189,12 @@ def trained(tmp_path, model_folder, rows):
     (folder / "evaluation").mkdir(parents=True)
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
-    scores = [{"benchmark": "gsm8k", "metric": "exact_match,strict-match", "value": 0.125, "stderr": 0.01, "n": 80}]
+    scores = [{"benchmark": "gsm8k", "metric": "exact_match,strict-match", "value": 12.5, "stderr": 1.0, "n": 80}]
     pd.DataFrame(scores).to_csv(folder / "evaluation" / "scores.csv", index=False)
     facts = {"steps": 2, "tokens": 1234}
-    trainer.results = [IterationResult(0, folder / "model", "", training=facts, warnings={"changed": "it stood still"})]
+    made = {"commit": "abc", "uncommitted_changes": True, "versions": {"torch": "2.0.0"}, "hardware": {"cpu": "a CPU"}}
+    told = {"changed": "it stood still"}
+    trainer.results = [IterationResult(0, folder / "model", "", training=facts, warnings=told, provenance=made)]
     return trainer
 
 
@@ -195,22 +203,33 @@ def test_a_model_card_as_the_hub_reads_it(trained, tmp_path):
     assert (tmp_path / "out" / "config.json").exists()
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "transformers" and {"spin", "self-play"} <= set(card.data.tags)
-    assert card.data.eval_results[0].metric_value == 0.125 and card.data.model_name == "spin-iteration-0"
-    for part in ("| gsm8k | exact_match,strict-match | 0.1250 | 0.0100 | 80 |", LOSSES["spin"], "- it stood still",
-                 "`learning_rate`: `0.01`", "2 optimizer steps", "torch 2"):  # fmt: skip
+    assert card.data.eval_results[0].metric_value == 12.5 and card.data.model_name == "spin-iteration-0"
+    for part in ("| gsm8k | exact_match,strict-match | 12.5000 | 1.0000 | 80 |", "In percent",
+                 METHODS["spin"].formula, "- it stood still",
+                 "`learning_rate`: `0.01`", "2 optimizer steps", "commit abc with", "torch 2.0.0"):  # fmt: skip
         assert part in card.text, part
     assert not (trained.results[0].model_path / "README.md").exists()  # sealed
 
 
-def test_every_method_has_its_loss_in_the_card():
-    assert LOSSES.keys() == METHODS.keys()
+def test_what_changes_the_loss_is_in_the_card(trained, tmp_path):
+    trained.args.method, trained.args.sft_weight, trained.args.proto_model = "tspin", 0.5, "org/other"
+    text = (trained.write_card(trained.results[0]) / "README.md").read_text()
+    assert f"\n    0.5 (−log π_θ(y)/|y|) + {METHODS['tspin'].formula}\n" in text and "y0 from org/other)" in text
 
 
 def test_the_origin_of_a_card(tmp_path):
     folder = tmp_path / "models--org--base" / "snapshots" / "abc"
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\ntext\n")
-    assert _origin(str(folder), []) == {"base_model": "org/base", "license": "apache-2.0"}
+    assert _origin(str(folder)) == {"base_model": "org/base", "license": "apache-2.0"}
+
+
+@pytest.mark.parametrize("text", [b"---\nlicense: [a\n---\n", b"---\n- mit\n---\n", b"---\nlicense: \xe9\n---\n"])
+def test_a_readme_that_cannot_be_read_costs_its_license(tmp_path, capsys, text):
+    (tmp_path / "README.md").write_bytes(text)
+    assert _origin(str(tmp_path)) == {}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "README.md: not read" in said
 
 
 def test_an_upload(trained, monkeypatch):
@@ -238,12 +257,39 @@ def test_an_upload(trained, monkeypatch):
     assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 12.5)
     with pytest.raises(UserError, match="unknown evaluated benchmark 'mmlu'"):
         trained.push_to_hub("me/policy", benchmarks={"mmlu": ("a/b", "c")})
+    scores = path.parents[2] / "evaluation" / "scores.csv"
+    scores.write_text('benchmark,metric,value,stderr,n\nwikitext,"word_perplexity,none",31.5,,62\n')
+    with pytest.raises(UserError, match="wikitext: word_perplexity,none is no share"):
+        trained.push_to_hub("me/policy", benchmarks={"wikitext": ("a/b", "c")})
 
 
 def test_an_upload_without_a_network_is_one_line(trained):
     with pytest.raises(UserError, match="^me/policy: could not be uploaded .*nothing is lost") as refused:
         trained.push_to_hub("me/policy")  # the tests' environment is offline
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "begun, mode, known, refused",
+    [
+        (False, "online", False, True),
+        (False, None, False, True),
+        (False, "online", True, False),
+        (True, "online", False, False),  # the caller's run: login() says False within one
+        (False, "offline", False, False),
+        (False, "disabled", False, False),
+    ],
+)
+def test_who_has_to_log_in_to_wandb(monkeypatch, begun, mode, known, refused):
+    stub = SimpleNamespace(
+        run=object() if begun else None,
+        setup=lambda: SimpleNamespace(settings=SimpleNamespace(mode=mode)),
+        login=lambda prompt, verify: known,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    args = SimpleNamespace(report_to=["wandb"], trackio_space_id=None)
+    with pytest.raises(UserError, match="report_to=wandb: no key") if refused else nullcontext():
+        check_trackers(args)
 
 
 def test_the_citation_is_whole():

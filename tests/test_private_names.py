@@ -59,6 +59,18 @@ def test_tr_loss():
     assert "self._tr_loss = torch.tensor(0.0" in source and "self._tr_loss += tr_loss_step" in source
 
 
+@private("_last_lr")
+def test_last_lr():
+    """What a schedule's get_last_lr() returns: Trainer logs it as the rate, before the schedule's first step too."""
+    import torch
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert schedule._last_lr == [0.5]
+    schedule._last_lr = [0.25]
+    assert schedule.get_last_lr() == [0.25]
+
+
 @private("_globalstep_last_logged")
 def test_globalstep_last_logged():
     """The step of the last log, by which the logged loss is a mean."""

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -143,6 +144,10 @@ def test_what_comes_next_is_a_command(asked, places):
         ["compare: tspin compare m/spin m/tspin --out m/compare-spin-tspin.html",
          "compare: tspin compare m/spin m/dpo --out m/compare-spin-dpo.html"],
     ]  # fmt: skip
+    call("run", "--model", "pocket", "--data", "pocket", "--methods", "spin,tspin", "--out", "my runs")
+    (line,) = command.what_next(asked[-1])
+    pair = ["my runs/spin", "my runs/tspin"]
+    assert shlex.split(line) == ["compare:", "tspin", "compare", *pair, "--out", "my runs/compare.html"]
 
 
 def test_aliases_shadow_nothing_and_lead_somewhere():
@@ -180,6 +185,20 @@ def test_every_field_is_a_flag(asked, places):
     assert (training.gradient_checkpointing, training.lora.rank, training.learning_rate) == (True, 8, 1.0)
 
 
+def test_switches_of_sections_are_flags_without_a_value(asked, places):
+    switches = ["--model.trust-remote-code", "--data.generated", "--engine.enforce-eager", "--lora.keep-adapter"]
+    for switch in switches:
+        call("run", "--preset", "pocket", switch)
+        assert asked.pop().overrides == [switch.removeprefix("--").replace("-", "_") + "=true"]
+    for flag in ("--lora.rank", "--data.path", "--methods.tspin.beta", "--training.nothing"):
+        assert_refused(call("run", "--preset", "pocket", flag), f"{flag}: no value")
+
+
+def test_what_is_named_twice_is_run_once(asked, places):
+    call("run", "--model", "pocket", "--data", "pocket", "--methods", "spin,tspin,spin", "--seeds", "0,1,0")
+    assert (asked[0].methods, asked[0].seeds) == (["spin", "tspin"], [0, 1])
+
+
 def test_settings_lists_every_field():
     listed = call("settings").output
     for name in names.preset_fields():
@@ -196,16 +215,22 @@ def test_the_version_and_what_shells_complete():
         "run --methods spin,tspin_n": "spin,tspin_no_history",
         "evaluate --suite smol": "smollm2",
         "plan zephyr-7b-": "zephyr-7b-spin-released",
+        "sweep smollm2-l": "smollm2-long",
+        "run --learning-rate 1e-5 --preset poc": "pocket",
     }.items():
         said = completing("complete_bash", COMP_WORDS=f"tspin {words}", COMP_CWORD=str(len(words.split())))
         assert wanted in said.split(), words
+    for words in ("run --learning-rate ", "run --no-such-option x --m", "run --preset pocket --lora.rank "):
+        completing("complete_bash", COMP_WORDS=f"tspin {words}", COMP_CWORD=str(words.count(" ") + 1))
     assert "complete -o default -F" in completing("source_bash")
 
 
 def completing(what: str, **asked: str) -> str:
     script = "import sys; sys.argv[0] = 'tspin'; from tspin.cli import main; main()"
     environment = {**os.environ, "_TSPIN_COMPLETE": what, **asked}
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True).stdout
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert not done.stderr, asked
+    return done.stdout
 
 
 def test_a_value_that_types_refuse_is_refused_alike_by_the_config():

@@ -6,6 +6,7 @@ from test_selfplay import play
 from typer.testing import CliRunner
 
 from tspin.cli import app
+from tspin.engines.engine import Engine
 from tspin.models import load_tokenizer
 from tspin.tokens import pieces
 
@@ -42,6 +43,22 @@ def test_the_command(tmp_path):
     (row,) = pd.read_parquet(out).to_dict("records")
     assert "".join(row["pieces"]) == "The answer is 7.<|end|>"
     assert sum(row["before"]) < sum(row["after"]) < 0
+
+
+def test_the_command_without_a_policy_before_scores_once(tmp_path, monkeypatch):
+    data, out = tmp_path / "data.jsonl", tmp_path / "tokens.parquet"
+    data.write_text('{"prompt": "What is 3 + 4?", "completion": "The answer is 7."}\n')
+    command, scored, score = (
+        ["tokens", "--model", "pocket", "--data", str(data), "--out", str(out)],
+        [],
+        Engine.score_tokens,
+    )
+    monkeypatch.setattr(Engine, "score_tokens", lambda *given: scored.append(given) or score(*given))
+    assert CliRunner().invoke(app, command).exit_code == 0
+    (row,) = pd.read_parquet(out).to_dict("records")
+    assert len(scored) == 1 and row["before"].tolist() == row["after"].tolist()
+    result = CliRunner().invoke(app, [*command, "--token-prompts", "0"])
+    assert result.exit_code == 2 and "token_prompts=0: of no prompt are tokens asked for" in result.stderr
 
 
 def test_pieces_of_bytes_and_of_spaces():

@@ -28,6 +28,7 @@ def rates(steps: int, **settings) -> list[float]:
     found = []
     for _ in range(steps):
         found.append(optimizer.param_groups[0]["lr"] / 0.5)
+        assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]  # as logged
         optimizer.step()
         scheduler.step()
     return found

@@ -44,7 +44,9 @@ def test_it_holds_the_packages_and_the_recipes(wheel):
     top = {name.split("/")[0] for name in names}
     assert top == {"tspin", "tspin_analysis", f"{wheel.name.rsplit('-', 3)[0]}.dist-info"}
     assert {f"tspin/{name}" for name in files("tspin", "*.py")} <= names
-    assert {f"tspin_analysis/{name}" for name in files("analysis", "*.py") | files("analysis", "*.csv")} <= names
+    assert "tspin/card.md.j2" in names
+    read = set().union(*(files("analysis", f"*.{kind}") for kind in ("py", "csv", "j2", "css", "js")))
+    assert {f"tspin_analysis/{name}" for name in read} <= names
     wanted = {f"tspin/recipes/{name}" for folder in RECIPES for name in files("experiments", f"{folder}/*.yaml")}
     recipes = {name for name in names if name.startswith("tspin/recipes/")}
     assert wanted <= recipes

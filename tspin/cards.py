@@ -6,7 +6,6 @@ and `push_to_hub` put both into one place.
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +21,22 @@ from huggingface_hub import (
 )
 from transformers import PreTrainedModel
 
-from tspin.errors import UserError, reason, unknown
+from tspin import __version__
+from tspin.errors import UserError, reason, tell, unknown
 from tspin.evaluation.harness import HUB_MODULES
 from tspin.iteration import Run
 from tspin.runs.files import write_text
-from tspin.runs.provenance import provenance
+from tspin.schema import is_share
 from tspin.states import IterationResult
 
 CARD = "card"  # the folder
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-LOSSES = {  # of a triplet; ℓ is loss_type
-    "sft": "−log π(y) per token",
-    "spin": "ℓ(λ log π(y)/π_t(y) − λ log π(y′)/π_t(y′))",
-    "tspin": "ℓ(α log π(y) − α log π(y′)) + β ℓ(α log π(y′) − α log π(y0))",
-    "tspin_no_history": "ℓ(α log π(y) − α log π(y′))",
-    "tspin_reference": "ℓ(α [r(y) − r(y′)]) + β ℓ(α [r(y′) − r(y0)]), r = log π/π_t",
-    "dpo": "ℓ(λ log π(y)/π_0(y) − λ log π(y′)/π_0(y′))",
-    "simpo": "−log σ(the difference of mean log π per token of y and y′, scaled, less a margin)",
-    "space": "−log σ_μ(r(y)) − μ log(1 − σ_μ(r(y′))), r = log π/π_t",
-}
 
 
-def write_card(result: IterationResult, run: Run, source: str | PreTrainedModel, data: Any) -> Path:
+def write_card(result: IterationResult, run: Run, source: str | PreTrainedModel) -> Path:
     """Write an iteration's card with what is known of it now; returns its folder.
 
     Scores are those of evaluation/scores.csv beside the checkpoint, if they are there. source: the initial policy.
-    data: what the run was given as its rows.
     """
     folder = result.model_path.parent / CARD
     scores = _scores(result)
@@ -58,7 +47,7 @@ def write_card(result: IterationResult, run: Run, source: str | PreTrainedModel,
         tags=["self-play", run.args.method, "tspin", "arxiv:2601.08198"],
         model_name=name,
         eval_results=[_eval_result(row) for row in scores] or None,
-        **_origin(source, data),
+        **_origin(source),
     )
     card = ModelCard.from_template(
         header,
@@ -66,13 +55,13 @@ def write_card(result: IterationResult, run: Run, source: str | PreTrainedModel,
         name=name,
         result=result,
         method=run.args.method,
-        loss=LOSSES.get(run.args.method),
+        loss=run.method.formula,
         settings=run.args.computed() | {"iterations": run.iterations},
         defaults=type(run.args)(output_dir=run.args.output_dir).computed(),
         rows=len(run.examples),
         scores=scores,
-        provenance=provenance(),
-        version=version("tspin"),
+        provenance=result.provenance,
+        version=__version__,
         date=datetime.fromtimestamp(result.model_path.stat().st_mtime, UTC).date().isoformat(),
     )
     write_text(folder / "README.md", str(card))
@@ -83,15 +72,17 @@ def write_eval_results(result: IterationResult, benchmarks: Mapping[str, tuple[s
     """Write `.eval_results/<benchmark>.yaml`, as the hub's leaderboards read it, in percent.
 
     benchmarks: name in the scores → the data set's id on the hub and the task's id in that one's eval.yaml: only who
-    has registered a benchmark says so. Raises UserError for a benchmark without a score.
+    has registered a benchmark says so. Raises UserError for a benchmark without a score, or with one that is no share.
     """
     scores = {row["benchmark"]: row for row in reversed(_scores(result))}
     for name, (dataset, task) in benchmarks.items():
         if name not in scores:
             raise UserError(unknown("evaluated benchmark", name, scores))
         row = scores[name]
+        if not is_share(name, row["metric"]):
+            raise UserError(f"{name}: {row['metric']} is no share of problems, and a leaderboard takes percent")
         notes = f"{row['metric']}; lm-evaluation-harness, {row['n']} problems"
-        entry = EvalResultEntry(dataset, task, round(100 * row["value"], 2), notes=notes)
+        entry = EvalResultEntry(dataset, task, round(float(row["value"]), 2), notes=notes)
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
         write_text(result.model_path.parent / CARD / ".eval_results" / f"{name}.yaml", text)
 
@@ -115,17 +106,17 @@ def push(result: IterationResult, repo_id: str, token: str | None, private: bool
     return str(address)
 
 
-def _origin(source: str | PreTrainedModel, data: Any) -> dict[str, Any]:
-    """base_model, license and datasets for the card's header, those that are known."""
+def _origin(source: str | PreTrainedModel) -> dict[str, Any]:
+    """base_model and license for the card's header, those that are known."""
     folder = Path(str(source if isinstance(source, str) else source.name_or_path))
     found: dict[str, Any] = {}
     if folder.parent.name == "snapshots":  # the hub's cache
         found["base_model"] = folder.parents[1].name.removeprefix("models--").replace("--", "/")
     if (folder / "README.md").is_file():
-        found["license"] = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
-    name = getattr(getattr(data, "info", None), "dataset_name", None)
-    if name and "/" in name:
-        found["datasets"] = [name]
+        try:
+            found["license"] = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+        except (ValueError, yaml.YAMLError) as error:  # what others wrote ends no run
+            tell(f"{folder / 'README.md'}: not read ({reason(error)}); the checkpoints' cards name no license")
     return found
 
 

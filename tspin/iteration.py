@@ -5,15 +5,16 @@
     train             responses, reference                 → π_θt+1 (a checkpoint's folder)
     diagnose          responses, reference, π_θt+1         → log-likelihoods and rewards of every response (Parquet)
 
-and two more that are looked at, of step 4: `score_tokens`, token by token, and `measure`, signs of degeneration.
+and three more that are looked at, of step 4: `score_tokens`, token by token, `score_held_out`, −log π(y) of rows that
+are not trained on, and `measure`, signs of degeneration.
 
 No log-probability is computed twice: y′ and y0 bring along that of the policy that drew them, where the sampler's
 arithmetic is the trainer's; what iteration t − 1 found under the policy that it ended with, or under π_θ0, is taken
 from its tables. What a loss contains is always by the trainer's own arithmetic.
 
 Each step is a function from the value and its input files to one output file, which it writes to `target`. Algorithm 1
-(tspin.selfplay) keeps the outputs as stages of a run's folder; `tspin sample`, `train` and `diagnose` take single steps
-on files of the user's (tspin.experiment.steps).
+(tspin.selfplay) keeps the outputs as stages of a run's folder; `tspin sample`, `train`, `diagnose` and `tokens` take
+single steps on files of the user's (tspin.experiment.steps).
 """
 
 from collections.abc import Mapping, Sequence
@@ -297,10 +298,9 @@ def score_tokens(iteration: Iteration, trained: Policy, target: Path) -> None:
     """Write log π of each token before and after training, of the prompts that people look at (Parquet, TOKENS)."""
     run = iteration.run
     triplets = iteration.at(run.engine.looked_at(len(run.examples)), list(iteration.responses))
-    before, after = (
-        run.engine.score_tokens(policy, triplets, of)
-        for policy, of in ((iteration.policy, "the policy before, by token"), (trained, "the trained policy, by token"))
-    )
+    before = after = run.engine.score_tokens(iteration.policy, triplets, "the policy before, by token")
+    if trained != iteration.policy:
+        after = run.engine.score_tokens(trained, triplets, "the trained policy, by token")
     pq.write_table(token_table(run.engine.tokenizer, triplets, before, after), target)
 
 

@@ -179,6 +179,7 @@ def space_loss(labelled_ratio: Tensor, synthetic_ratio: Tensor, *, noise_ratio: 
 class Method:
     """A training method.
 
+    formula: the loss as text in this module's notation, for cards and reports; ℓ is loss_type.
     loss: (logps, coefficients) → per-example loss, shape (batch,).
     reward: (logps, coefficients, role) → the reward r(z) by the method's own definition, (batch,);
         None where the method defines none.
@@ -189,6 +190,7 @@ class Method:
     """
 
     name: str
+    formula: str
     loss: Callable[[SequenceLogps, Coefficients], Tensor]
     reward: Callable[[SequenceLogps, Coefficients, str], Tensor] | None
     trains_on: tuple[str, ...]
@@ -236,7 +238,8 @@ def with_sft(method: Method, weight: float) -> Method:
     """
     if weight == 0:
         return method
-    return replace(method, loss=lambda logps, c: method.loss(logps, c) + weight * _sft(logps, c))
+    formula = f"{weight:g} ({SFT}) + {method.formula}"
+    return replace(method, formula=formula, loss=lambda logps, c: method.loss(logps, c) + weight * _sft(logps, c))
 
 
 def _sft(logps: SequenceLogps, _: Coefficients) -> Tensor:
@@ -274,28 +277,42 @@ def _scaled_ratio(scale: Coefficient) -> Callable[[SequenceLogps, Coefficients, 
     return lambda logps, c, role: c[scale.name] * logps.log_ratio(role)
 
 
+SFT = "−log π_θ(y)/|y|"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("sft", _sft, None, (LABELLED,)),
-        Method("spin", _spin, _scaled_ratio(LAM), PAIR, (LAM, LOSS_TYPE), reference="previous"),
-        Method("tspin", _tspin, _log_probability, ROLES, (ALPHA, BETA, LOSS_TYPE)),
-        Method("tspin_no_history", _tspin, _log_probability, PAIR, (ALPHA, LOSS_TYPE)),
+        Method("sft", SFT, _sft, None, (LABELLED,)),
         Method(
-            "tspin_reference", _tspin_reference, _scaled_ratio(ALPHA), ROLES, (ALPHA, BETA, LOSS_TYPE),
-            reference="previous",
+            "spin", "ℓ(λ log π_θ(y)/π_θt(y) − λ log π_θ(y′)/π_θt(y′))",
+            _spin, _scaled_ratio(LAM), PAIR, (LAM, LOSS_TYPE), reference="previous",
+        ),
+        Method(
+            "tspin", "ℓ(α log π_θ(y) − α log π_θ(y′)) + β ℓ(α log π_θ(y′) − α log π_θ(y0))",
+            _tspin, _log_probability, ROLES, (ALPHA, BETA, LOSS_TYPE),
+        ),
+        Method(
+            "tspin_no_history", "ℓ(α log π_θ(y) − α log π_θ(y′))", _tspin, _log_probability, PAIR, (ALPHA, LOSS_TYPE)
+        ),
+        Method(
+            "tspin_reference", "ℓ(α r(y) − α r(y′)) + β ℓ(α r(y′) − α r(y0)), r = log π_θ/π_θt",
+            _tspin_reference, _scaled_ratio(ALPHA), ROLES, (ALPHA, BETA, LOSS_TYPE), reference="previous",
         ),
         # Neighbours on the same pairs, which the paper does not compare with.
-        Method("dpo", _spin, _scaled_ratio(LAM), PAIR, (LAM, LOSS_TYPE), reference="initial"),
         Method(
-            "simpo", _simpo, lambda logps, c, role: c["length_scale"] * logps.policy[role] / logps.lengths[role], PAIR,
+            "dpo", "ℓ(λ log π_θ(y)/π_θ0(y) − λ log π_θ(y′)/π_θ0(y′))",
+            _spin, _scaled_ratio(LAM), PAIR, (LAM, LOSS_TYPE), reference="initial",
+        ),
+        Method(
+            "simpo", "−log σ(b log π_θ(y)/|y| − b log π_θ(y′)/|y′| − γ)",
+            _simpo, lambda logps, c, role: c["length_scale"] * logps.policy[role] / logps.lengths[role], PAIR,
             (
                 Coefficient("length_scale", 2.0, "b, the scale of SimPO's reward", "arXiv 2405.14734"),
                 Coefficient("margin", 1.0, "γ, SimPO's target margin", "arXiv 2405.14734", "non-negative"),
             ),
         ),
         Method(
-            "space", _space, lambda logps, c, role: logps.log_ratio(role), PAIR,
+            "space", "−log σ(r(y) − log μ) − μ log σ(log μ − r(y′)), r = log π_θ/π_θt",
+            _space, lambda logps, c, role: logps.log_ratio(role), PAIR,
             (Coefficient("noise_ratio", 1.0, "μ of SPACE, the weight of y′ against y", "arXiv 2512.07175"),),
             reference="previous",
         ),

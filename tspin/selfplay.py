@@ -241,7 +241,7 @@ class SelfPlayTrainer:
 
     def write_card(self, result: IterationResult) -> Path:
         """Write an iteration's model card anew, with the scores that are there by now; returns its folder."""
-        return write_card(result, self.run, self.source, self.train_dataset)
+        return write_card(result, self.run, self.source)
 
     def save_model(self, output_dir: str | Path, which: int | Literal["last", "best"] = "last") -> None:
         """Copy an iteration's policy, with tokenizer and card, to a folder. Raises UserError."""
@@ -461,4 +461,5 @@ def _result(
         {name: value for stage in diagnosed for name, value in stage.facts.items()},
         read_json(diagnosed[-1].output)["warnings"],
         held_out.facts if held_out else {},
+        trained.provenance,
     )

@@ -30,6 +30,7 @@ class IterationResult:
     diagnostics: dict[str, Any] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)  # what has gone too far, see tspin.iteration.measure
     held_out: dict[str, Any] = field(default_factory=dict)  # −log π(y) of eval_dataset, see tspin.diagnostics
+    provenance: dict[str, Any] = field(default_factory=dict)  # of the training, see tspin.runs.provenance
 
     @property
     def policy(self) -> Policy:

@@ -141,6 +141,8 @@ class TripletTrainer(Trainer):
                 scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
             ):
                 group["lr"] = rate * shape(scheduler.last_epoch)
+            # What get_last_lr() gives, which Trainer logs.
+            scheduler._last_lr[:] = [group["lr"] for group in scheduler.optimizer.param_groups]
         return scheduler
 
     def get_train_dataloader(self) -> DataLoader:

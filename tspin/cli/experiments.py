@@ -7,12 +7,26 @@ from typing import Annotated
 import typer
 
 from tspin.cli.guard import importing
-from tspin.cli.options import Launcher, LauncherConfig, Offline, check_launcher_options, integers, names
+from tspin.cli.options import (
+    Launcher,
+    LauncherConfig,
+    Offline,
+    check_launcher_options,
+    complete_studies,
+    integers,
+    names,
+)
 from tspin.errors import UserError
 
 
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML, or its name in experiments/studies/, whose README has all keys")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML, or its name in experiments/studies/, whose README has all keys",
+            autocompletion=complete_studies,
+        ),
+    ],
     executor: Annotated[str, typer.Option(help="local or slurm")] = "local",
     profile: Annotated[
         Path | None, typer.Option(help="YAML: what to ask the queue for, the launcher, the offline folder")
@@ -27,7 +41,7 @@ def sweep(
 
     Exit code 1 when some failed: why, and the last lines of their logs, are printed.
 
-    Example: tspin sweep experiments/studies/scale.yaml --jobs 2
+    Example: tspin sweep experiments/studies/map.yaml --jobs 2
 
     Example: tspin sweep experiments/studies/zephyr-7b.yaml --executor slurm --profile experiments/slurm/h100.yaml
     """

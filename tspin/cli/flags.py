@@ -16,6 +16,8 @@ class Flagged(TyperCommand):
     """A command whose options are its own and, where it takes --set, every setting. Unknown ones get one line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # a shell asks for completions: the line is not finished
+            return super().parse_args(ctx, args)
         own = {name: option for option in self.get_params(ctx) for name in [*option.opts, *option.secondary_opts]}
         return super().parse_args(ctx, list(_with_settings(list(args), own)))
 
@@ -43,15 +45,29 @@ def _with_settings(args: list[str], own: dict[str, Any]) -> Iterator[str]:
 
 def _value(name: str, key: str, given: str | None, args: list[str]) -> str:
     """What a flag is set to: what is written with it, the next argument, or true where it is a switch alone."""
-    from tspin.names import find_declared, preset_fields
-
     if given is not None:
         return given
     if args and not FLAG.fullmatch(args[0]):
         return args.pop(0)
-    if key in preset_fields() and "bool" in find_declared(key).type:
+    if _is_switch(key):
         return "true"
     raise UserError(f"{name}: no value: write {name} VALUE")
+
+
+def _is_switch(key: str) -> bool:
+    """Whether a setting, a section's too (data.generated), is declared as one that is on or off."""
+    from tspin import settings
+    from tspin.declared import declared
+    from tspin.names import SECTIONS, find_declared, preset_fields
+
+    section, _, inner = key.rpartition(".")
+    if not section:
+        return key in preset_fields() and "bool" in find_declared(key).type
+    kind = SECTIONS.get(section)
+    if kind is None and section in preset_fields():  # engine, lora
+        kind = find_declared(section).type.partition(" ")[0]
+    fields = declared(kind) if kind is not None and hasattr(settings, kind) else {}
+    return inner in fields and "bool" in fields[inner].type
 
 
 def _setting(flag: str) -> str | None:

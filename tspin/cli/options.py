@@ -144,16 +144,16 @@ def check_sources(fields: Mapping[str, Any]) -> None:
 
 
 def names(text: str) -> list[str]:
-    """Comma-separated names, blanks dropped."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """Comma-separated names, each once, blanks dropped."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def integers(text: str) -> list[int]:
-    """Comma- or space-separated seeds, which results/ keeps in 16 bits. Raises UserError."""
+    """Comma- or space-separated seeds, each once, which results/ keeps in 16 bits. Raises UserError."""
     try:
         values = [int(part) for part in text.replace(" ", ",").split(",") if part]
     except ValueError:
         values = []
     if not values or not all(0 <= value < 2**15 for value in values):
         raise UserError(f"--seeds {text!r}: write whole numbers from 0 to {2**15 - 1}, separated by commas")
-    return values
+    return list(dict.fromkeys(values))

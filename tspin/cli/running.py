@@ -1,5 +1,6 @@
 """`tspin run`: the methods of a preset with their evaluations, or methods on your own model and data."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -131,6 +132,7 @@ def what_next(asked: "Asked") -> Iterator[str]:
     for folder in asked.folders.values():
         for other in others:
             page = folder / ("compare.html" if len(others) == 1 else f"compare-{first}-{other}.html")
-            yield f"compare: tspin compare {folder / first} {folder / other} --out {page}"
+            command = ["tspin", "compare", folder / first, folder / other, "--out", page]
+            yield f"compare: {shlex.join(map(str, command))}"
         if not others:
-            yield f"look: tspin inspect {folder / first}"
+            yield f"look: {shlex.join(['tspin', 'inspect', str(folder / first)])}"

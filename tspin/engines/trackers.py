@@ -46,10 +46,12 @@ def check_trackers(args: SelfPlayConfig) -> None:
     for name in args.report_to:
         if name not in ONE_RUN:
             tell(f"report_to: {name} gets a run for each iteration, {', '.join(ONE_RUN)} one for all")
-    if "wandb" in args.report_to and os.environ.get("WANDB_MODE", "online") in ("online", "run"):
+    if "wandb" in args.report_to:
         import wandb
 
-        if not wandb.login(prompt=False, verify=False):
+        # login() says False too within a run that the caller has begun, and where W&B is offline by its own settings.
+        asks = wandb.run is None and wandb.setup().settings.mode in ("online", "run", None)
+        if asks and not wandb.login(prompt=False, verify=False):
             raise UserError("report_to=wandb: no key is known here: run `wandb login`, or set WANDB_MODE=offline")
     if "trackio" in args.report_to and args.trackio_space_id and get_token() is None:
         raise UserError("trackio_space_id: no token for the hub is known here: run `hf auth login`, or leave it out")

@@ -1,4 +1,4 @@
-"""The steps of an iteration one by one, on files: what `tspin sample`, `train`, `diagnose` and `evaluate` do."""
+"""An iteration's steps one by one, on files: what `tspin sample`, `train`, `diagnose`, `tokens` and `evaluate` do."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -147,12 +147,15 @@ def diagnose_to_file(step: Step) -> dict[str, float]:
 def tokens_to_file(step: Step) -> int:
     """log π of every token of the labelled and the given responses, before and after training; returns the prompts.
 
-    Of as many prompts as settings say (token_prompts), evenly spread.
+    Of as many prompts as settings say (token_prompts), evenly spread. Raises UserError for none.
     """
     iteration = step.iteration()
+    count = len(step.run.engine.looked_at(len(step.run.examples)))
+    if not count:
+        raise UserError("token_prompts=0: of no prompt are tokens asked for; write --token-prompts 1, or more")
     with _new_file(step.out) as target:
         steps.score_tokens(iteration, step.policy, target)
-    return len(step.run.engine.looked_at(len(step.run.examples)))
+    return count
 
 
 def evaluate_to_file(
