@@ -173,7 +173,7 @@ def page(folder: Path) -> str:
         seeds=partial(_seeds, cells),
         single=lambda method: gathered.scores.loc[gathered.scores["method"] == method, "seed"].nunique() == 1,
         label=lambda method: look(method).label,
-        formula=lambda method: find_method(method).formula,
+        formula=lambda method: find_method(method).formula.replace("0", "₀"),  # y₀, π_θ₀, as the page writes them
         unit=unit(columns),
         methods=gathered.methods,
         trained=[method for method in gathered.methods if method != BASE],
