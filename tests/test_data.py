@@ -125,7 +125,7 @@ def test_missing_and_foreign_files(tmp_path):
     fake.write_text("no table")
     with pytest.raises(UserError, match="not a Parquet file"):
         load_rows(str(fake)).read()
-    with pytest.raises(UserError, match="neither a file or folder here nor on the hub"):
+    with pytest.raises(UserError, match="no file or folder of this name is here, and the hub cannot be reached"):
         load_rows("nobody/no-such-data-set")
 
 

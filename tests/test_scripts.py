@@ -207,5 +207,5 @@ def test_breakdown(tmp_path):
 def test_example(tmp_path):
     run("experiments.checks.example", "--out", tmp_path)
     text = (tmp_path / "transcript.txt").read_text()
-    assert text.count("$ ") == 3 and "iteration 1: 3 steps" in text and "diagnostics.parquet" in text
+    assert text.count("$ ") == 2 and "tspin, iteration 1: 3 steps" in text and "\ncompare: tspin compare " in text
     assert json.loads((tmp_path / "provenance.json").read_text())["versions"]["torch"]
