@@ -2,8 +2,8 @@
 "use strict";
 
 const MOST_ROWS = 25;
-const FAINT = 8; // nats at which a token has the full colour
-const FAINT_CHANGE = 1; // the same of a difference
+const FULL = 8; // nats at which a token has the full colour
+const FULL_CHANGE = 1; // the same of a difference
 const by = (id) => document.getElementById(id);
 
 function element(tag, properties = {}, ...children) {
@@ -341,7 +341,7 @@ class Inspector {
 
   drawLegend() {
     const how = by("colour").value;
-    const values = how === "change" ? [-FAINT_CHANGE, -FAINT_CHANGE / 2, 0, FAINT_CHANGE / 2, FAINT_CHANGE] : [0, -FAINT / 4, -FAINT / 2, -FAINT];
+    const values = how === "change" ? [-FULL_CHANGE, -FULL_CHANGE / 2, 0, FULL_CHANGE / 2, FULL_CHANGE] : [0, -FULL / 4, -FULL / 2, -FULL];
     by("legend").replaceChildren(...values.map((value) => {
       const span = element("span", { textContent: how === "change" ? signed(value) : String(value) });
       span.style.backgroundColor = colour(how, value);
@@ -418,10 +418,10 @@ function extent(values, nat) {
 
 function colour(how, value) {
   if (how === "change") {
-    const strength = Math.min(Math.abs(value) / FAINT_CHANGE, 1) * 0.75;
+    const strength = Math.min(Math.abs(value) / FULL_CHANGE, 1) * 0.75;
     return value < 0 ? `rgba(213, 94, 0, ${strength})` : `rgba(0, 114, 178, ${strength})`;
   }
-  return `rgba(213, 94, 0, ${Math.min(-value / FAINT, 1) * 0.75})`;
+  return `rgba(213, 94, 0, ${Math.min(-value / FULL, 1) * 0.75})`;
 }
 
 function options(select, values, first) {
