@@ -1,13 +1,13 @@
-"""Training in two processes, FSDP2 on gloo, beside one process: the same losses, gradients, checkpoint."""
+"""Training in several processes on gloo beside one process: the same losses, gradients, checkpoint; stopped, too."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from tspin.config import REPOSITORY
 from tspin.engines.launch import check_launcher
 from tspin.errors import UserError
 from tspin.runs.files import folder_fingerprint
+from tspin.runs.signals import Stopped
 
 PATIENCE = 300  # seconds until processes are given up that a loaded machine starts slowly
 FILES = REPOSITORY / "experiments" / "accelerate"
@@ -48,15 +49,50 @@ def play(folder: Path, model_folder: Path, rows, **settings) -> dict:
     return result.training
 
 
+def launch_file(folder: Path, processes: int = 2, kind: str = "FSDP", machines: int = 1, **fsdp) -> Path:
+    settings = yaml.safe_load((FILES / "cpu2.yaml").read_text())
+    settings |= {"distributed_type": kind, "num_processes": processes, "num_machines": machines}
+    settings["fsdp_config"] |= fsdp
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / f"{kind}-{processes}-{machines}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
 def in_two(folder: Path, model_folder: Path, rows, kind: str = "FSDP", **settings) -> dict:
-    folder.parent.mkdir(exist_ok=True)
-    path = folder.parent / f"{kind}.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load((FILES / "cpu2.yaml").read_text()), "distributed_type": kind}))
-    return play(folder, model_folder, rows, launcher=str(path), **settings)
+    return play(folder, model_folder, rows, launcher=str(launch_file(folder.parent, kind=kind)), **settings)
 
 
 LORA = {"rank": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]}
-TSPIN = {"method": "tspin", "num_train_epochs": 8.0, "learning_rate": 2e-5}  # 24 steps: time enough to kill a process
+# Twelve steps; the log's rows are means over two, so that one is stopped in the middle.
+TSPIN = {"method": "tspin", "num_train_epochs": 4.0, "learning_rate": 2e-5, "logging_steps": 2}
+SHARDED = {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+
+# Python reads it in every process that starts, and it does something at a step of the launched ones alone.
+MEDDLE = """
+import os, signal, torch
+if "LOCAL_RANK" in os.environ:
+    from tspin.trainer import TripletTrainer
+    rank, untouched = int(os.environ["RANK"]), TripletTrainer.{method}
+    def meddled(self, *arguments):
+        step, tokens = self.state.global_step + 1, self.collator.max_tokens
+        {what}
+        return untouched(self, *arguments)
+    TripletTrainer.{method} = meddled
+"""
+
+
+@pytest.fixture
+def meddle(tmp_path, monkeypatch):
+    """Have a statement run in each launched process at each step: it knows rank, step, tokens of a micro-batch."""
+
+    def begin(what: str, method: str = "agree") -> None:
+        folder = tmp_path / "meddle"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(MEDDLE.format(what=what, method=method))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+
+    yield begin
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +103,15 @@ def undisturbed(tmp_path_factory, tokenizer, rows) -> tuple[Path, Path]:
         saved.save_pretrained(folder / "model")
     in_two(folder / "run", folder / "model", rows, **TSPIN)
     return folder / "model", folder / "run"
+
+
+def assert_bit_for_bit(one: Path, two: Path) -> None:
+    """Two runs have the same weights and step log."""
+    left, right = (folder_fingerprint(run / "iteration-0/model") for run in (one, two))
+    assert left == right
+    logs = [pd.read_parquet(run / "iteration-0/steps.parquet").drop(columns="tokens_per_second") for run in (one, two)]
+    pd.testing.assert_frame_equal(*logs, check_exact=True)
+    assert not (one / "iteration-0/unfinished").exists()
 
 
 def assert_same_training(one: Path, two: Path, model: Path) -> None:
@@ -89,7 +134,7 @@ def test_two_processes_train_what_one_trains(undisturbed, tmp_path, rows):
     model, run = undisturbed
     one = play(tmp_path / "one", model, rows, **TSPIN)
     two = in_two(run, model, rows, **TSPIN)  # finished: nothing is trained again
-    assert two["processes"] == 2 and two["steps"] == one["steps"] == 24 and two["tokens"] == one["tokens"]
+    assert two["processes"] == 2 and two["steps"] == one["steps"] == 12 and two["tokens"] == one["tokens"]
     assert_same_training(tmp_path / "one", run, model)
 
 
@@ -119,38 +164,107 @@ def test_and_so_with_checkpointing_and_adapters(kind, settings, tmp_path, model_
     assert again == two
 
 
-def test_a_killed_process_ends_the_run_in_one_line_and_the_run_goes_on(undisturbed, tmp_path, rows):
-    killed = []
-
-    def kill_a_rank() -> None:
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            for folder in Path("/proc").glob("[0-9]*"):
-                try:
-                    words = (folder / "cmdline").read_bytes().split(b"\0")
-                    variables = (folder / "environ").read_bytes().split(b"\0")
-                except OSError:
-                    continue
-                mine = f"TSPIN_OWNER={os.getpid()}".encode() in variables
-                started = [Path(os.fsdecode(word), "progress.json") for word in words if b"tspin-training-" in word]
-                if mine and b"LOCAL_RANK=1" in variables and started and started[0].exists():
-                    os.kill(int(folder.name), signal.SIGKILL)
-                    killed.append(folder)
-                    return
-            time.sleep(0.02)
-
+def test_a_killed_process_ends_the_run_in_one_line_and_the_run_goes_on(undisturbed, tmp_path, rows, meddle):
     model, whole = undisturbed
-    thread = threading.Thread(target=kill_a_rank)
-    thread.start()
+    meddle("if rank == 1 and step == 6: os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(UserError, match=r"^training: a process was ended by SIGKILL") as error:
-        in_two(tmp_path / "run", model, rows, **TSPIN)
-    thread.join()
-    assert killed and "\n" not in str(error.value)
+        in_two(tmp_path / "run", model, rows, checkpoint_steps=3, **TSPIN)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "run/iteration-0/model").exists()
-    facts = in_two(tmp_path / "run", model, rows, **TSPIN)
-    assert facts["steps"] == 24
-    left, right = (folder_fingerprint(run / "iteration-0/model") for run in (tmp_path / "run", whole))
-    assert left == right
+    assert [path.name for path in (tmp_path / "run/iteration-0/unfinished").glob("step-?")] == ["step-3"]
+    meddle("assert step > 3")  # it goes on from there
+    assert in_two(tmp_path / "run", model, rows, **TSPIN)["steps"] == 12
+    assert_bit_for_bit(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(("kind", "fsdp"), [("FSDP", {}), ("FSDP", SHARDED), ("MULTI_GPU", {})], ids=str)
+def test_a_signal_to_one_process_stops_all_and_the_training_goes_on(kind, fsdp, undisturbed, tmp_path, rows, meddle):
+    """As a queue sends it, SIGUSR2, before a job's time is up; full, sharded and whole states."""
+    model, whole = undisturbed
+    settings = {**TSPIN, "launcher": str(launch_file(tmp_path, kind=kind, **fsdp))}
+    if kind == "MULTI_GPU":
+        whole = tmp_path / "whole"
+        play(whole, model, rows, **settings)
+    meddle("if rank == 1 and step == 5: os.kill(os.getpid(), signal.SIGUSR2)")
+    with pytest.raises(Stopped) as stopped:
+        play(tmp_path / "run", model, rows, **settings)
+    assert (stopped.value.number, stopped.value.saved) == (signal.SIGUSR2, "training is kept at step 5 of 12")
+    assert not (tmp_path / "run/iteration-0/model").exists()
+    if kind == "FSDP":
+        with pytest.raises(UserError, match=r"go on with the launch file that it had, or delete the folder"):
+            play(tmp_path / "run", model, rows, **TSPIN)
+    else:  # one process goes on too: where sums have another order
+        copytree(tmp_path / "run", tmp_path / "alone")
+        play(tmp_path / "alone", model, rows, **TSPIN)
+        assert_same_training(tmp_path / "alone", whole, model)
+    meddle("assert step > 5")
+    play(tmp_path / "run", model, rows, **settings)
+    assert_bit_for_bit(tmp_path / "run", whole)
+
+
+def test_where_one_process_has_no_memory_all_start_again_with_less(undisturbed, tmp_path, rows, meddle, capfd):
+    model, whole = undisturbed
+    meddle(
+        "if rank == 1 and step == 3 and tokens > 40: raise torch.OutOfMemoryError('CUDA out of memory')", "_accumulate"
+    )
+    in_two(tmp_path / "run", model, rows, checkpoint_steps=2, **TSPIN)
+    told = [line for line in capfd.readouterr().err.splitlines() if "out of memory" in line]
+    assert len(told) == 1 and told[0].startswith("tspin: step 3: out of memory; its processes are started again with")
+    assert_same_training(tmp_path / "run", whole, model)
+    meddle("raise torch.OutOfMemoryError('CUDA out of memory')", "_accumulate")
+    with pytest.raises(UserError, match=r"step 1: out of memory with a single prompt and its responses"):
+        in_two(tmp_path / "never", model, rows, micro_batch_tokens=8, **TSPIN)
+
+
+def test_four_processes_load_and_train_what_one_does(tmp_path, tokenizer, rows):
+    """The first reads the weights and hands them out; input and output embeddings are one; with shares of nothing."""
+    model = tiny_model(tokenizer, tie_word_embeddings=True)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    settings = {**TSPIN, "num_train_epochs": 1.0, "batch_size": 5, "logging_steps": 1}
+    one = play(tmp_path / "one", tmp_path / "model", rows[:11], **settings)
+    launcher = launch_file(tmp_path, 4, fsdp_cpu_ram_efficient_loading=True)
+    four = play(tmp_path / "four", tmp_path / "model", rows[:11], launcher=str(launcher), **settings)
+    assert four["processes"] == 4 and four["tokens"] == one["tokens"]
+    assert_same_training(tmp_path / "one", tmp_path / "four", tmp_path / "model")
+
+
+# Stand-ins that start on this machine what the real ones start on others.
+SSH = 'shift 2\necho "$1" >> "{calls}"\nshift\nexec sh -c "$*"\n'
+SRUN = """
+echo "$*" >> "{calls}"
+while [ "${{1#--}}" != "$1" ]; do shift; done
+for rank in 0 1; do SLURM_PROCID=$rank "$@" & pids="$pids $!"; done
+trap 'kill -HUP $pids' HUP
+for pid in $pids; do wait $pid || exit 1; done
+"""
+
+
+@pytest.mark.parametrize("by", ["ssh", "srun"])
+def test_two_machines_train_what_one_process_does(by, undisturbed, tmp_path, rows, monkeypatch, meddle):
+    model, whole = undisturbed
+    tool = tmp_path / "bin" / by
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\n" + {"ssh": SSH, "srun": SRUN}[by].format(calls=tmp_path / "calls"))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    settings = {**TSPIN, "launcher": str(launch_file(tmp_path, machines=2))}
+    if by == "ssh":
+        settings["hosts"] = ["localhost", "another machine"]
+    else:
+        monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    meddle("if rank == 1 and step == 5: os.kill(os.getpid(), signal.SIGTERM)")
+    with pytest.raises(Stopped):
+        play(tmp_path / "a run", model, rows, **settings)
+    meddle("assert step > 5")
+    play(tmp_path / "a run", model, rows, **settings)
+    assert_bit_for_bit(tmp_path / "a run", whole)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 2
+    assert calls[0] == "another machine" if by == "ssh" else "--nodes=2 --ntasks=2" in calls[0]
+    assert by == "ssh" or "--cpus-per-task=3" in calls[0]
+    assert not list((tmp_path / "a run/iteration-0").glob(".tspin-training-*"))
 
 
 def test_a_launched_training_ends_with_the_command_that_started_it(tmp_path, model_folder, data_file):
@@ -167,7 +281,7 @@ def test_a_launched_training_ends_with_the_command_that_started_it(tmp_path, mod
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
-    assert "stopped by SIGTERM" in errors and "Traceback" not in errors
+    assert "stopped by SIGTERM: training is kept at step" in errors and "Traceback" not in errors
     assert not ranks(process.pid)
     assert not (tmp_path / "run/iteration-0/model").exists()
 
@@ -179,7 +293,9 @@ def ranks(owner: int) -> list[str]:
             variables = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if f"TSPIN_OWNER={owner}".encode() in variables and any(v.startswith(b"LOCAL_RANK=") for v in variables):
+        if any(v.startswith(f"TSPIN_OWNER={owner}@".encode()) for v in variables) and any(
+            v.startswith(b"LOCAL_RANK=") for v in variables
+        ):
             found.append(folder.name)
     return found
 
@@ -195,11 +311,15 @@ def test_the_files_are_what_accelerate_reads():
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        ({"num_machines": 2}, {}, "num_machines must be 1"),
+        ({"num_machines": 2}, {}, "this is no Slurm job: name the machines in hosts"),
+        ({"num_machines": 2, "num_processes": 3}, {}, "must be a multiple of num_machines"),
+        ({"num_machines": 2}, {"hosts": ["a", "b", "c"]}, "3 machines, and .* has num_machines 2"),
+        ({}, {"hosts": ["a", "b"]}, "has num_machines 1; set it to 2"),
+        ({"distributed_type": "MULTI_XPU"}, {"checkpoint_steps": 2}, "no states are kept under MULTI_XPU"),
         ({"distributed_type": "DEEPSPEED"}, {}, "DeepSpeed is not installed"),
         ({}, {"lora": {"rank": 2, "alpha": 4, "target_modules": ["q_proj"]}}, "use experiments/accelerate/ddp.yaml"),
         ({"fsdp_config": {"fsdp_version": 1}}, {}, "fsdp_version must be 2"),
-        ({"fsdp_config": {"fsdp_version": 2}}, {}, "must be FULL_STATE_DICT"),
+        ({"fsdp_config": {"fsdp_version": 2}}, {}, "must be FULL_STATE_DICT or SHARDED_STATE_DICT"),
     ],
 )
 def test_a_file_that_cannot_serve_is_refused_before_anything_runs(change, settings, message, tmp_path):

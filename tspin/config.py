@@ -163,6 +163,9 @@ class SelfPlayConfig(_WithCoefficients):
     micro_batch_tokens: PositiveInt = setting(4096, "tokens per forward pass on one device; lower saves memory", True)
     checkpoint_steps: PositiveInt | None = setting(None, "steps after which a training's state is kept", True)
     launcher: str | None = setting(None, "a file for `accelerate launch`: train in its processes", operational=True)
+    hosts: list[NonEmpty] | None = setting(
+        None, "machines of a launch file with several, this one first, reached by ssh; None: a Slurm job's", True
+    )
     diagnostics: bool = setting(True, "write tspin.diagnostics' tables after each iteration", operational=True)
     diagnostics_prompts: PositiveInt = setting(
         5000, "that these tables score, evenly spread and the same in every iteration; all where there are fewer", True

@@ -49,6 +49,7 @@ from tspin.runs.dates import date_of_run, record_date
 from tspin.runs.files import atomic_path, fingerprint_of, folder_fingerprint, read_json, sha256, write_json
 from tspin.runs.locks import owned
 from tspin.runs.seeds import stage_seed
+from tspin.runs.signals import stopping_when_asked
 from tspin.runs.stages import DamagedStage, Stage, check_stage, note_damage, run_stage
 from tspin.runs.unfinished import Unfinished
 from tspin.schema import PROTO, SYNTHETIC
@@ -391,8 +392,9 @@ class SelfPlayTrainer:
         beside = ["steps.parquet", FIRST_STEP]
         if self.args.lora and self.args.lora.keep_adapter:
             beside += [f"{ADAPTER}/{name}" for name in (WEIGHTS, CONFIG)]
-        # Of checkpoints most are not read again: whoever loads one checks it.
-        trained = run_stage(iteration.folder / "model", inputs, produce, beside=beside, check=False)
+        with stopping_when_asked():  # a signal that comes while the checkpoint is written is heeded after that
+            # Of checkpoints most are not read again: whoever loads one checks it.
+            trained = run_stage(iteration.folder / "model", inputs, produce, beside=beside, check=False)
         self.run.engine.release()
         unfinished.forget()
         return trained

@@ -24,14 +24,28 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tspin.devices import give_back, out_of_memory, widest_float
 from tspin.errors import UserError
 from tspin.objectives import Coefficients, Method, SequenceLogps
+from tspin.runs.signals import Asked
 from tspin.schema import LABELLED, PROTO, SYNTHETIC
 from tspin.triplets import IDLE, Triplet, TripletCollator, logps_of
 
-UNLOGGED = "unlogged.json"  # in a training's state: what was summed since the last log
+UNLOGGED = "unlogged-*.json"  # in a training's state: what a process has summed since the last log
+
+
+class OutOfMemory(RuntimeError):
+    """One of several processes has no memory left at a step: all must start again, with smaller micro-batches.
+
+    max_tokens: of those that may fit.
+    """
+
+    def __init__(self, step: int, max_tokens: int):
+        super().__init__(f"step {step}: out of memory")
+        self.step = step
+        self.max_tokens = max_tokens
 
 
 class TripletTrainer(Trainer):
@@ -84,6 +98,7 @@ class TripletTrainer(Trainer):
         collator.process, collator.processes = args.process_index, args.world_size
         self.keep_state: Callable[[int, Callable[[Path], None]], None] | None = None
         self.means = Means()
+        self._asked = self._agreed = Asked()
         self._triplets: Sequence[Triplet] = []  # of the step in hand
         self.signal: GradientSignal | None = None  # a caller that wants to know sets one
         self.keep_first_step: Callable[[dict[str, Any]], None] | None = None  # its means, "loss" too, and "prompt_ids"
@@ -103,8 +118,10 @@ class TripletTrainer(Trainer):
                     self._record_first_step()
                 return loss
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or self.args.world_size > 1:
+                if not out_of_memory(error):
                     raise
+                if self.args.world_size > 1:  # the others are in the middle of a pass that needs this one
+                    raise OutOfMemory(self.state.global_step + 1, self._finer(triplets).max_tokens) from error
             # Here the error is gone, and with it the activations that its frames held. A backward pass may have added
             # half of its gradients, so the step starts anew.
             self._use_less_memory(triplets)
@@ -154,12 +171,27 @@ class TripletTrainer(Trainer):
             sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
         return loader
 
+    def listen(self, asked: Asked) -> Asked:
+        """Where the training looks for signals; returns what all processes have agreed upon by the end of a step."""
+        self._asked = asked
+        self._agreed = asked if self.args.world_size == 1 else Asked()
+        return self._agreed
+
+    def agree(self, micro_batches: int = 0) -> int:
+        """The most micro-batches of any process. A signal that came to one of them is agreed upon by this."""
+        if self.args.world_size == 1:
+            return micro_batches
+        both = torch.tensor([micro_batches, self._asked.number or 0], device=self.args.device)
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+        most, number = both.tolist()
+        self._agreed.number = number or self._agreed.number
+        self._asked.number = None  # what comes after the last time is for the process that waits for all
+        return most
+
     def _as_many_everywhere(self, micro_batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """As many micro-batches as the process with the most has: a sharded model must be called by all at once."""
-        most = torch.tensor(len(micro_batches), device=self.args.device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         idle = {**micro_batches[-1], **IDLE}
-        return [*micro_batches, *[idle] * (int(most) - len(micro_batches))]
+        return [*micro_batches, *[idle] * (self.agree(len(micro_batches)) - len(micro_batches))]
 
     @contextmanager
     def _keeping_gradients(self, model: torch.nn.Module) -> Iterator[None]:
@@ -175,12 +207,7 @@ class TripletTrainer(Trainer):
                 yield
 
     def _use_less_memory(self, triplets: Sequence[Triplet]) -> None:
-        finer, step = self.collator.finer(triplets), self.state.global_step + 1
-        if finer is None:
-            raise UserError(
-                f"step {step}: out of memory with a single prompt and its responses in a micro-batch (prompts "
-                f"{_ids(triplets)}); set gradient_checkpointing, lora, or lower maximum lengths"
-            )
+        finer, step = self._finer(triplets), self.state.global_step + 1
         tqdm.write(
             f"tspin: step {step}: out of memory; micro-batches of {finer.max_tokens} tokens from here on "
             f"({self.collator.max_tokens} before), the same prompts a step",
@@ -188,6 +215,16 @@ class TripletTrainer(Trainer):
         )
         self.collator = finer
         give_back()
+
+    def _finer(self, triplets: Sequence[Triplet]) -> TripletCollator:
+        """One of smaller micro-batches. Raises UserError where each has a single prompt already."""
+        finer = self.collator.finer(triplets)
+        if finer is None:
+            raise UserError(
+                f"step {self.state.global_step + 1}: out of memory with a single prompt and its responses in a "
+                f"micro-batch (prompts {_ids(triplets)}); set gradient_checkpointing, lora, or lower maximum lengths"
+            )
+        return finer
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradients' norm, before the optimizer uses them. Raises UserError where it is not finite."""
@@ -221,21 +258,35 @@ class TripletTrainer(Trainer):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
             finally:
                 self.args.output_dir = place
-            (checkpoint,) = target.iterdir()
+            checkpoint = target / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            checkpoint.mkdir(exist_ok=True)
             (checkpoint / "training_args.bin").unlink(missing_ok=True)
             unlogged = {**self.means.state(), "loss": self._tr_loss.item()}
             unlogged |= {"logged": self._globalstep_last_logged, "columns": [list(e) for e in self.state.log_history]}
-            (checkpoint / UNLOGGED).write_text(json.dumps(unlogged))
+            (checkpoint / UNLOGGED.replace("*", str(self.args.process_index))).write_text(json.dumps(unlogged))
 
         self.keep_state(self.state.global_step, write)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Trainer's; not for a state under FSDP, which has the weights in a form of its own."""
+        if not (_internal_call and self.is_fsdp_enabled):
+            super().save_model(output_dir, _internal_call=_internal_call)
+
     def restore_unlogged(self, checkpoint: Path) -> None:
         """Go on with the means of a logging interval that a kept state was in the middle of; after training began."""
-        unlogged = json.loads((checkpoint / UNLOGGED).read_text())
-        self.means.restore(unlogged)
-        self._tr_loss += unlogged["loss"]
-        self._globalstep_last_logged = unlogged["logged"]
-        history = zip(self.state.log_history, unlogged["columns"], strict=True)
+        kept = [json.loads(path.read_text()) for path in sorted(checkpoint.glob(UNLOGGED))]
+        if len(kept) == self.args.world_size:
+            mine = json.loads((checkpoint / UNLOGGED.replace("*", str(self.args.process_index))).read_text())
+            self.means.restore(mine)
+        else:  # of other processes: the first one takes all
+            parts = kept if self.args.process_index == 0 else []
+            for part in parts:
+                self.means.take(part)
+            # Trainer logs the mean over processes.
+            mine = {**kept[0], "loss": sum(part["loss"] for part in parts) / len(kept) * self.args.world_size}
+        self._tr_loss += mine["loss"]
+        self._globalstep_last_logged = mine["logged"]
+        history = zip(self.state.log_history, mine["columns"], strict=True)
         self.state.log_history = [{name: entry[name] for name in names} for entry, names in history]  # read sorted
 
     def _issue_warnings_after_load(self, load_result):
@@ -352,9 +403,16 @@ class Means:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
-        self._sums = defaultdict(float, state["sums"])
-        self._tokens, self._weight = state["tokens"], state["weight"]
+        self._sums, self._tokens, self._weight = defaultdict(float), 0.0, 0.0
         self._since = time.perf_counter()
+        self.take(state)
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        """Add what another process had added."""
+        for name, value in state["sums"].items():
+            self._sums[name] += value
+        self._tokens += state["tokens"]
+        self._weight += state["weight"]
 
 
 class GradientSignal:

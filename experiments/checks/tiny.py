@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 
-def tiny_model(tokenizer: PreTrainedTokenizerBase, positions: int = 256) -> LlamaForCausalLM:
-    """A random Llama of two layers, the same at every call."""
+def tiny_model(tokenizer: PreTrainedTokenizerBase, positions: int = 256, **settings: Any) -> LlamaForCausalLM:
+    """A random Llama of two layers, the same at every call. settings: of its config, besides."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -21,6 +22,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, positions: int = 256) -> Llam
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.3,  # far from uniform, so that samples and gradients mean something
+        **settings,
     )
     return LlamaForCausalLM(config)
 

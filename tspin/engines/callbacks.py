@@ -19,7 +19,10 @@ class AtTrainBegin(TrainerCallback):
 
 
 class KeepState(TrainerCallback):
-    """Has the state kept every `every` steps, and at the end of the step in which a signal came, which is the last."""
+    """Has the state kept every `every` steps, and at the end of the step in which a signal came, which is the last.
+
+    asked: where a signal is noted; of processes that train together, what they agreed upon in the step.
+    """
 
     def __init__(self, asked: Asked, every: int | None):
         self.asked = asked

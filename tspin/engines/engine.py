@@ -153,7 +153,7 @@ class Engine:
         check_stage(Path(policy.folder))
         kept, self._kept = self._kept, None
         if self.args.launcher is not None:
-            return launch_training(policy.folder, self.loading, training)
+            return launch_training(policy.folder, self.loading, training, unfinished)
         model = kept[1] if kept and kept[0] == policy else load_model(policy.folder, self.loading)
         del kept
         return here.train(model, training, callbacks, unfinished)

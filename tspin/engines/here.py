@@ -26,12 +26,12 @@ from tspin.devices import peak_bytes, pins_memory, reset_peak
 from tspin.engines.adapters import ADAPTER, adapted_weights, add_adapters, save_adapter
 from tspin.engines.callbacks import AtTrainBegin, KeepState, LogLastStep, StepBar
 from tspin.engines.trackers import Tracked, tracked_name, trackers
-from tspin.errors import UserError
+from tspin.errors import UserError, tell
 from tspin.objectives import of_iteration
 from tspin.runs.files import atomic_path, write_json
 from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import Stopped, stopping_when_asked
-from tspin.runs.unfinished import Unfinished
+from tspin.runs.unfinished import State, Unfinished
 from tspin.trainer import GradientSignal, TripletTrainer
 from tspin.triplets import Triplet, TripletCollator, collator_for, compute_logps, logps_of, token_logps_of
 
@@ -77,9 +77,10 @@ def train(
 ) -> dict[str, Any]:
     """Train `model` in place, and write its checkpoint and step log.
 
-    unfinished: where SIGTERM or Ctrl-C, and every args.checkpoint_steps steps, keep the training's state, and where
-    it goes on from if there is one. A training that went on ends with the same weights and step log, bit by bit.
-    Raises Stopped at a signal, after the step in hand; without `unfinished` nothing of it is kept.
+    unfinished: where a signal (tspin.runs.signals), and every args.checkpoint_steps steps, keep the training's state,
+    and where it goes on from if there is one. A training that went on ends with the same weights and step log, bit by
+    bit; in another number of processes, up to rounding. Raises Stopped at a signal, after the step in hand; without
+    `unfinished` nothing of it is kept.
 
     Returns steps, training_seconds, tokens, changed_share (of the weights; none where they are sharded),
     gradient_signal (where args.gradient_signal asks for it; of the steps since a training went on),
@@ -87,24 +88,26 @@ def train(
     and of several processes their number. Raises UserError when the loss is no
     longer finite.
     """
-    step, state, seconds_before = unfinished.newest() if unfinished else (0, None, 0.0)
+    begun = unfinished.newest() if unfinished else State()
     weights = sampled_weights(model)
     set_seed(training.arguments.seed)  # adapters start from random numbers, the same after a restart
     adapters = add_adapters(model, training.args.lora) if training.args.lora else None
     # The last: what the others decide is known by then. Not KeepState's stop, though, after which a training goes on.
-    trainer = _trainer(model, training, [*callbacks, *_reports(training, step), LogLastStep()])
+    trainer = _trainer(model, training, [*callbacks, *_reports(training, begun.step), LogLastStep()])
     first_step = training.log_folder / FIRST_STEP
     if training.args.process_index == 0:
         trainer.keep_first_step = partial(write_json, first_step)
-    if state is not None:
-        trainer.add_callback(AtTrainBegin(lambda: trainer.restore_unlogged(state)))
     reset_peak()
-    start = time.perf_counter() - seconds_before
+    start = time.perf_counter() - begun.seconds
     if unfinished is None:
         trainer.train()
     else:
-        trainer.keep_state = lambda step, write: unfinished.keep(step, round(time.perf_counter() - start, 2), write)
-        _train_until_asked(trainer, unfinished, state, training.args.checkpoint_steps)
+        kind = {"kind": kind_of_state(trainer), "processes": training.args.world_size}
+        _check_state(begun, kind, unfinished.folder)
+        trainer.keep_state = lambda step, write: unfinished.keep(
+            step, round(time.perf_counter() - start, 2), write, kind
+        )
+        _train_until_asked(trainer, unfinished, begun.checkpoint, training.args.checkpoint_steps)
     seconds = round(time.perf_counter() - start, 2)
     if adapters is not None:
         _keep_adapters(adapters, training, str(model.name_or_path))
@@ -169,16 +172,41 @@ def _reports(training: Training, step: int) -> list[TrainerCallback]:
     return callbacks
 
 
+def kind_of_state(trainer: TripletTrainer) -> str:
+    """Which files the states of a training are: "whole", or FSDP's "full" or "sharded" ones."""
+    if not trainer.is_fsdp_enabled:
+        return "whole"
+    return "sharded" if "SHARDED" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type) else "full"
+
+
+def _check_state(begun: State, kind: Mapping[str, Any], folder: Path) -> None:
+    """Raise UserError for a state that this training cannot read; say so where its sums have another order."""
+    if begun.checkpoint is None:
+        return
+    if begun.facts["kind"] != kind["kind"]:
+        raise UserError(
+            f"{folder}: a training was stopped there whose state is {begun.facts['kind']}, and this one's would be "
+            f"{kind['kind']}: go on with the launch file that it had, or delete the folder to train from the start"
+        )
+    if begun.facts["processes"] != kind["processes"]:
+        then, now = begun.facts["processes"], kind["processes"]
+        tell(f"training goes on at step {begun.step} in {now} processes after {then}: equal up to rounding")
+
+
 def _train_until_asked(trainer: TripletTrainer, unfinished: Unfinished, state: Path | None, every: int | None) -> None:
     """Train to the end, or to the end of the step in which a signal comes; then keep the state and raise Stopped."""
-    with stopping_when_asked() as asked:
-        trainer.add_callback(KeepState(asked, every))
+    with stopping_when_asked(impatient=trainer.args.world_size == 1) as asked:
+        agreed = trainer.listen(asked)
+        trainer.add_callback(KeepState(agreed, every))
+        if state is not None:
+            trainer.add_callback(AtTrainBegin(lambda: trainer.restore_unlogged(state)))
         trainer.train(resume_from_checkpoint=str(state) if state else None)
+        trainer.agree()
         step = trainer.state.global_step
-        if asked.number is not None:
+        if agreed.number is not None:
             if step not in unfinished.steps():  # the signal came after the last step
                 trainer._save_checkpoint(trainer.model, None)
-            raise Stopped(asked.number, f"training is kept at step {step} of {trainer.state.max_steps}")
+            raise Stopped(agreed.number, f"training is kept at step {step} of {trainer.state.max_steps}")
 
 
 def _written(trainer: TripletTrainer, training: Training) -> dict[str, Any]:
@@ -187,6 +215,8 @@ def _written(trainer: TripletTrainer, training: Training) -> dict[str, Any]:
     if training.args.process_index == 0:
         with atomic_path(training.log_folder / "steps.parquet") as temporary:
             steps.to_parquet(temporary, index=False)
+    if trainer.is_fsdp_enabled:  # whatever its states are, a checkpoint is a model that every tool can read
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(training.checkpoint))
     # A pickle of the settings, which the run's config.json holds as text: nothing here is unpickled.
     (training.checkpoint / "training_args.bin").unlink(missing_ok=True)

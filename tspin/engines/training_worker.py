@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,31 @@ from transformers import TrainerCallback
 from tspin.config import SelfPlayConfig
 from tspin.devices import without_denormals
 from tspin.engines.here import Training, train
-from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS
+from tspin.engines.launch import FACTS, MEMORY, PROGRESS, STOP, STOPPED, TOKENIZER, TRIPLETS
+from tspin.engines.together import Together
 from tspin.engines.trackers import Tracked
 from tspin.engines.workers import FAILURE, read_job
 from tspin.errors import UserError
 from tspin.models import load_model, load_tokenizer
 from tspin.runs.files import write_text
+from tspin.runs.signals import SIGNALS, Stopped, ask
+from tspin.trainer import OutOfMemory
 from tspin.triplets import load_triplets
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    # The launcher has them held back. Only a training heeds them: what comes before or after it is not to be torn.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         _train(folder)
     except UserError as error:
         write_text(folder / FAILURE, str(error))
+        sys.exit(1)
+    except OutOfMemory as error:
+        write_text(folder / MEMORY, json.dumps([error.step, error.max_tokens]))
         sys.exit(1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -52,10 +64,19 @@ def _train(folder: Path) -> None:
         Path(job["log_folder"]),
         job["tracked"] and Tracked(**{**job["tracked"], "folder": Path(job["tracked"]["folder"])}),
     )
-    callbacks = [WriteProgress(folder / PROGRESS)] if first else []
-    facts = train(load_model(job["policy"], loading), training, callbacks)
+    callbacks = [WriteProgress(folder / PROGRESS), HearOwner(folder / STOP)] if first else []
+    try:
+        facts = train(load_model(job["policy"], loading), training, callbacks, _unfinished(job["unfinished"], first))
+    except Stopped as stopped:
+        if first:
+            write_text(folder / STOPPED, json.dumps([stopped.number, stopped.saved]))
+        return
     if first:
         write_text(folder / FACTS, json.dumps(facts))
+
+
+def _unfinished(job: Mapping[str, Any] | None, first: bool) -> Together | None:
+    return Together(Path(job["folder"]), job["inputs"], first) if job else None
 
 
 def shard_on_cpu() -> None:
@@ -81,6 +102,19 @@ class WriteProgress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         write_text(self.path, json.dumps([state.global_step, state.max_steps, self.loss]))
+
+
+class HearOwner(TrainerCallback):
+    """Takes a signal that came to the process that waits, a number in a file, for one that came to this process."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.heard = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        if not self.heard and self.path.exists():
+            self.heard = True
+            ask(int(self.path.read_text()))
 
 
 if __name__ == "__main__":

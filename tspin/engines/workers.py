@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -18,17 +19,26 @@ from tspin.devices import give_back, showing, visible_devices
 from tspin.errors import UserError
 
 JOB, LOG, FAILURE = "job.json", "log.txt", "failure.txt"
-OWNER = "TSPIN_OWNER"  # the process that a worker ends with
+OWNER = "TSPIN_OWNER"  # the process that a worker ends with, and its host
 SECONDS_TO_END = 30  # between the request and the kill
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A command that is given `folder` as its last argument, and its environment."""
+    """A command that is given `folder` as its last argument, and its environment.
+
+    ending: the signal that ends it and what it started.
+    """
 
     folder: Path
     command: Sequence[str]
     environment: Mapping[str, str]
+    ending: signal.Signals = signal.SIGTERM
+
+    @property
+    def arguments(self) -> list[str]:
+        """The whole command."""
+        return [*self.command, str(self.folder)]
 
     def start(self, job: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         """The process, at work on `job`; what it says goes to `folder`/log.txt."""
@@ -36,11 +46,11 @@ class Worker:
         (self.folder / JOB).write_text(json.dumps(job))
         with (self.folder / LOG).open("wb") as log:
             return subprocess.Popen(
-                [*self.command, str(self.folder)],
+                self.arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**self.environment, OWNER: str(os.getpid())},
+                env={**self.environment, OWNER: owner()},
                 start_new_session=True,  # Ctrl-C in a terminal comes to this process, which ends them
             )
 
@@ -68,16 +78,21 @@ def run_workers(
             running = [process for process in started if process.returncode is None]
             watch()
     finally:
-        _end(list(started))
+        _end(started)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def owner() -> str:
+    """This process, for the workers that are to end with it."""
+    return f"{os.getpid()}@{socket.gethostname()}"
+
+
+def _end(started: Mapping[subprocess.Popen[bytes], Worker]) -> None:
     """End workers and what they started, such as vLLM's engine: each leads a session of its own, and so a group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
+    for last in (False, True):
+        for process, worker in started.items():
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-        for process in processes:
+                os.killpg(process.pid, signal.SIGKILL if last else worker.ending)
+        for process in started:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=SECONDS_TO_END)
 
@@ -118,15 +133,25 @@ def gpu_environment(number: int, gpus: int) -> dict[str, str]:
 
 def read_job(folder: Path) -> dict[str, Any]:
     """The worker's side: its job, once it is sure to end when its owner is gone; a killed run leaves no GPU taken."""
-    threading.Thread(target=_end_with, args=(int(os.environ[OWNER]),), daemon=True).start()
+    threading.Thread(target=_end_without_owner, args=(folder,), daemon=True).start()
     job: dict[str, Any] = json.loads((folder / JOB).read_text())
     return job
 
 
-def _end_with(owner: int) -> None:
+def _end_without_owner(folder: Path) -> None:
+    """End with the owner; on another host, with the folder that it keeps; and with what started this process."""
+    process, _, host = os.environ[OWNER].partition("@")
+    parent = os.getppid()
     while True:
-        try:
-            os.kill(owner, 0)
-        except OSError:
+        here = host == socket.gethostname()
+        if not (_is_alive(int(process)) if here else folder.exists()) or os.getppid() != parent:
             os.killpg(0, signal.SIGKILL)
         time.sleep(1.0)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError:
+        return False
+    return True

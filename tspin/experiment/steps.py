@@ -30,6 +30,7 @@ from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint,
 from tspin.runs.dates import date_of_run
 from tspin.runs.files import atomic_path, write_text
 from tspin.runs.locks import owned
+from tspin.runs.signals import stopping_when_asked
 from tspin.runs.unfinished import Unfinished
 from tspin.schema import PROTO, SYNTHETIC
 
@@ -130,7 +131,8 @@ def train_from_files(step: Step) -> dict[str, Any]:
             reference = Path(folder) / "reference.parquet" if method.uses_reference else None
             if reference:
                 steps.score_reference(iteration, reference)
-            with atomic_path(step.out) as target:
+            # A signal that comes while the checkpoint is written is heeded after that.
+            with stopping_when_asked(), atomic_path(step.out) as target:
                 return steps.train(iteration, reference, target, log_folder=target, unfinished=unfinished)
         finally:
             if step.out.exists() or not unfinished.steps():

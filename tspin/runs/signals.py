@@ -1,6 +1,7 @@
-"""SIGTERM and Ctrl-C: a training finishes its step and keeps its state; everything else stops at once.
+"""SIGTERM, SIGUSR2 and Ctrl-C: a training finishes its step and keeps its state; everything else stops at once.
 
-In Python both raise `Stopped`, a KeyboardInterrupt; the command line exits with 130 or 143, as shells expect. Processes
+SIGUSR2 is what queues send before a job's time is up. In Python all raise `Stopped`, a KeyboardInterrupt; the command
+line exits with 128 and the signal's number, as shells expect: 130, 140 or 143. Processes
 that are forked, such as a pool's, end by SIGTERM, which their parent sends them, and without a word. Those that a
 training forks, to load its data, stay as long as the step in hand needs them.
 """
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 SECONDS_TO_FORK = 0.1
 _fork = threading.local()  # now: whether this thread is in the middle of a fork; mask: the signals it held back before
 
@@ -33,6 +34,9 @@ class Asked:
     number: int | None = None
 
 
+_asked: Asked | None = None  # of the `stopping_when_asked` that holds
+
+
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
     """While this holds, SIGTERM raises Stopped as Ctrl-C does."""
@@ -41,17 +45,37 @@ def stopping_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def stopping_when_asked() -> Iterator[Asked]:
-    """While this holds, the first signal is noted in the `Asked` that it yields; the second raises Stopped."""
-    asked = Asked()
+def stopping_when_asked(impatient: bool = True) -> Iterator[Asked]:
+    """While this holds, the first signal is noted in the `Asked` that it yields; the second raises Stopped.
+
+    impatient: without, the second is nothing new: for one of several processes that can only stop together.
+    Whoever is at work looks there, and raises Stopped where the work can be left. At the end, with all of it done, this
+    raises it: the signal is not lost. Within another one, the other one's.
+    """
+    global _asked
+    if _asked is not None:
+        yield _asked
+        return
+    asked = _asked = Asked()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked.number is not None:
+        if impatient and asked.number is not None:
             raise Stopped(number)
         asked.number = number
 
-    with _handling(note):
-        yield asked
+    try:
+        with _handling(note):
+            yield asked
+    finally:
+        _asked = None
+    if asked.number is not None:
+        raise Stopped(asked.number)
+
+
+def ask(number: int) -> None:
+    """Note a signal that came to another process, as if it had come to this one."""
+    if _asked is not None:
+        _asked.number = number
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -68,7 +92,12 @@ def _leave_to_parent(number: int, frame: FrameType | None) -> None:
 
 
 # Ctrl-C in a terminal comes to all its processes. A worker that it ended might hold a lock that its parent waits for.
-IN_FORKED: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: _leave_to_parent}
+# A queue's SIGUSR2 comes to all of a job's.
+IN_FORKED: dict[signal.Signals, Any] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGINT: _leave_to_parent,
+    signal.SIGUSR2: _leave_to_parent,
+}
 
 
 def _before_fork() -> None:

@@ -1,12 +1,25 @@
 """A training that was stopped: the states that it keeps before its end, and goes on from."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
 from tspin.runs.stages import DamagedStage, check_stage, remove_stage, run_stage, stage_record
+
+
+@dataclass(frozen=True)
+class State:
+    """What a training goes on from. step: optimizer steps done, 0 where nothing is kept. checkpoint: Trainer's folder.
+
+    seconds: trained until then. facts: what else was kept with it.
+    """
+
+    step: int = 0
+    checkpoint: Path | None = None
+    seconds: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -21,8 +34,8 @@ class Unfinished:
         states = (path for path in self.folder.glob("step-*") if path.suffix == "")
         return sorted((int(path.name.removeprefix("step-")) for path in states), reverse=True)
 
-    def newest(self) -> tuple[int, Path | None, float]:
-        """(step, Trainer's checkpoint, seconds trained until then) of the newest whole state, or (0, None, 0.0)."""
+    def newest(self) -> State:
+        """The newest whole state."""
         for step in self.steps():
             output = self.folder / f"step-{step}"
             record = stage_record(output, self.inputs)
@@ -31,15 +44,18 @@ class Unfinished:
             except DamagedStage:
                 continue
             if record is not None:
-                return step, output / f"checkpoint-{step}", record["facts"]["training_seconds"]
-        return 0, None, 0.0
+                facts = dict(record["facts"])
+                return State(step, output / f"checkpoint-{step}", facts.pop("training_seconds"), facts)
+        return State()
 
-    def keep(self, step: int, seconds: float, write: Callable[[Path], None]) -> None:
+    def keep(
+        self, step: int, seconds: float, write: Callable[[Path], None], facts: Mapping[str, Any] | None = None
+    ) -> None:
         """Write a state by `write(folder)`, and then remove the older ones."""
 
-        def produce(target: Path) -> dict[str, float]:
+        def produce(target: Path) -> dict[str, Any]:
             write(target)
-            return {"training_seconds": seconds}
+            return {**(facts or {}), "training_seconds": seconds}
 
         older = self.steps()
         remove_stage(self.folder / f"step-{step}")
