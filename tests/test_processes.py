@@ -19,10 +19,16 @@ from safetensors.numpy import load_file
 from experiments.checks.tiny import tiny_model
 from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin.config import REPOSITORY
-from tspin.engines.launch import check_launcher
+from tspin.data.encoding import encode_dataset
+from tspin.data.responses import read_responses, write_responses
+from tspin.engines import launch
+from tspin.engines.here import Scoring, score
+from tspin.engines.launch import check_launcher, launch_scoring, scores_in_shards
 from tspin.errors import UserError
+from tspin.models import load_model
 from tspin.runs.files import folder_fingerprint
 from tspin.runs.signals import Stopped
+from tspin.triplets import make_triplets
 
 PATIENCE = 300  # seconds until processes are given up that a loaded machine starts slowly
 FILES = REPOSITORY / "experiments" / "accelerate"
@@ -254,17 +260,19 @@ def test_two_machines_train_what_one_process_does(by, undisturbed, tmp_path, row
     else:
         monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
         monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
-    meddle("if rank == 1 and step == 5: os.kill(os.getpid(), signal.SIGTERM)")
-    with pytest.raises(Stopped):
-        play(tmp_path / "a run", model, rows, **settings)
-    meddle("assert step > 5")
+    if by == "ssh":
+        meddle("if rank == 1 and step == 5: os.kill(os.getpid(), signal.SIGTERM)")
+        with pytest.raises(Stopped):
+            play(tmp_path / "a run", model, rows, **settings)
+        meddle("assert step > 5")
     play(tmp_path / "a run", model, rows, **settings)
     assert_bit_for_bit(tmp_path / "a run", whole)
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 2
-    assert calls[0] == "another machine" if by == "ssh" else "--nodes=2 --ntasks=2" in calls[0]
-    assert by == "ssh" or "--cpus-per-task=3" in calls[0]
-    assert not list((tmp_path / "a run/iteration-0").glob(".tspin-training-*"))
+    if by == "ssh":
+        assert calls == ["another machine"] * 2
+    else:
+        assert len(calls) == 1 and "--nodes=2 --ntasks=2" in calls[0] and "--cpus-per-task=3" in calls[0]
+    assert not list((tmp_path / "a run/iteration-0").glob(".tspin-job-*"))
 
 
 def test_a_launched_training_ends_with_the_command_that_started_it(tmp_path, model_folder, data_file):
@@ -346,3 +354,30 @@ def test_a_bfloat16_policy_starts_where_its_reference_is(tmp_path, model_folder,
     (first,) = pd.read_parquet(tmp_path / "two/iteration-0/steps.parquet").to_dict("records")
     # α = 1: the reward is log π_θ − log π_θt, before the first update. A reference scored by autocast makes it 0.05.
     assert abs(first["reward/labelled"]) < 0.01 and abs(first["reward/synthetic"]) < 0.01
+
+
+def test_a_model_that_no_gpu_holds_is_scored_where_it_is_trained(tmp_path, model_folder, rows, tokenizer):
+    """In shards: each process has its part of the prompts, and calls the model for nothing while others need it."""
+    settings = {**SETTINGS, "method": "spin", "scoring": "sharded", "launcher": str(launch_file(tmp_path))}
+    args = SelfPlayConfig(output_dir=str(tmp_path / "run"), **settings)
+    assert scores_in_shards(args, str(model_folder), {})
+    examples = encode_dataset(rows[:11], tokenizer, args)
+    write_responses(tmp_path / "drawn.parquet", examples.prompt_ids, examples.labelled)
+    triplets = make_triplets(examples, {"synthetic": read_responses(tmp_path / "drawn.parquet")})
+    scoring = Scoring(tokenizer, args, autocast=False)
+    for some, by_token in ((triplets, False), (triplets.select([4]), True)):  # one of two processes has nothing to do
+        whole = score(load_model(str(model_folder)), some, scoring, by_token)
+        parts = launch_scoring(str(model_folder), {}, some, scoring, tmp_path, by_token)
+        assert parts.keys() == whole.keys()
+        for role, values in whole.items():
+            for one, other in zip(parts[role], values, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5, err_msg=role)
+
+
+@pytest.mark.parametrize(("memory", "sharded"), [(None, False), (10**9, False), (10**4, True)])
+def test_which_models_are_scored_in_shards(memory, sharded, tmp_path, model_folder, monkeypatch):
+    monkeypatch.setattr(launch, "accelerator_bytes", lambda: memory)
+    for kind, expected in (("FSDP", sharded), ("MULTI_GPU", False)):
+        settings = {**SETTINGS, "launcher": str(launch_file(tmp_path, kind=kind))}
+        args = SelfPlayConfig(output_dir=str(tmp_path / "run"), **settings)
+        assert scores_in_shards(args, str(model_folder), {}) == expected

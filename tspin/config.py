@@ -163,6 +163,9 @@ class SelfPlayConfig(_WithCoefficients):
     micro_batch_tokens: PositiveInt = setting(4096, "tokens per forward pass on one device; lower saves memory", True)
     checkpoint_steps: PositiveInt | None = setting(None, "steps after which a training's state is kept", True)
     launcher: str | None = setting(None, "a file for `accelerate launch`: train in its processes", operational=True)
+    scoring: Literal["auto", "whole", "sharded"] = setting(
+        "auto", "log-probabilities by whole models, or as `launcher` cuts them; auto: where a GPU holds none", True
+    )
     hosts: list[NonEmpty] | None = setting(
         None, "machines of a launch file with several, this one first, reached by ssh; None: a Slurm job's", True
     )

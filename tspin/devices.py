@@ -91,6 +91,13 @@ def widest_float() -> torch.dtype:
     return torch.float32 if device().type == "mps" else torch.float64
 
 
+def accelerator_bytes() -> int | None:
+    """Memory of one accelerator; None without, or where its driver does not say."""
+    if accelerator() is None or not hasattr(_module(), "get_device_properties"):
+        return None
+    return int(_module().get_device_properties(0).total_memory)
+
+
 def reset_peak() -> None:
     """Let the peak start again from here, where the system allows it."""
     if accelerator() is None:

@@ -43,6 +43,13 @@ def choose_layout(model: nn.Module, wanted: str = "auto", longest: int = 0) -> L
     return "padded"
 
 
+def take_layout(model: nn.Module, layout: Layout) -> None:
+    """Set a model up for a layout that was found elsewhere for the same one; its weights need not be there."""
+    inner: Any = unwrapped(model)
+    if layout == "shared" and inner._can_set_attn_implementation():
+        inner.set_attn_implementation(NAME)
+
+
 def why_not_shared(model: nn.Module, longest: int = 0) -> str | None:
     """What keeps a model from the flat layout, in words; None where nothing does, and its attention is set for it."""
     inner = unwrapped(model)

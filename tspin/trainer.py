@@ -36,10 +36,10 @@ from tspin.triplets import IDLE, Triplet, TripletCollator, logps_of
 UNLOGGED = "unlogged-*.json"  # in a training's state: what a process has summed since the last log
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(Exception):
     """One of several processes has no memory left at a step: all must start again, with smaller micro-batches.
 
-    max_tokens: of those that may fit.
+    step: from 1; 0 outside of a training. max_tokens: of those that may fit.
     """
 
     def __init__(self, step: int, max_tokens: int):
@@ -75,6 +75,7 @@ class TripletTrainer(Trainer):
         self.method = method
         self.coefficients = coefficients
         self.roles = collator.roles
+        self._tokenizer = tokenizer
         self._checkpointed = checkpointed_layers(model) if args.gradient_checkpointing else []
         # Columns are ours, not the model's arguments.
         args.remove_unused_columns = False
@@ -268,9 +269,16 @@ class TripletTrainer(Trainer):
         self.keep_state(self.state.global_step, write)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Trainer's; not for a state under FSDP, which has the weights in a form of its own."""
-        if not (_internal_call and self.is_fsdp_enabled):
+        """Trainer's. Under FSDP a whole model, however states are kept: these have the weights in another form."""
+        if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call=_internal_call)
+        elif not _internal_call:
+            weights = self.accelerator.get_state_dict(self.model)
+            for tied in getattr(self.model, "all_tied_weights_keys", None) or {}:
+                weights.pop(tied, None)  # gathered apart from what it is one with
+            if self.args.should_save:
+                self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=weights)
+                self._tokenizer.save_pretrained(output_dir)
 
     def restore_unlogged(self, checkpoint: Path) -> None:
         """Go on with the means of a logging interval that a kept state was in the middle of; after training began."""

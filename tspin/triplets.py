@@ -26,7 +26,7 @@ from tspin.data.encoding import Examples
 from tspin.data.mapped import TypedRows, column, rows_at, without_bars
 from tspin.data.responses import Response, Responses
 from tspin.devices import out_of_memory
-from tspin.layouts import Layout, choose_layout
+from tspin.layouts import Layout
 from tspin.logprobs import flat_logps, flat_run, flat_token_logps, pad_rows, padded_token_logps, sequence_logps
 from tspin.schema import LABELLED
 
@@ -176,22 +176,6 @@ class TripletCollator:
             "reference": {role: torch.tensor([t.reference_logps[role] for t in triplets]) for role in known},
             "tokens": sum(map(len, prompts)) * len(self.roles) + sum(len(ids) for role in responses for ids in role),
         }
-
-
-def collator_for(
-    model: torch.nn.Module,
-    triplets: Sequence[Triplet],
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    layout: str = "auto",
-) -> TripletCollator:
-    """The collator that suits a model. Raises ValueError where it does not support the layout asked for."""
-    return TripletCollator(
-        tuple(triplets[0].responses),
-        pad_token(tokenizer),
-        choose_layout(model, layout, max(map(longest_row, triplets))),
-        max_tokens,
-    )
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,7 +15,7 @@ from tspin.data.responses import Response
 from tspin.data.turns import TurnEnd, stops, turn_end
 from tspin.devices import give_back, without_denormals
 from tspin.engines import here
-from tspin.engines.launch import launch_training, trains_in_bfloat16
+from tspin.engines.launch import launch_scoring, launch_training, scores_in_shards, trains_in_bfloat16
 from tspin.engines.scoring import score_in_processes, scoring_processes
 from tspin.engines.vllm import Served, generate_tokens, require_vllm
 from tspin.models import Policy, dtype_name, load_model
@@ -42,6 +42,11 @@ class Engine:
         self.tokenizer = tokenizer
         self.loading = dict(loading)
         self._kept: tuple[Policy, PreTrainedModel] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run's, for what several machines are to see."""
+        return Path(str(self.args.output_dir))
 
     @cached_property
     def turn_end(self) -> TurnEnd:
@@ -120,6 +125,8 @@ class Engine:
     def _score(self, policy: Policy, triplets: Triplets, of: str, keep: bool) -> dict[str, list[float]]:
         check_stage(Path(policy.folder))
         loading, scoring = self._scoring[0], self._scoring_of(of)
+        if scores_in_shards(self.args, policy.folder, loading):
+            return launch_scoring(policy.folder, loading, triplets, scoring, self.folder)
         processes = scoring_processes(self.args)
         if processes > 1:
             return score_in_processes(processes, policy.folder, loading, triplets, scoring)
@@ -132,11 +139,14 @@ class Engine:
     def score_tokens(self, policy: Policy, triplets: Triplets, of: str) -> dict[str, list[list[float]]]:
         """log π of every token of every response under a policy: role → of each triplet, nats a token.
 
-        In this process: for the few prompts that people look at. of: names the policy on the bar.
+        For the few prompts that people look at: in this process where it holds the model.
+        of: names the policy on the bar.
         """
         check_stage(Path(policy.folder))
-        model = load_model(policy.folder, self._scoring[0])
-        return here.score(model, triplets, self._scoring_of(of), by_token=True)
+        loading, scoring = self._scoring[0], self._scoring_of(of)
+        if scores_in_shards(self.args, policy.folder, loading):
+            return launch_scoring(policy.folder, loading, triplets, scoring, self.folder, by_token=True)
+        return here.score(load_model(policy.folder, loading), triplets, scoring, by_token=True)
 
     def _scoring_of(self, of: str) -> here.Scoring:
         return here.Scoring(self.tokenizer, self.args, of, self._scoring[1])

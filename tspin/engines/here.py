@@ -25,15 +25,25 @@ from tspin.config import SelfPlayConfig
 from tspin.devices import peak_bytes, pins_memory, reset_peak
 from tspin.engines.adapters import ADAPTER, adapted_weights, add_adapters, save_adapter
 from tspin.engines.callbacks import AtTrainBegin, KeepState, LogLastStep, StepBar
+from tspin.engines.together import told
 from tspin.engines.trackers import Tracked, tracked_name, trackers
 from tspin.errors import UserError, tell
+from tspin.layouts import Layout, choose_layout, take_layout
 from tspin.objectives import of_iteration
 from tspin.runs.files import atomic_path, write_json
 from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import Stopped, stopping_when_asked
 from tspin.runs.unfinished import State, Unfinished
 from tspin.trainer import GradientSignal, TripletTrainer
-from tspin.triplets import Triplet, TripletCollator, collator_for, compute_logps, logps_of, token_logps_of
+from tspin.triplets import (
+    Triplet,
+    TripletCollator,
+    compute_logps,
+    logps_of,
+    longest_row,
+    pad_token,
+    token_logps_of,
+)
 
 FIRST_STEP = "first_step.json"  # beside the step log: what the first step saw
 SAMPLED = 256  # elements of a weight
@@ -147,7 +157,7 @@ def _trainer(model: PreTrainedModel, training: Training, callbacks: list[Trainer
         model,
         training.arguments,
         training.triplets,
-        _collator(model, training.triplets, training.tokenizer, training.args),
+        collator_of(model, training.triplets, training.tokenizer, training.args),
         training.tokenizer,
         method,
         training.args.coefficients_at(training.iteration),
@@ -215,8 +225,6 @@ def _written(trainer: TripletTrainer, training: Training) -> dict[str, Any]:
     if training.args.process_index == 0:
         with atomic_path(training.log_folder / "steps.parquet") as temporary:
             steps.to_parquet(temporary, index=False)
-    if trainer.is_fsdp_enabled:  # whatever its states are, a checkpoint is a model that every tool can read
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(training.checkpoint))
     # A pickle of the settings, which the run's config.json holds as text: nothing here is unpickled.
     (training.checkpoint / "training_args.bin").unlink(missing_ok=True)
@@ -242,16 +250,31 @@ def score(
 ) -> dict[str, list[Any]]:
     """log π of every response under `model`: role → nats, in the triplets' order; by_token: a list of nats each."""
     model.to(scoring.args.device)  # type: ignore[arg-type]
-    collator = _collator(model, triplets, scoring.tokenizer, scoring.args)
+    collator = collator_of(model, triplets, scoring.tokenizer, scoring.args)
     autocast = bool(scoring.args.bf16) if scoring.autocast is None else scoring.autocast
     of = token_logps_of if by_token else logps_of
     return compute_logps(model, triplets, collator, autocast, f"log-probabilities of {scoring.of}", of)
 
 
-def _collator(
+def collator_of(
     model: PreTrainedModel, triplets: Sequence[Triplet], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
 ) -> TripletCollator:
+    """The collator that suits a model and the settings. Raises UserError for a layout that cannot be had.
+
+    Of processes that train together the first one finds the layout: it may be the only one that has read the weights.
+    """
+    if args.world_size > 1:
+        first = args.process_index == 0
+        layout = told(_layout(model, triplets, args) if first else None)
+        if not first:
+            take_layout(model, layout)
+    else:
+        layout = _layout(model, triplets, args)
+    return TripletCollator(tuple(triplets[0].responses), pad_token(tokenizer), layout, args.micro_batch_tokens)
+
+
+def _layout(model: PreTrainedModel, triplets: Sequence[Triplet], args: SelfPlayConfig) -> Layout:
     try:
-        return collator_for(model, triplets, tokenizer, args.micro_batch_tokens, args.layout)
+        return choose_layout(model, args.layout, max(map(longest_row, triplets)))
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -76,11 +76,11 @@ def check_machines(path: Path, machines: int, processes: int, hosts: Sequence[st
 
 
 def workers_of(
-    settings: Mapping[str, Any], arguments: Sequence[str], hosts: Sequence[str] | None, folder: Path
+    settings: Mapping[str, Any], arguments: Sequence[str], hosts: Sequence[str] | None, folder: Path, module: str
 ) -> tuple[list[Worker], list[dict[str, Any]]]:
     """What starts `accelerate launch` on each machine of a launch file's settings, and the job of each.
 
-    arguments: of it. hosts: see SelfPlayConfig. folder: of the training's job, which all see.
+    arguments: of it. hosts: see SelfPlayConfig. folder: of the processes' job, which all see. module: their main.
     """
     machines = int(settings.get("num_machines", 1))
     command = [sys.executable, "-m", "tspin.engines.node"]
@@ -91,7 +91,7 @@ def workers_of(
         address = settings.get("main_process_ip") or (hosts[0] if hosts else socket.gethostname())
         port = settings.get("main_process_port") or get_free_port()
         arguments = [*arguments, "--main_process_ip", address, "--main_process_port", str(port), "--same_network"]
-    job = {"arguments": list(arguments), "folder": str(folder)}
+    job = {"arguments": list(arguments), "folder": str(folder), "module": module}
     if machines > 1 and not hosts:
         each = [
             f"--nodes={machines}",

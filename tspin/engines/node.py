@@ -20,7 +20,7 @@ def main() -> None:
     job = json.loads((folder / JOB).read_text())
     rank = os.environ["SLURM_PROCID"] if job["rank"] is None else str(job["rank"])
     command = ["-m", "accelerate.commands.launch", *job["arguments"], "--machine_rank", rank]
-    os.execv(sys.executable, [sys.executable, *command, "-m", "tspin.engines.training_worker", job["folder"]])
+    os.execv(sys.executable, [sys.executable, *command, "-m", job["module"], job["folder"]])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Processes that train together keep one state: all write into its folder, the first one makes it whole."""
+"""Processes that train together keep one state: all write into its folder, the first one makes it whole.
+
+In both directions the first one decides for all.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,14 +25,14 @@ class Together(Unfinished):
 
     def steps(self) -> list[int]:
         """What the first process sees."""
-        found: list[int] = self._told(super().steps() if self.first else None)
+        found: list[int] = told(super().steps() if self.first else None)
         return found
 
     def newest(self) -> State:
         """What the first process finds whole."""
         # Not by `steps`, which the others would have to call as well.
         alone = Unfinished(self.folder, self.inputs)
-        found: State = self._told(alone.newest() if self.first else None)
+        found: State = told(alone.newest() if self.first else None)
         return found
 
     def keep(
@@ -39,17 +42,18 @@ class Together(Unfinished):
         alone = Unfinished(self.folder, self.inputs)
 
         def write_with_others(target: Path) -> None:
-            self._told(target)
+            told(target)
             write(target)
             torch.distributed.barrier()
 
         if self.first:
             alone.keep(step, seconds, write_with_others, facts)
         else:
-            write(self._told(None))
+            write(told(None))
             torch.distributed.barrier()
         torch.distributed.barrier()
 
-    def _told(self, what: Any) -> Any:
-        """`what` of the first process, in all."""
-        return broadcast_object_list([what])[0]
+
+def told(what: Any) -> Any:
+    """`what` of the first process, in all."""
+    return broadcast_object_list([what])[0]

@@ -1,53 +1,32 @@
 """One of the processes that train together: `accelerate launch … -m tspin.engines.training_worker FOLDER`."""
 
 import json
-import os
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from tspin.config import SelfPlayConfig
 from tspin.devices import without_denormals
 from tspin.engines.here import Training, train
-from tspin.engines.launch import FACTS, MEMORY, PROGRESS, STOP, STOPPED, TOKENIZER, TRIPLETS
+from tspin.engines.launch import FACTS, TOKENIZER, TRIPLETS
+from tspin.engines.launched import WriteProgress, in_process, shard_on_cpu
+from tspin.engines.processes import PROGRESS, STOP, STOPPED
 from tspin.engines.together import Together
 from tspin.engines.trackers import Tracked
-from tspin.engines.workers import FAILURE, read_job
-from tspin.errors import UserError
+from tspin.engines.workers import read_job
 from tspin.models import load_model, load_tokenizer
 from tspin.runs.files import write_text
-from tspin.runs.signals import SIGNALS, Stopped, ask
-from tspin.trainer import OutOfMemory
+from tspin.runs.signals import Stopped, ask
 from tspin.triplets import load_triplets
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    # The launcher has them held back. Only a training heeds them: what comes before or after it is not to be torn.
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    try:
-        _train(folder)
-    except UserError as error:
-        write_text(folder / FAILURE, str(error))
-        sys.exit(1)
-    except OutOfMemory as error:
-        write_text(folder / MEMORY, json.dumps([error.step, error.max_tokens]))
-        sys.exit(1)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
+@in_process
 @without_denormals()
-def _train(folder: Path) -> None:
+def main(folder: Path) -> None:
     job = read_job(folder)
     args = SelfPlayConfig(**job["arguments"])
     first = args.process_index == 0
@@ -79,31 +58,6 @@ def _unfinished(job: Mapping[str, Any] | None, first: bool) -> Together | None:
     return Together(Path(job["folder"]), job["inputs"], first) if job else None
 
 
-def shard_on_cpu() -> None:
-    """Let Accelerate shard a model on a CPU too, where the Accelerate file asks for FSDP.
-
-    FSDP2 works there, with gloo; Accelerate turns it on for GPUs alone, and takes this for a group of them.
-    """
-    state = PartialState()
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if wanted and state.distributed_type == DistributedType.MULTI_CPU:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-
-class WriteProgress(TrainerCallback):
-    """Writes [step, steps, loss] for the process that waits."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.loss: float | None = None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: D102
-        self.loss = float(logs["loss"]) if "loss" in logs else self.loss
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        write_text(self.path, json.dumps([state.global_step, state.max_steps, self.loss]))
-
-
 class HearOwner(TrainerCallback):
     """Takes a signal that came to the process that waits, a number in a file, for one that came to this process."""
 
@@ -118,4 +72,4 @@ class HearOwner(TrainerCallback):
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -10,12 +10,13 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from tspin.devices import multiplies_bfloat16
+from tspin.layouts import choose_layout
 from tspin.logprobs import pad_rows
 from tspin.models import POCKET_MODEL, load_tokenizer
 from tspin.objectives import METHODS, spin_loss, tspin_loss
 from tspin.schema import LABELLED, ROLES, SYNTHETIC
 from tspin.trainer import TripletTrainer
-from tspin.triplets import Triplet, collator_for
+from tspin.triplets import Triplet, TripletCollator, longest_row, pad_token
 
 Step = Callable[[Sequence[Triplet]], None]
 MICRO_BATCH_TOKENS = 2048
@@ -54,7 +55,12 @@ def ours(method: str, layout: str, model: PreTrainedModel, triplets: Sequence[Tr
     """This project's step, from the same trainer and collator that a run uses."""
     trained = [as_trained(method, triplet) for triplet in triplets]
     tokenizer = load_tokenizer(str(POCKET_MODEL))
-    collator = collator_for(model, trained, tokenizer, MICRO_BATCH_TOKENS, layout)
+    collator = TripletCollator(
+        tuple(trained[0].responses),
+        pad_token(tokenizer),
+        choose_layout(model, layout, max(map(longest_row, trained))),
+        MICRO_BATCH_TOKENS,
+    )
     settings = arguments(TrainingArguments)
     objective = METHODS[method]
     trainer = TripletTrainer(model, settings, trained, collator, tokenizer, objective, objective.resolve({}))
