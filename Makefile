@@ -23,7 +23,7 @@ figure4b: NEEDS = tspin,tspin_reference
 
 SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 figure7
 .PHONY: $(SCORES:%=reproduce-%) $(SCORES) reproduce-figure4 reproduce-figure4a reproduce-figure4c reproduce-all claims report \
-	study studies notebooks sweep benchmark readme example times command-times breakdown plan-check regenerate test fault-test load test-vllm engines fuzz lock audit sbom lint clean
+	study studies notebooks sweep benchmark readme example times command-times breakdown plan-check regenerate test fault-test load test-vllm engines test-gpu fuzz lock audit sbom lint clean
 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
@@ -141,6 +141,10 @@ $(AUDIT)/.ready: Makefile
 	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
 	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
 	touch $@
+
+# What needs a GPU; on another machine each test is skipped, and says why.
+test-gpu: $(READY)
+	$(VENV)/bin/python -m pytest tests/gpu -rs
 
 # vLLM's CPU build, in an environment of its own: it brings a PyTorch by its exact build and packages of its own.
 test-vllm: $(VLLM)/.ready

@@ -67,3 +67,28 @@ def test_what_a_forked_process_does(at_work):
         _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     assert code == (-signal.SIGTERM if at_work == "stopping_at_once" else 7)
+
+
+def test_a_signal_that_nobody_acted_upon_is_not_lost():
+    """A training looks for it between steps; what comes while its checkpoint is written is raised after that."""
+    done = []
+    with pytest.raises(signals.Stopped) as stopped, signals.stopping_when_asked() as asked:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with signals.stopping_when_asked() as inner:
+            assert inner is asked and asked.number == signal.SIGUSR2
+        done.append("written")
+    assert (stopped.value.number, done) == (signal.SIGUSR2, ["written"])
+    with signals.stopping_when_asked() as asked:  # the next one knows nothing of it
+        assert asked.number is None
+
+
+def test_a_second_signal_stops_at_once_but_for_one_process_of_several():
+    with pytest.raises(signals.Stopped), signals.stopping_when_asked():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        pytest.fail("the second one is heeded")
+    with pytest.raises(signals.Stopped), signals.stopping_when_asked(impatient=False) as asked:
+        signals.ask(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.number == signal.SIGTERM
