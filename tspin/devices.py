@@ -58,6 +58,11 @@ def visible_devices(environment: Mapping[str, str]) -> list[str]:
     return listed.split(",") if listed else [str(number) for number in range(accelerators())]
 
 
+def can_be_shown() -> bool:
+    """Whether `showing` can give a process some of this machine's accelerators, and there are any."""
+    return bool(_variables())
+
+
 def showing(environment: Mapping[str, str], devices: Sequence[str]) -> dict[str, str]:
     """The environment in which a process sees these of `visible_devices` alone.
 

@@ -1,6 +1,7 @@
-"""SIGTERM and Ctrl-C: a training finishes its step and keeps its state; everything else stops at once.
+"""SIGTERM, SIGUSR2 and Ctrl-C: a training finishes its step and keeps its state; everything else stops at once.
 
-In Python both raise `Stopped`, a KeyboardInterrupt; the command line exits with 130 or 143, as shells expect. Processes
+SIGUSR2 is what queues send before a job's time is up. In Python each raises `Stopped`, a KeyboardInterrupt; the command
+line exits with 128 and the signal's number, as shells expect. Processes
 that are forked, such as a pool's, end by SIGTERM, which their parent sends them, and without a word. Those that a
 training forks, to load its data, stay as long as the step in hand needs them.
 """
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 SECONDS_TO_FORK = 0.1
 _fork = threading.local()  # now: whether this thread is in the middle of a fork; mask: the signals it held back before
 
@@ -35,7 +36,7 @@ class Asked:
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """While this holds, SIGTERM raises Stopped as Ctrl-C does."""
+    """While this holds, SIGTERM and SIGUSR2 raise Stopped as Ctrl-C does."""
     with _handling(_stop):
         yield
 
@@ -67,8 +68,13 @@ def _leave_to_parent(number: int, frame: FrameType | None) -> None:
     pass
 
 
-# Ctrl-C in a terminal comes to all its processes. A worker that it ended might hold a lock that its parent waits for.
-IN_FORKED: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: _leave_to_parent}
+# Ctrl-C in a terminal, and a queue's SIGUSR2, come to all processes. A worker that they ended might hold a lock that
+# its parent waits for.
+IN_FORKED: dict[signal.Signals, Any] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGINT: _leave_to_parent,
+    signal.SIGUSR2: _leave_to_parent,
+}
 
 
 def _before_fork() -> None:
