@@ -220,7 +220,7 @@ class Fleet:
         """This machine, for a job that sees these accelerators alone. The profile is of other machines."""
         from tspin.devices import showing  # which brings PyTorch
 
-        # submitit's own way numbers them from 0, whichever are ours, and knows CUDA's alone.
+        # submitit's own way numbers them from 0, whichever are ours, and knows one kind alone.
         shown = [f"{name}={value}" for name, value in showing({}, devices).items()] if devices else []
         python = shlex.join(["env", *shown, sys.executable])
         executor = submitit.AutoExecutor(folder=self.folder, cluster="local", local_python=python)
