@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from threading import Timer
 
 import pytest
 
 from tspin.errors import UserError
+from tspin.runs import locks
 from tspin.runs.claims import claim_folder
 from tspin.runs.files import HOST, atomic_path, fingerprint, read_json
 from tspin.runs.locks import owned
@@ -187,6 +189,108 @@ def test_a_forked_child_neither_shares_the_lock_nor_keeps_it(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+# Holds argv[1] on another machine of a cluster, whose locks this one does not see; LEASE_SECONDS is argv[2].
+ELSEWHERE = """
+import fcntl, os, socket, sys
+from pathlib import Path
+from tspin.runs import locks
+fcntl.flock = lambda descriptor, operation: None
+socket.gethostname = lambda: "node7"
+os.environ |= {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1"}
+locks.LEASE_SECONDS, locks.BEAT_SECONDS = float(sys.argv[2]), float(sys.argv[2]) / 4
+with locks.owned(Path(sys.argv[1])):
+    print("held", flush=True)
+    input()
+"""
+LEASE = 2.0
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A process on node7 that holds tmp_path."""
+    monkeypatch.setattr(locks, "LEASE_SECONDS", LEASE)
+    monkeypatch.setattr(locks, "BEAT_SECONDS", LEASE / 4)
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path), str(LEASE)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_an_owner_on_another_machine_is_refused_though_its_lock_is_not_seen(tmp_path, elsewhere, capsys):
+    time.sleep(1.5 * LEASE)  # longer than a dead one's lease, were it not for its signs of life
+    named = rf"in use by process {elsewhere.pid} on node7 \(Slurm job 4711, start 1\): wait .* takes over"
+    with pytest.raises(UserError, match=named) as error, owned(tmp_path):
+        pass
+    assert "\n" not in str(error.value)
+    Timer(0.2, elsewhere.communicate, ["\n"]).start()
+    with owned(tmp_path, wait=True):
+        assert "; waiting for it\n" in capsys.readouterr().err
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
+    assert not (tmp_path / ".owner").exists()  # after a good end
+
+
+def test_an_owner_that_gives_no_sign_of_life_is_taken_over(tmp_path, elsewhere, capsys):
+    elsewhere.kill()
+    elsewhere.wait()
+    with pytest.raises(UserError, match="in use by .* where it was killed, the same command takes over"):
+        with owned(tmp_path):
+            pass
+    hours_ago = time.time() - 7200
+    os.utime(tmp_path / ".owner", (hours_ago, hours_ago))
+    start = time.monotonic()
+    with owned(tmp_path):
+        assert time.monotonic() - start >= LEASE  # it was watched besides
+    assert "has given no sign of life for 120 minutes; taking it over" in capsys.readouterr().err
+
+
+def test_clocks_of_machines_may_differ(tmp_path, elsewhere, monkeypatch):
+    """By a day: the file system's own counts."""
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 86400)
+    with pytest.raises(UserError, match="in use by .* on node7"), owned(tmp_path):
+        pass
+
+
+def test_a_job_that_slurm_starts_again_takes_its_own_folder_over(tmp_path, elsewhere, monkeypatch, capsys):
+    elsewhere.kill()
+    elsewhere.wait()
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with owned(tmp_path):
+        assert "which Slurm has started again: this is it" in capsys.readouterr().err
+
+
+def test_an_owner_that_lost_its_folder_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 0.4)
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.1)
+    with owned(tmp_path):
+        (tmp_path / ".owner").unlink()
+        (tmp_path / ".owner").write_text("another's")
+        time.sleep(1)
+    assert "this command is not its only owner any more (owner-changed)" in capsys.readouterr().err
+    assert (tmp_path / ".owner").read_text() == "another's"
+
+
+def test_an_owner_of_another_version_is_refused_in_a_line(tmp_path, elsewhere, monkeypatch):
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 3 * LEASE)
+    with pytest.raises(UserError, match="node7 .*, a command of another version of tspin"), owned(tmp_path):
+        pass
+
+
+def test_a_full_disk_leaves_the_lock_alone_to_decide(tmp_path, monkeypatch):
+    (tmp_path / ".lock").touch()
+
+    def full(path, flags, *mode, real=os.open, **options):
+        if ".owner" in str(path) and flags & os.O_CREAT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, flags, *mode, **options)
+
+    monkeypatch.setattr(os, "open", full)
+    with owned(tmp_path), owned(tmp_path):
+        assert not (tmp_path / ".owner").exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_not_locked(tmp_path, monkeypatch):

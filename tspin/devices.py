@@ -18,6 +18,8 @@ from tspin.errors import UserError
 
 PROCESS = Path("/proc/self")
 PROCESSORS = Path("/proc/cpuinfo")
+MEMORY = Path("/proc/meminfo")
+GROUPS = Path("/sys/fs/cgroup")
 # The variables that say which devices a process may use, the one that counts first. A machine has one "mps" at most.
 VISIBLE = {
     "cuda": ("CUDA_VISIBLE_DEVICES",),
@@ -56,6 +58,11 @@ def visible_devices(environment: Mapping[str, str]) -> list[str]:
     """The accelerators of a process with this environment, as its variable names them."""
     listed = next((environment[name] for name in _variables() if environment.get(name)), None)
     return listed.split(",") if listed else [str(number) for number in range(accelerators())]
+
+
+def can_be_shown() -> bool:
+    """Whether `showing` can give a process some of this machine's accelerators, and there are any."""
+    return bool(_variables())
 
 
 def showing(environment: Mapping[str, str], devices: Sequence[str]) -> dict[str, str]:
@@ -123,6 +130,44 @@ def resident(field: str) -> int | None:
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), None)
+
+
+def host_memory() -> tuple[int, int] | None:
+    """(all, free to take) bytes of the host's memory with its swap, as far as this process's groups may go.
+
+    A container's or a queue's limit counts, and pages of files that can be read again do not. None where not Linux.
+    """
+    try:
+        rows = dict(line.split(":") for line in MEMORY.read_text().splitlines() if ":" in line)
+    except OSError:
+        return None
+    of = {name: 1024 * int(value.split()[0]) for name, value in rows.items()}
+    whole, free = of["MemTotal"] + of["SwapTotal"], of["MemAvailable"] + of["SwapFree"]
+    for limit, used in _group_limits():
+        whole, free = min(whole, limit), min(free, max(limit - used, 0))
+    return whole, free
+
+
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """(limit, used) bytes of each control group that this process is in, of either version, up to the root."""
+    try:
+        lines = (PROCESS / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        root = GROUPS / controllers
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        inside = Path(path.lstrip("/"))
+        for folder in (root / inside, *(root / parent for parent in inside.parents)):
+            try:
+                limit, used = ((folder / name).read_text().strip() for name in names)
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # the root has no limit; a container may see itself as the root
+                continue
+            if limit != "max":
+                yield int(limit), int(used) - int(stat.get("inactive_file", 0))
 
 
 def give_back() -> None:

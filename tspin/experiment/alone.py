@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tspin.config import Config
-from tspin.experiment.preset import build_trainer
+from tspin.experiment.preset import build_trainer, check_needs
 from tspin.selfplay import IterationResult
 
 
@@ -25,6 +25,7 @@ def train_methods(
         for seed, folder in folders.items()
         for method in methods
     }
+    check_needs(list(trainers.values()))
     for (method, seed), trainer in trainers.items():
         title = method if len(folders) == 1 else f"{method}, seed {seed}"
         for result in trainer.iterate():

@@ -9,8 +9,11 @@ results/<preset>/studies/<name>.csv, …      see tspin.experiment.gathering: a 
 
 import itertools
 import json
+import os
 import shlex
+import signal
 import sys
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +28,7 @@ from tspin.evaluation.suites import load_suite
 from tspin.objectives import METHODS
 from tspin.runs.files import fingerprint, read_json, write_json
 from tspin.runs.redaction import redacted
-from tspin.runs.signals import stopping_at_once
+from tspin.runs.signals import Stopped, stopping_at_once
 from tspin.schema import BASE, CELL, RUN, STUDY_MEASURES
 from tspin.sections import Section, read
 from tspin.yaml_files import find_yaml, read_yaml
@@ -99,7 +102,7 @@ class Cell(Checkpointable):
 
     study: its file. setting: (name, value) of what its grid sets. folder: of its state. shared: see build_trainer.
     The others are as `tspin run` takes them. Checkpointable: Slurm queues it again when its time is up or it is
-    preempted, and the same run goes on where it was.
+    preempted, and the same run goes on where it was, a training after the last step that it ended.
     """
 
     study: str
@@ -118,7 +121,11 @@ class Cell(Checkpointable):
     def __call__(self) -> None:
         """Run it as a job: its stages' provenance names the command that sent it, not submitit's."""
         sys.argv = ["tspin", "sweep", self.study]
-        self.run()
+        try:
+            self.run()
+        except Stopped as stopped:
+            leave_to_queue(stopped.number)
+            raise
 
     def run(self) -> None:
         """Run it in this process. An error leaves failed.json, its good end finished.json; a signal leaves neither."""
@@ -223,6 +230,19 @@ def load_sweep(file: Path, profile: Path | None, runs: Path, results: Path) -> S
         raise UserError(f"{path}: {error}") from error
     cells = list({cell.name: cell for cell in cells}.values())  # parts may have cells in common
     return Sweep(path, studies[0], cells, machines.submitit, place, results / preset / "studies" / path.stem)
+
+
+def leave_to_queue(number: int) -> None:
+    """Let submitit and Slurm decide what becomes of a job that a signal has stopped; its state is kept by now.
+
+    SIGUSR2, before its time is up: submitit's handler, which is in force again, queues the job anew and exits.
+    SIGTERM, which submitit bypasses: the job may be preempted or cancelled, and Slurm alone knows which. A job that
+    left by itself would have failed, and not come again; this one waits for Slurm's end, or for a SIGUSR2.
+    """
+    if number == signal.SIGUSR2:
+        signal.raise_signal(number)
+    while number == signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        time.sleep(1.0)
 
 
 def run_cell(cell: Cell) -> None:

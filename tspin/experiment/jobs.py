@@ -30,6 +30,11 @@ STATES: tuple[State, ...] = ("finished", "running", "queued", "failed", "missing
 WAITING = {"PENDING", "REQUEUED", "UNKNOWN"}  # as Slurm and submitit say
 POLL_SECONDS = 2.0
 LAST_LINES = 5
+SIGNAL_SECONDS = (
+    300  # from SIGUSR2 to the end of a job's time: submitit's 90 are few for a large model's step and state
+)
+FEW_SECONDS = 60
+SUBMITIT_MINUTES = 5  # of a job whose profile does not say its time
 NO_LIMIT_MINUTES = 60 * 24 * 365  # of a job on this machine; on Slurm the queue's own limit holds
 Show = Callable[[Any], None]
 
@@ -101,6 +106,46 @@ def run_here(cells: Sequence[Cell], show: Show, keep: Callable[[], Any]) -> None
             show(Text(redacted(traceback.format_exc())))
 
 
+def slurm_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A profile's parameters of AutoExecutor, with what a training needs where the profile does not say it.
+
+    Time to end a step and to keep its state; the cores for srun too, which since Slurm 22.05 takes none over from
+    sbatch. Raises UserError where a job would be told to stop as it starts, and warns where little or no time is left.
+    """
+    parameters = {"slurm_signal_delay_s": SIGNAL_SECONDS, **given}
+    cores = given.get("slurm_cpus_per_task", given.get("cpus_per_task"))
+    asked = [str(argument) for argument in given.get("slurm_srun_args") or []]
+    if cores is not None and not any(argument.startswith(("--cpus-per-task", "-c")) for argument in asked):
+        parameters["slurm_srun_args"] = [f"--cpus-per-task={cores}", *asked]
+    delay = parameters["slurm_signal_delay_s"]
+    minutes = given.get("slurm_time", given.get("timeout_min", SUBMITIT_MINUTES))
+    if isinstance(minutes, int | float) and delay >= 60 * minutes:
+        raise UserError(
+            f"profile: a job of {minutes} minutes (timeout_min) is told to stop {delay} seconds before its end "
+            "(slurm_signal_delay_s), as soon as it starts: raise timeout_min"
+        )
+    if delay < FEW_SECONDS:  # enough for a small model: who sets it knows how long a step takes
+        warn(f"slurm_signal_delay_s is {delay}: what a training's step and its state do not end in by then is lost")
+    if not given.get("slurm_use_srun", True):
+        warn("slurm_use_srun is false: Slurm tells only what srun starts that its time is up, so nothing is kept then")
+    return parameters
+
+
+def warn(line: str) -> None:
+    sys.stderr.write(f"tspin: profile: {line}\n")
+
+
+def slices(devices: Sequence[str], jobs: int) -> list[list[str]]:
+    """The devices of each of several jobs at once: equal parts; where they are fewer than the jobs, one that is shared.
+
+    What is left over by equal parts stays idle. Without devices: empty ones.
+    """
+    each = max(len(devices) // jobs, 1)
+    if not devices:
+        return [[] for _ in range(jobs)]
+    return [[devices[(number * each + k) % len(devices)] for k in range(each)] for number in range(jobs)]
+
+
 class Fleet:
     """The jobs of a study's cells. executor: "local" or "slurm". limit: of jobs at once on this machine."""
 
@@ -110,6 +155,8 @@ class Fleet:
         self.sweep, self.executor, self.limit = sweep, executor, limit
         self.folder = sweep.folder / "jobs"
         self.jobs: dict[Cell, Any] = {}
+        self.slices = self._slices() if executor == "local" else []
+        self.places: dict[Cell, int] = {}  # of jobs on this machine: which of the slices each has
         self.known = set(gathered(sweep).made)  # names of cells that some machine has finished
         for cell in sweep.cells if executor == "slurm" else ():
             left = _read(cell, "job.json")  # by an earlier command, in the queue still: nothing is sent twice
@@ -141,10 +188,15 @@ class Fleet:
     def submit(self, cells: Sequence[Cell]) -> None:
         """Hand cells to the executor: to Slurm all of them in an array, here while fewer than `limit` are at work."""
         if self.executor == "local":
-            cells = cells[: self.limit - len(self.active())]
-        if not cells:
-            return
-        executor = self._executor()
+            taken = {self.places[cell] for cell in self.active()}
+            free = [place for place in range(self.limit) if place not in taken]
+            for cell, place in zip(cells, free, strict=False):
+                self.places[cell] = place
+                self._send(self._local(self.slices[place]), [cell])
+        elif cells:
+            self._send(self._slurm(), cells)
+
+    def _send(self, executor: Any, cells: Sequence[Cell]) -> None:
         with executor.batch():
             jobs = [executor.submit(cell) for cell in cells]
         for cell, job in zip(cells, jobs, strict=True):
@@ -152,19 +204,38 @@ class Fleet:
             write_json(Path(cell.folder, "job.json"), note)
             self.jobs[cell] = job
 
-    def _executor(self) -> Any:
-        from tspin.devices import accelerators  # which brings PyTorch
-
-        executor = submitit.AutoExecutor(folder=self.folder, cluster=self.executor)
-        if self.executor == "slurm":
-            parameters = {"name": f"tspin-{self.sweep.path.stem}", **self.sweep.submitit}
-        else:  # the profile is of other machines; here every job sees every GPU
-            parameters = {"timeout_min": NO_LIMIT_MINUTES, "gpus_per_node": accelerators()}
+    def _slurm(self) -> Any:
+        """Slurm, as the profile says."""
+        parameters = slurm_parameters(self.sweep.submitit)
+        # How often a job's time may be up before it counts as failed, which submitit takes with the executor itself.
+        limit = {name: parameters.pop(name) for name in ("slurm_max_num_timeout",) if name in parameters}
+        executor = submitit.AutoExecutor(folder=self.folder, cluster="slurm", **limit)
         try:
-            executor.update_parameters(**parameters)
+            executor.update_parameters(**{"name": f"tspin-{self.sweep.path.stem}", **parameters})
         except (NameError, ValueError, AssertionError, TypeError) as error:
             raise UserError(f"submitit: {str(error).splitlines()[0]}") from error
         return executor
+
+    def _local(self, devices: Sequence[str]) -> Any:
+        """This machine, for a job that sees these accelerators alone. The profile is of other machines."""
+        from tspin.devices import showing  # which brings PyTorch
+
+        # submitit's own way numbers them from 0, whichever are ours, and knows one kind alone.
+        shown = [f"{name}={value}" for name, value in showing({}, devices).items()] if devices else []
+        python = shlex.join(["env", *shown, sys.executable])
+        executor = submitit.AutoExecutor(folder=self.folder, cluster="local", local_python=python)
+        executor.update_parameters(timeout_min=NO_LIMIT_MINUTES)
+        return executor
+
+    def _slices(self) -> list[list[str]]:
+        """Which accelerators each of `limit` jobs at once has; none where the kind has no variable to say it by."""
+        from tspin.devices import can_be_shown, visible_devices
+
+        devices = visible_devices(os.environ) if can_be_shown() else []
+        if devices and len(devices) < self.limit:
+            there = f"{len(devices)} of this machine's accelerators"
+            sys.stderr.write(f"tspin: --jobs {self.limit} on {there}: jobs share them\n")
+        return slices(devices, self.limit)
 
     def keep(self) -> None:
         """Gather what has finished by now, before all has."""

@@ -35,6 +35,7 @@ from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, re
 from tspin.models import Policy, dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.names import check_methods
 from tspin.objectives import METHODS
+from tspin.planning.checks import check_machine, needs_of
 from tspin.runs.claims import claim_folder
 from tspin.runs.dates import date_of_run, record_date
 from tspin.runs.files import fingerprint
@@ -93,6 +94,7 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
         for method in methods
         if method != BASE
     }
+    check_needs(list(trainers.values()))
     claim_folder(target, evaluator.results_config(), what="result", option="--results")
     if config.training.date:
         record_date(runs, config.training.date)
@@ -233,6 +235,13 @@ def build_trainer(
         eval_dataset=held_out_rows(settings),
         model_arguments=model_arguments,
     )
+
+
+def check_needs(trainers: Sequence[SelfPlayTrainer]) -> None:
+    """See tspin.planning.checks.check_machine, of runs that start from one model's folder."""
+    if trainers:
+        model = trainers[0]
+        check_machine(needs_of([trainer.args for trainer in trainers], str(model.source), model.run.engine.loading))
 
 
 def held_out_rows(settings: RunSettings) -> Source | None:

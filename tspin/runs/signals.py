@@ -39,7 +39,7 @@ _asked: Asked | None = None  # of the `stopping_when_asked` that holds
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """While this holds, SIGTERM raises Stopped as Ctrl-C does."""
+    """While this holds, SIGTERM and SIGUSR2 raise Stopped as Ctrl-C does."""
     with _handling(_stop):
         yield
 
@@ -91,8 +91,8 @@ def _leave_to_parent(number: int, frame: FrameType | None) -> None:
     pass
 
 
-# Ctrl-C in a terminal comes to all its processes. A worker that it ended might hold a lock that its parent waits for.
-# A queue's SIGUSR2 comes to all of a job's.
+# Ctrl-C in a terminal, and a queue's SIGUSR2, come to all processes. A worker that they ended might hold a lock that
+# its parent waits for.
 IN_FORKED: dict[signal.Signals, Any] = {
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGINT: _leave_to_parent,
