@@ -22,7 +22,7 @@ from tspin.devices import accelerators
 from tspin.engines.here import Training
 from tspin.engines.workers import Worker, run_workers
 from tspin.errors import UserError
-from tspin.models import dtype_name
+from tspin.models import Policy, dtype_name
 from tspin.triplets import Triplets
 
 TRIPLETS, TOKENIZER, PROGRESS, FACTS = "triplets", "tokenizer", "progress.json", "facts.json"
@@ -74,8 +74,8 @@ def trains_in_bfloat16(args: SelfPlayConfig) -> bool:
     return kind in ("FSDP", "DEEPSPEED")
 
 
-def launch_training(policy: str, loading: Mapping[str, Any], training: Training) -> dict[str, Any]:
-    """tspin.engines.here.train of the policy in the folder `policy`, in the processes of args.launcher.
+def launch_training(policy: Policy, loading: Mapping[str, Any], training: Training) -> dict[str, Any]:
+    """tspin.engines.here.train of a policy, in the processes of args.launcher.
 
     A step has the same triplets, and its loss is the same mean over them, whatever the number of processes. Returns
     train's facts and "processes". Raises UserError, with the processes' own line, when one of them fails.
@@ -89,7 +89,7 @@ def launch_training(policy: str, loading: Mapping[str, Any], training: Training)
         training.triplets.save(folder / TRIPLETS)
         training.tokenizer.save_pretrained(folder / TOKENIZER)
         job = {
-            "policy": policy,
+            "policy": asdict(policy),
             "loading": {**loading, "dtype": dtype_name(dict(loading))},
             "arguments": plain_arguments(args),
             "iteration": training.iteration,

@@ -13,12 +13,13 @@ from transformers import TrainerCallback
 
 from tspin.config import SelfPlayConfig
 from tspin.devices import without_denormals
+from tspin.engines.adapters import load_policy
 from tspin.engines.here import Training, train
 from tspin.engines.launch import FACTS, PROGRESS, TOKENIZER, TRIPLETS
 from tspin.engines.trackers import Tracked
 from tspin.engines.workers import FAILURE, read_job
 from tspin.errors import UserError
-from tspin.models import load_model, load_tokenizer
+from tspin.models import load_tokenizer, policy_of
 from tspin.runs.files import write_text
 from tspin.triplets import load_triplets
 
@@ -53,7 +54,7 @@ def _train(folder: Path) -> None:
         job["tracked"] and Tracked(**{**job["tracked"], "folder": Path(job["tracked"]["folder"])}),
     )
     callbacks = [WriteProgress(folder / PROGRESS)] if first else []
-    facts = train(load_model(job["policy"], loading), training, callbacks)
+    facts = train(load_policy(policy_of(job["policy"]), loading), training, callbacks)
     if first:
         write_text(folder / FACTS, json.dumps(facts))
 
