@@ -52,7 +52,7 @@ def test_save_checkpoint():
 
 @private("_load_from_checkpoint")
 def test_load_from_checkpoint():
-    """Trainer calls it with a kept state's folder before it goes on, and save_pretrained writes adapters alone there."""
+    """Trainer calls it with a kept state's folder before it goes on; of adapters, they alone are written there."""
     from transformers import PreTrainedModel, Trainer
 
     assert parameters(Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]

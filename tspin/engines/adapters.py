@@ -9,7 +9,8 @@ into bfloat16 weights, the distance between which is some hundred times a traini
 - each checkpoint has both merged, in float32, for whatever reads whole models: vLLM, other programs, people. It is
   rounded only by `lora.merged_dtype`, or by who loads it so; no iteration starts from it.
 
-The frozen weights of a 4-bit run are what the 4 bits stand for, and so are those of its checkpoints.
+Single steps on files (tspin.experiment.steps) put new adapters into the whole model that they are given. The frozen
+weights of a 4-bit run are what the 4 bits stand for, and so are those of its checkpoints.
 """
 
 from dataclasses import fields
