@@ -16,7 +16,7 @@ def pins(requirements):
 def test_conda_and_pip_pins_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = pins([*project["dependencies"], *extras["test"], *extras["gpu"]])
+    wanted = pins([*project["dependencies"], *extras["test"], *extras["gpu"], *extras["qlora"]])
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
     assert pins(pip) == wanted

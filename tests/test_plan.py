@@ -103,6 +103,22 @@ def test_adapters_need_no_gradients_of_the_base():
     assert eight.memory["training"]["weights"] == parts["weights"]  # adapters are not trained in shards
 
 
+def test_frozen_weights_of_two_bytes_and_of_half_a_byte():
+    """Adapters, their gradients and optimizer stay float32; merged checkpoints are float32 whatever is below them."""
+    for settings, matrix in ([], 2.0), (["lora.quantize=nf4", "sampling_backend=transformers"], 0.5159):
+        config = load_config("zephyr-7b-lora", settings)
+        found = plan(config, Hardware(1, "h100"), ROWS)
+        assert found.problem is None
+        shape, adapters = found.shape, adapter_parameters(find_config(config.model.path), 16, "all-linear")
+        matrices = shape.layers * shape.layer_matrices
+        weights = matrix * matrices + 2 * (shape.parameters - matrices)
+        parts = found.memory["training"]
+        assert parts["weights"] == pytest.approx(weights + 4 * adapters, rel=1e-4)
+        assert parts["gradients"] == parts["optimizer"] == 4 * adapters
+        assert found.memory["sampling"]["weights"] == pytest.approx(weights, rel=1e-4)
+        assert found.disk == (1 + 4 * 5) * 4 * (shape.parameters + adapters)
+
+
 def test_the_padded_layout_has_a_prompt_for_each_response():
     found = plan(load_config("mistral-7b", ["layout=padded"]), Hardware(8), ROWS)
     assert stage_of(found, "spin", "training").tokens == 3 * 50_000 * 5 * (2 * PROMPT + LABELLED + DRAWN)
@@ -154,7 +170,8 @@ def test_what_fits_is_proposed(gpu):
          "It fits with --set micro_batch_tokens=4096"),
         (["gradient_checkpointing=false", "max_prompt_length=2048", "max_completion_length=2048",
           "micro_batch_tokens=32768"], Hardware(8, "h100"), "It fits with --set gradient_checkpointing=true"),
-        (["lora={rank: 16}"], Hardware(1, "rtx4090"),
+        (["lora={rank: 16}"], Hardware(1, "rtx4090"), "It fits with --set model.dtype=bfloat16"),
+        (["lora={rank: 16}", "max_prompt_length=60000"], Hardware(1, "rtx4090"),
          "No micro-batch, checkpointing, adapters or number of GPUs makes it fit: take GPUs with more memory"),
     ],
 )  # fmt: skip

@@ -50,6 +50,16 @@ def test_save_checkpoint():
     assert "args.output_dir" in source or "_get_output_dir" in source
 
 
+@private("_load_from_checkpoint")
+def test_load_from_checkpoint():
+    """Trainer calls it with a kept state's folder before it goes on; of adapters, they alone are written there."""
+    from transformers import PreTrainedModel, Trainer
+
+    assert parameters(Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
+    assert "self._load_from_checkpoint(resume_from_checkpoint)" in inspect.getsource(Trainer)
+    assert "only adapter weights will be saved" in inspect.getsource(PreTrainedModel.save_pretrained)
+
+
 @private("_tr_loss")
 def test_tr_loss():
     """The loss summed since the last log, a tensor: kept with a training's state, added again when it goes on."""

@@ -25,7 +25,7 @@ from tspin.engines import launch
 from tspin.engines.here import Scoring, score
 from tspin.engines.launch import check_launcher, launch_scoring, scores_in_shards
 from tspin.errors import UserError
-from tspin.models import load_model
+from tspin.models import Policy, load_model
 from tspin.runs.files import folder_fingerprint
 from tspin.runs.signals import Stopped
 from tspin.triplets import make_triplets
@@ -369,7 +369,7 @@ def test_a_model_that_no_gpu_holds_is_scored_where_it_is_trained(tmp_path, model
     scoring = Scoring(tokenizer, args, autocast=False)
     for some, by_token in ((triplets, False), (triplets.select([4]), True)):  # one of two processes has nothing to do
         whole = score(load_model(str(model_folder)), some, scoring, by_token)
-        parts = launch_scoring(str(model_folder), {}, some, scoring, tmp_path, by_token)
+        parts = launch_scoring(Policy(str(model_folder), ""), {}, some, scoring, tmp_path, by_token)
         assert parts.keys() == whole.keys()
         for role, values in whole.items():
             for one, other in zip(parts[role], values, strict=True):

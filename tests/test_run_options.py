@@ -186,7 +186,7 @@ def test_every_field_is_a_flag(asked, places):
 
 
 def test_switches_of_sections_are_flags_without_a_value(asked, places):
-    switches = ["--model.trust-remote-code", "--data.generated", "--engine.enforce-eager", "--lora.keep-adapter"]
+    switches = ["--model.trust-remote-code", "--data.generated", "--engine.enforce-eager"]
     for switch in switches:
         call("run", "--preset", "pocket", switch)
         assert asked.pop().overrides == [switch.removeprefix("--").replace("-", "_") + "=true"]

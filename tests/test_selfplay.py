@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import itertools
 import json
 import os
 import signal
@@ -107,8 +106,8 @@ def test_adapters_are_merged_into_each_checkpoint(tmp_path, model_folder, rows, 
     """A checkpoint has the base model's tensors and no others; only those that adapters reach differ, by a low rank."""
     lora = {"rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "down_proj"]}
     _, results = play(tmp_path / "run", model_folder, rows, method=method, lora=lora, learning_rate=1e-2)
-    folders = [model_folder, *(result.model_path for result in results)]
-    for before, after in itertools.pairwise(load_file(folder / "model.safetensors") for folder in folders):
+    before = load_file(model_folder / "model.safetensors")
+    for after in (load_file(result.model_path / "model.safetensors") for result in results):
         assert set(before) == set(after)
         for name in before:
             change = after[name].astype(float) - before[name].astype(float)

@@ -15,7 +15,7 @@ from tspin.engines.here import Scoring, score
 from tspin.engines.scoring import score_in_processes
 from tspin.engines.workers import Worker, run_workers
 from tspin.errors import UserError
-from tspin.models import load_model
+from tspin.models import Policy, load_model
 from tspin.triplets import make_triplets
 
 # A worker that starts a process of its own, as vLLM does, says which, and fails or waits.
@@ -56,9 +56,9 @@ def test_log_probabilities_are_the_same_from_several_processes(tmp_path, model_f
     write_responses(tmp_path / "drawn.parquet", examples.prompt_ids, examples.labelled)
     triplets = make_triplets(examples, {"synthetic": read_responses(tmp_path / "drawn.parquet")})
     whole = score(load_model(str(model_folder)), triplets, Scoring(tokenizer, args))
-    parts = score_in_processes(2, str(model_folder), {}, triplets, Scoring(tokenizer, args, autocast=False))
+    parts = score_in_processes(2, Policy(str(model_folder), ""), {}, triplets, Scoring(tokenizer, args, autocast=False))
     assert parts.keys() == whole.keys()
     for role, values in whole.items():
         np.testing.assert_allclose(parts[role], values, rtol=1e-5, err_msg=role)
     with pytest.raises(UserError, match=r"^scoring: "):
-        score_in_processes(2, str(tmp_path), {}, triplets, Scoring(tokenizer, args, autocast=False))
+        score_in_processes(2, Policy(str(tmp_path), ""), {}, triplets, Scoring(tokenizer, args, autocast=False))

@@ -224,8 +224,9 @@ class SelfPlayConfig(_WithCoefficients):
 
     @property
     def learning_rates(self) -> list[float]:
-        """One per iteration, the last going on."""
-        return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+        """One per iteration, the last going on; adapters' own where those have one."""
+        rate = (self.lora and self.lora.learning_rate) or self.learning_rate
+        return rate if isinstance(rate, list) else [rate]
 
     @property
     def rendering(self) -> Rendering:

@@ -28,6 +28,7 @@ from tspin.models import dtype_name, load_shape
 from tspin.triplets import pad_token
 
 LOOKED_AT = 2**16  # weights of a tensor
+LEAST_OF_ADAPTERS = 2e-6  # recipes have 5e-6 and more, and 5e-7 to 1e-6 for all weights
 
 
 def check_rows(
@@ -104,7 +105,9 @@ def check_training(source: str | PreTrainedModel, loading: Mapping[str, Any], ar
     check_router(model)
     if args.gradient_checkpointing:
         check_checkpointing(model)
-    if dtype_name(dict(loading)) == "bfloat16" and not args.lora:  # adapters start at 0, where such numbers are dense
+    if args.lora:
+        check_rate(args)
+    elif dtype_name(dict(loading)) == "bfloat16":  # adapters are float32
         check_spacing(source, max(args.learning_rates))
 
 
@@ -137,6 +140,17 @@ def check_router(model: PreTrainedModel) -> None:
         raise UserError(
             "output_router_logits: the model's config asks for its router's auxiliary loss, which no objective here "
             "has; set it to false in the model's config.json to train without"
+        )
+
+
+def check_rate(args: SelfPlayConfig) -> None:
+    """Tell where adapters are trained at a rate that is meant for all weights."""
+    assert args.lora is not None
+    rate = max(args.learning_rates)
+    if args.lora.learning_rate is None and rate < LEAST_OF_ADAPTERS:
+        tell(
+            f"lora: learning_rate, {rate:g}, is one for all weights, and adapters take ten times as much: set "
+            f"lora.learning_rate={10 * rate:g}, or to {rate:g} to have it so"
         )
 
 

@@ -1,5 +1,6 @@
 """Loading policies and tokenizers, with one clear line when there is none."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,11 +25,34 @@ from tspin.runs.files import fingerprint, folder_fingerprint
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """Low-rank adapters as files: their folder, and that of the frozen model below them.
+
+    quantize, merged_dtype: of the frozen weights when they are loaded, and of the merged ones; see LoraSettings.
+    """
+
+    folder: str
+    base: str
+    quantize: str | None = None
+    merged_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class Policy:
-    """A policy as files: its folder, and what tells it from any other."""
+    """A policy as files: its folder, and what tells it from any other.
+
+    adapter: what it was trained as, where that was adapters; the folder has them merged.
+    """
 
     folder: str
     fingerprint: str
+    adapter: Adapter | None = None
+
+
+def policy_of(values: Mapping[str, Any]) -> Policy:
+    """A Policy from its values as JSON has them (dataclasses.asdict)."""
+    adapter = values["adapter"]
+    return Policy(values["folder"], values["fingerprint"], Adapter(**adapter) if adapter else None)
 
 
 def resolve(path: str, revision: str | None = None) -> str:
@@ -72,11 +97,20 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> PreTrainedModel:
     """A causal language model, float32 unless told otherwise.
 
+    model_arguments: of `from_pretrained`; and `quantize`, "nf4" for its layers' matrices in 4 bits, which are computed
+    with in the type of the others (LoraSettings).
     Raises UserError for files that cannot be read, and for weights that are missing: Transformers
     would fill them with random numbers.
     """
     refuse_pickles(Path(folder))
     arguments = {"dtype": torch.float32, "use_safetensors": True, **(model_arguments or {})}
+    if kind := arguments.pop("quantize", None):
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_compute_dtype=arguments["dtype"],
+            bnb_4bit_use_double_quant=True,
+        )
     model, info = _load(AutoModelForCausalLM.from_pretrained, folder, {**arguments, "output_loading_info": True})
     if info["missing_keys"]:
         raise UserError(f"{folder}: the weights of {sorted(info['missing_keys'])[0]} are missing from this model")

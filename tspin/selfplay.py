@@ -17,6 +17,7 @@ from shutil import copytree, rmtree
 from typing import Any, Literal
 
 import pyarrow as pa
+import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from tspin.cards import push, write_card, write_eval_results
@@ -24,7 +25,7 @@ from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.data.encoding import Example, encode_dataset
 from tspin.data.responses import write_parquet
 from tspin.data.turns import writes_date
-from tspin.engines.adapters import ADAPTER, CONFIG, WEIGHTS, lora_config, lora_settings
+from tspin.engines.adapters import ADAPTER, CONFIG, WEIGHTS, check_lora, lora_settings
 from tspin.engines.engine import Engine
 from tspin.engines.here import FIRST_STEP
 from tspin.engines.trackers import Tracked, check_trackers, end_trackers, run_id
@@ -43,7 +44,7 @@ from tspin.iteration import (
     take_generated,
     train,
 )
-from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve, tokenizer_fingerprint
+from tspin.models import Adapter, Policy, load_model, load_tokenizer, policy_fingerprint, resolve, tokenizer_fingerprint
 from tspin.runs.claims import claim_folder
 from tspin.runs.dates import date_of_run, record_date
 from tspin.runs.files import atomic_path, fingerprint_of, folder_fingerprint, read_json, sha256, write_json
@@ -107,8 +108,7 @@ class SelfPlayTrainer:
             self.add_callback(callback)
         if peft_config is not None:
             args.lora = self._lora(peft_config, model_arguments or {})
-        if args.lora:
-            lora_config(args.lora)
+        check_lora(args)
         check_trackers(args)
         self.proto_source = args.proto_model and _alike(args.proto_model, tokenizer, model_arguments)
         if args.date is None and writes_date(tokenizer):
@@ -158,9 +158,10 @@ class SelfPlayTrainer:
             iteration = self._iteration(number, policy, initial, synthetic, proto, earlier)
             reference = self._score_reference(iteration)
             trained = self._train(iteration, reference)  # π_θt+1
-            diagnosed = self._diagnose(iteration, reference, trained)
-            held_out = self._score_held_out(iteration, trained)
-            result = _result(number, synthetic, reference, trained, diagnosed, held_out)
+            ended = self._trained_policy(iteration, trained)
+            diagnosed = self._diagnose(iteration, reference, trained, ended)
+            held_out = self._score_held_out(iteration, ended)
+            result = _result(number, synthetic, reference, trained, diagnosed, held_out, ended.adapter)
             yield result
             policy, earlier = result.policy, _left(reference, diagnosed, earlier.steps + trained.facts["steps"])
 
@@ -212,10 +213,17 @@ class SelfPlayTrainer:
             last = results[-1].model_path
             try:
                 check_stage(last)
-                self.model = load_model(str(last), self.run.engine.loading)
+                self.model = load_model(str(last), self._merged_loading)
                 return results
             except DamagedStage as error:
                 note_damage(error, damaged)
+
+    @property
+    def _merged_loading(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for a checkpoint: of merged adapters in the type that it is written in."""
+        lora = self.args.lora
+        dtype = {"dtype": getattr(torch, lora.merged_dtype), "quantize": None} if lora else {}
+        return self.run.engine.loading | dtype
 
     def _check_resume(self, asked: bool | str | Path | None) -> None:
         if asked is False and (self.folder / "config.json").exists():
@@ -390,7 +398,7 @@ class SelfPlayTrainer:
             tracked=tracked,
         )
         beside = ["steps.parquet", FIRST_STEP]
-        if self.args.lora and self.args.lora.keep_adapter:
+        if self.args.lora:
             beside += [f"{ADAPTER}/{name}" for name in (WEIGHTS, CONFIG)]
         with stopping_when_asked():  # a signal that comes while the checkpoint is written is heeded after that
             # Of checkpoints most are not read again: whoever loads one checks it.
@@ -399,9 +407,17 @@ class SelfPlayTrainer:
         unfinished.forget()
         return trained
 
-    def _diagnose(self, iteration: Iteration, reference: Stage | None, trained: Stage) -> list[Stage]:
-        """The diagnostics, where they are wanted, and the measures of degeneration."""
-        policy, scores = Policy(str(trained.output), trained.fingerprint), reference.output if reference else None
+    def _trained_policy(self, iteration: Iteration, trained: Stage) -> Policy:
+        """π_θt+1."""
+        adapter = None
+        if lora := self.args.lora:
+            folder, base = str(iteration.folder / ADAPTER), iteration.initial.folder
+            adapter = Adapter(folder, base, lora.quantize, lora.merged_dtype)
+        return Policy(str(trained.output), trained.fingerprint, adapter)
+
+    def _diagnose(self, iteration: Iteration, reference: Stage | None, trained: Stage, policy: Policy) -> list[Stage]:
+        """The diagnostics, where they are wanted, and the measures of degeneration. policy: the trained one."""
+        scores = reference.output if reference else None
         inputs = {**iteration.inputs, "trained": policy.fingerprint, "reference": sha256(scores) if scores else None}
         stages, table = [], None
         if self.args.diagnostics:
@@ -417,10 +433,9 @@ class SelfPlayTrainer:
         inputs = {**inputs, "diagnostics": sha256(table) if table else None}
         return [*stages, run_stage(iteration.folder / "guards.json", inputs, produce)]
 
-    def _score_held_out(self, iteration: Iteration, trained: Stage) -> Stage | None:
+    def _score_held_out(self, iteration: Iteration, policy: Policy) -> Stage | None:
         if self.held_out is None:
             return None
-        policy = Policy(str(trained.output), trained.fingerprint)
         inputs = {**self.run.inputs, "policy": policy.fingerprint, "held out": self.held_out.fingerprint}
         produce = partial(score_held_out, self.run, policy, self.held_out)
         return run_stage(iteration.folder / "held_out.json", inputs, produce)
@@ -450,6 +465,7 @@ def _result(
     trained: Stage,
     diagnosed: Sequence[Stage],
     held_out: Stage | None,
+    adapter: Adapter | None,
 ) -> IterationResult:
     """An iteration's facts, and what it cost besides its training: sampling y′, and the reference's pass."""
     seconds = {"sampling_seconds": synthetic, "reference_seconds": reference}
@@ -464,4 +480,5 @@ def _result(
         read_json(diagnosed[-1].output)["warnings"],
         held_out.facts if held_out else {},
         trained.provenance,
+        adapter,
     )

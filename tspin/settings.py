@@ -66,10 +66,12 @@ class EngineSettings(Section):
 
 
 class LoraSettings(Section):
-    """Low-rank adapters in place of all weights (PEFT); each iteration's checkpoint has them merged."""
+    """Low-rank adapters, in float32 on frozen weights, in place of all weights (PEFT): see tspin.engines.adapters."""
 
     rank: PositiveInt = 16
     alpha: Positive = 32.0
     target_modules: str | list[str] = "all-linear"
     options: dict[str, Any] = {}  # further ones of peft.LoraConfig (tspin.engines.adapters.OPTIONS)
-    keep_adapter: bool = True  # beside each merged checkpoint, the adapter alone
+    learning_rate: Positive | Annotated[list[Positive], Field(min_length=1)] | None = None  # None: as of all weights
+    quantize: Literal["nf4"] | None = None  # the frozen weights in 4 bits, by bitsandbytes (QLoRA, arXiv 2305.14314)
+    merged_dtype: Dtype = "float32"  # of the merged checkpoints, which no iteration trains on

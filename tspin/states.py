@@ -9,7 +9,7 @@ import pandas as pd
 from transformers import TrainerState
 
 from tspin.errors import UserError
-from tspin.models import Policy
+from tspin.models import Adapter, Policy
 from tspin.runs.files import read_json, write_json
 from tspin.schema import LABELLED
 
@@ -31,11 +31,12 @@ class IterationResult:
     warnings: dict[str, str] = field(default_factory=dict)  # what has gone too far, see tspin.iteration.measure
     held_out: dict[str, Any] = field(default_factory=dict)  # −log π(y) of eval_dataset, see tspin.diagnostics
     provenance: dict[str, Any] = field(default_factory=dict)  # of the training, see tspin.runs.provenance
+    adapter: Adapter | None = None  # where adapters were trained
 
     @property
     def policy(self) -> Policy:
         """π_θt+1."""
-        return Policy(str(self.model_path), self.fingerprint)
+        return Policy(str(self.model_path), self.fingerprint, self.adapter)
 
     @property
     def steps(self) -> pd.DataFrame:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from peft.functional import set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from tspin.devices import give_back, out_of_memory, widest_float
 from tspin.errors import UserError
@@ -296,6 +299,14 @@ class TripletTrainer(Trainer):
         self._globalstep_last_logged = mine["logged"]
         history = zip(self.state.log_history, mine["columns"], strict=True)
         self.state.log_history = [{name: entry[name] for name in names} for entry, names in history]  # read sorted
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Weights of a kept state; of a model with adapters those alone, which is all that Trainer writes of it."""
+        adapters = Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME
+        if adapters.exists():
+            set_peft_model_state_dict(self.model, load_file(adapters))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result):
         """Trainer only warns when a kept state lacks weights; going on from it would give other numbers."""

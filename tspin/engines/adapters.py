@@ -1,20 +1,38 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): put into a model for a training, kept beside its merged checkpoint."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685): put into a model for a training, kept beside its merged checkpoint.
+
+A policy that is trained as adapters is the frozen π_θ0, in the type that model.dtype says or in 4 bits, and adapters in
+float32. These go on from iteration to iteration, as the whole weights of other runs do, and are never rounded: a merge
+into bfloat16 weights, the distance between which is some hundred times a training's steps, would lose them. So
+
+- training goes on from π_θ0 and the adapters of the iteration before; the policy's rank stays `lora.rank`;
+- log-probabilities and responses are computed with weights and adapters apart, as in training (`load_policy`);
+- each checkpoint has both merged, in float32, for whatever reads whole models: vLLM, other programs, people. It is
+  rounded only by `lora.merged_dtype`, or by who loads it so; no iteration starts from it.
+
+Single steps on files (tspin.experiment.steps) put new adapters into the whole model that they are given. The frozen
+weights of a 4-bit run are what the 4 bits stand for, and so are those of its checkpoints.
+"""
 
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.lora import LoraModel
+import torch
+from peft import LoraConfig, PeftModel
+from peft.functional import cast_adapter_dtype, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from tspin.config import LoraSettings
+from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.errors import UserError, reason, unknown
+from tspin.models import Policy, dtype_name, load_model
 from tspin.runs.files import atomic_path
 
 ADAPTER = "adapter"  # the folder, beside a checkpoint
+NAME = "default"  # of the adapters within a model, PEFT's own
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names in it
 # Of LoraConfig: what `lora.options` may say besides rank, alpha and target_modules.
 OPTIONS = (
@@ -56,6 +74,22 @@ def lora_settings(config: Any, model_type: str) -> LoraSettings:
     return settings
 
 
+def check_lora(args: SelfPlayConfig) -> None:
+    """Raise UserError where the settings' adapters cannot be trained, here or at all."""
+    if args.lora is None:
+        return
+    lora_config(args.lora)
+    if args.lora.quantize and find_spec("bitsandbytes") is None:
+        raise UserError(
+            "lora.quantize: bitsandbytes is not installed; pip install 'tspin[qlora]', or leave lora.quantize out"
+        )
+    if args.lora.quantize and args.sampling_backend == "vllm":
+        raise UserError(
+            "lora.quantize: the first responses are the 4-bit model's, and vLLM would draw them from the whole one; "
+            "set sampling_backend=transformers, or leave lora.quantize out"
+        )
+
+
 def lora_config(settings: LoraSettings, called: str = "lora.options") -> LoraConfig:
     """The peft.LoraConfig of settings. called: what a message calls its options. Raises UserError."""
     for name in settings.options:
@@ -73,36 +107,65 @@ def lora_config(settings: LoraSettings, called: str = "lora.options") -> LoraCon
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
             target_modules=settings.target_modules,
             lora_dropout=0.0,
+            task_type="CAUSAL_LM",
             **settings.options,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{called}: {reason(error)}") from error
 
 
-def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> LoraModel:
-    """Put adapters into `model`, in place, and freeze everything else.
+def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Put new adapters, which change nothing yet, into `model`, in float32, and freeze everything else.
 
     The model itself, not a wrapper, goes on being trained: the layouts that share prompts look into it. Raises
     UserError where it has no such modules.
     """
     try:
-        return LoraModel(model, {"default": lora_config(settings)}, "default")
+        model.add_adapter(config, NAME)
     except ValueError as error:
         raise UserError(f"lora.target_modules: {reason(error)}") from error
+    cast_adapter_dtype(model, NAME)
 
 
-def adapted_weights(adapters: LoraModel) -> set[str]:
-    """The names, in the model without adapters, of the weights that these change once they are merged."""
-    names = (name for name, _ in adapters.model.named_parameters())
-    return {name.replace(".base_layer.", ".") for name in names if ".base_layer." in name}
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether a model has adapters in it."""
+    return any(isinstance(module, LoraLayer) for module in model.modules())
 
 
-def save_adapter(adapters: LoraModel, policy: str, target: Path) -> None:
-    """Write adapters that are not merged yet as `PeftModel.from_pretrained` on the folder `policy` loads them."""
-    config = adapters.peft_config["default"]
-    config.base_model_name_or_path, config.task_type, config.inference_mode = policy, "CAUSAL_LM", True
-    weights = {f"base_model.{name}": value for name, value in get_peft_model_state_dict(adapters).items()}
+def load_policy(policy: Policy, loading: dict[str, Any], *, whole: bool = False) -> PreTrainedModel:
+    """A policy in memory: one that was trained as adapters as the frozen model with these in it, ready to train on.
+
+    loading: see tspin.models.load_model. whole: take the merged checkpoint in its place where that is in float32, and
+    so is the same policy; it computes faster.
+    """
+    adapter = policy.adapter
+    if adapter is None:
+        return load_model(policy.folder, loading)
+    if whole and dtype_name(loading) == adapter.merged_dtype == "float32":
+        return load_model(policy.folder, {**loading, "quantize": None})
+    model = load_model(adapter.base, {**loading, "quantize": adapter.quantize})
+    add_adapters(model, LoraConfig.from_pretrained(adapter.folder))
+    set_peft_model_state_dict(model, load_file(Path(adapter.folder) / WEIGHTS), NAME)
+    return model
+
+
+def save_adapter(model: PreTrainedModel, target: Path) -> None:
+    """Write a model's adapters as `PeftModel.from_pretrained` loads them on the model that they are in."""
     with atomic_path(target) as temporary:
-        temporary.mkdir()
-        save_file({name: value.contiguous().cpu() for name, value in weights.items()}, temporary / WEIGHTS)
-        config.save_pretrained(str(temporary))
+        model.save_pretrained(temporary)
+
+
+def merged(model: PreTrainedModel, adapter: Path, dtype: str) -> PreTrainedModel:
+    """The frozen weights of `model` with the adapters in the folder `adapter` added in float32, on the CPU, as `dtype`.
+
+    `model` is used up: its adapters are taken out.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            model.set_submodule(name, module.get_base_layer())
+    model.delete_adapter(NAME)
+    model.cpu()
+    if getattr(model, "is_quantized", False):
+        model.dequantize(dtype=torch.float32)
+    whole = PeftModel.from_pretrained(model.float(), str(adapter)).merge_and_unload()
+    return whole.to(getattr(torch, dtype))  # type: ignore[no-any-return]

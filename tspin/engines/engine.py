@@ -15,10 +15,11 @@ from tspin.data.responses import Response
 from tspin.data.turns import TurnEnd, stops, turn_end
 from tspin.devices import give_back, without_denormals
 from tspin.engines import here
+from tspin.engines.adapters import load_policy
 from tspin.engines.launch import launch_scoring, launch_training, scores_in_shards, trains_in_bfloat16
 from tspin.engines.scoring import score_in_processes, scoring_processes
 from tspin.engines.vllm import Served, generate_tokens, require_vllm
-from tspin.models import Policy, dtype_name, load_model
+from tspin.models import Policy, dtype_name
 from tspin.runs.stages import check_stage
 from tspin.runs.unfinished import Unfinished
 from tspin.sampling import generation_settings, response_of, sample
@@ -40,7 +41,7 @@ class Engine:
     def __init__(self, args: SelfPlayConfig, tokenizer: PreTrainedTokenizerBase, loading: Mapping[str, Any]):
         self.args = args
         self.tokenizer = tokenizer
-        self.loading = dict(loading)
+        self.loading = {**loading, **({"quantize": args.lora.quantize} if args.lora and args.lora.quantize else {})}
         self._kept: tuple[Policy, PreTrainedModel] | None = None
 
     @property
@@ -65,7 +66,7 @@ class Engine:
         check_stage(Path(policy.folder))
         args, loading = self.args, self._sampling
         if args.sampling_backend == "transformers":
-            model = load_model(policy.folder, loading).to(args.device)  # type: ignore[arg-type]
+            model = load_policy(policy, loading, whole=True).to(args.device)  # type: ignore[arg-type]
             return sample(
                 model, self.tokenizer, prompts, args.decoding, seed=seed, end=self.turn_end, description=description
             )
@@ -126,11 +127,11 @@ class Engine:
         check_stage(Path(policy.folder))
         loading, scoring = self._scoring[0], self._scoring_of(of)
         if scores_in_shards(self.args, policy.folder, loading):
-            return launch_scoring(policy.folder, loading, triplets, scoring, self.folder)
+            return launch_scoring(policy, loading, triplets, scoring, self.folder)
         processes = scoring_processes(self.args)
         if processes > 1:
-            return score_in_processes(processes, policy.folder, loading, triplets, scoring)
-        model = load_model(policy.folder, loading)
+            return score_in_processes(processes, policy, loading, triplets, scoring)
+        model = load_policy(policy, loading)
         if keep and self.args.launcher is None:
             self._kept = (policy, model)
         return here.score(model, triplets, scoring)
@@ -145,8 +146,8 @@ class Engine:
         check_stage(Path(policy.folder))
         loading, scoring = self._scoring[0], self._scoring_of(of)
         if scores_in_shards(self.args, policy.folder, loading):
-            return launch_scoring(policy.folder, loading, triplets, scoring, self.folder, by_token=True)
-        return here.score(load_model(policy.folder, loading), triplets, scoring, by_token=True)
+            return launch_scoring(policy, loading, triplets, scoring, self.folder, by_token=True)
+        return here.score(load_policy(policy, loading), triplets, scoring, by_token=True)
 
     def _scoring_of(self, of: str) -> here.Scoring:
         return here.Scoring(self.tokenizer, self.args, of, self._scoring[1])
@@ -163,8 +164,8 @@ class Engine:
         check_stage(Path(policy.folder))
         kept, self._kept = self._kept, None
         if self.args.launcher is not None:
-            return launch_training(policy.folder, self.loading, training, unfinished)
-        model = kept[1] if kept and kept[0] == policy else load_model(policy.folder, self.loading)
+            return launch_training(policy, self.loading, training, unfinished)
+        model = kept[1] if kept and kept[0] == policy else load_policy(policy, self.loading)
         del kept
         return here.train(model, training, callbacks, unfinished)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from peft.tuners.lora import LoraModel
 from torch.distributed.tensor import DTensor
 from transformers import (
     PreTrainedModel,
@@ -23,7 +22,7 @@ from transformers import (
 
 from tspin.config import SelfPlayConfig
 from tspin.devices import peak_bytes, pins_memory, reset_peak
-from tspin.engines.adapters import ADAPTER, adapted_weights, add_adapters, save_adapter
+from tspin.engines.adapters import ADAPTER, add_adapters, has_adapters, lora_config, merged, save_adapter
 from tspin.engines.callbacks import AtTrainBegin, KeepState, LogLastStep, StepBar
 from tspin.engines.together import told
 from tspin.engines.trackers import Tracked, tracked_name, trackers
@@ -85,23 +84,26 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     unfinished: Unfinished | None = None,
 ) -> dict[str, Any]:
-    """Train `model` in place, and write its checkpoint and step log.
+    """Train `model` in place, or adapters (training.args.lora), and write its checkpoint and step log.
+
+    model: with adapters in it, these go on; otherwise new ones are put in. They are kept in the log folder, ADAPTER.
 
     unfinished: where a signal (tspin.runs.signals), and every args.checkpoint_steps steps, keep the training's state,
     and where it goes on from if there is one. A training that went on ends with the same weights and step log, bit by
     bit; in another number of processes, up to rounding. Raises Stopped at a signal, after the step in hand; without
     `unfinished` nothing of it is kept.
 
-    Returns steps, training_seconds, tokens, changed_share (of the weights; none where they are sharded),
+    Returns steps, training_seconds, tokens, changed_share (of the trained weights; none where they are sharded),
     gradient_signal (where args.gradient_signal asks for it; of the steps since a training went on),
     peak_memory_bytes (see tspin.devices: on a CPU, that of the whole process; of several processes, the first one's),
     and of several processes their number. Raises UserError when the loss is no
     longer finite.
     """
     begun = unfinished.newest() if unfinished else State()
-    weights = sampled_weights(model)
     set_seed(training.arguments.seed)  # adapters start from random numbers, the same after a restart
-    adapters = add_adapters(model, training.args.lora) if training.args.lora else None
+    if training.args.lora and not has_adapters(model):
+        add_adapters(model, lora_config(training.args.lora))
+    weights = sampled_weights(model)
     # The last: what the others decide is known by then. Not KeepState's stop, though, after which a training goes on.
     trainer = _trainer(model, training, [*callbacks, *_reports(training, begun.step), LogLastStep()])
     first_step = training.log_folder / FIRST_STEP
@@ -119,28 +121,20 @@ def train(
         )
         _train_until_asked(trainer, unfinished, begun.checkpoint, training.args.checkpoint_steps)
     seconds = round(time.perf_counter() - start, 2)
-    if adapters is not None:
-        _keep_adapters(adapters, training, str(model.name_or_path))
-        adapted = adapted_weights(adapters)
-        weights = {name: weight for name, weight in weights.items() if name in adapted}
-        trainer.model = adapters.merge_and_unload()
     changed = changed_share(weights, sampled_weights(model))
     measured = {"training_seconds": seconds, "changed_share": changed, "peak_memory_bytes": peak_bytes()}
+    if training.args.lora and training.args.process_index == 0:
+        save_adapter(model, training.log_folder / ADAPTER)
+        trainer.model = merged(model, training.log_folder / ADAPTER, training.args.lora.merged_dtype)
     return {**_written(trainer, training), **measured}
 
 
-def _keep_adapters(adapters: LoraModel, training: Training, policy: str) -> None:
-    assert training.args.lora is not None
-    if training.args.lora.keep_adapter and training.args.process_index == 0:
-        save_adapter(adapters, policy, training.log_folder / ADAPTER)
-
-
 def sampled_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A few elements of each of a model's weights, evenly spread; none of those that are sharded."""
+    """A few elements of each of a model's trained weights, evenly spread; none of those that are sharded."""
     return {
         name: weight.detach().flatten()[:: max(weight.numel() // SAMPLED, 1)].clone()
         for name, weight in model.named_parameters()
-        if not isinstance(weight, DTensor)
+        if weight.requires_grad and not isinstance(weight, DTensor)
     }
 
 

@@ -22,7 +22,7 @@ from tspin.engines.here import Scoring, Training
 from tspin.engines.machines import check_machines
 from tspin.engines.processes import Work, job_folder, launch_settings, run_job
 from tspin.errors import UserError
-from tspin.models import dtype_name, load_shape
+from tspin.models import Policy, dtype_name, load_shape
 from tspin.runs.unfinished import Unfinished
 from tspin.triplets import Triplets
 
@@ -93,9 +93,9 @@ def scores_in_shards(args: SelfPlayConfig, policy: str, loading: Mapping[str, An
 
 
 def launch_training(
-    policy: str, loading: Mapping[str, Any], training: Training, unfinished: Unfinished | None = None
+    policy: Policy, loading: Mapping[str, Any], training: Training, unfinished: Unfinished | None = None
 ) -> dict[str, Any]:
-    """tspin.engines.here.train of the policy in the folder `policy`, in the processes of args.launcher.
+    """tspin.engines.here.train of a policy, in the processes of args.launcher.
 
     A step has the same triplets, and its loss is the same mean over them, whatever the number of processes. Returns
     train's facts and "processes". Raises UserError, with the processes' own line, when one of them fails, and Stopped.
@@ -108,7 +108,7 @@ def launch_training(
         triplets.save(folder / TRIPLETS)
         training.tokenizer.save_pretrained(folder / TOKENIZER)
         job = {
-            "policy": policy,
+            "policy": asdict(policy),
             "loading": {**loading, "dtype": dtype_name(dict(loading))},
             "arguments": plain_arguments(args),
             "iteration": training.iteration,
@@ -125,9 +125,14 @@ def launch_training(
 
 
 def launch_scoring(
-    policy: str, loading: Mapping[str, Any], triplets: Triplets, scoring: Scoring, beside: Path, by_token: bool = False
+    policy: Policy,
+    loading: Mapping[str, Any],
+    triplets: Triplets,
+    scoring: Scoring,
+    beside: Path,
+    by_token: bool = False,
 ) -> dict[str, list[Any]]:
-    """tspin.engines.here.score of the policy in the folder `policy`, cut into shards in the processes of args.launcher.
+    """tspin.engines.here.score of a policy, cut into shards in the processes of args.launcher.
 
     beside: a folder that all machines see. Raises UserError, with the processes' own line, when one of them fails.
     """
@@ -136,7 +141,7 @@ def launch_scoring(
         triplets.save(folder / TRIPLETS)
         scoring.tokenizer.save_pretrained(folder / TOKENIZER)
         job = {
-            "policy": policy,
+            "policy": asdict(policy),
             "loading": {**loading, "dtype": dtype_name(dict(loading))},
             "arguments": {**plain_arguments(args), "report_to": []},
             "of": scoring.of,

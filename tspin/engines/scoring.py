@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tspin.engines.here import Scoring
 from tspin.engines.launch import TOKENIZER, TRIPLETS, plain_arguments
 from tspin.engines.workers import Worker, gpu_environment, run_workers
 from tspin.errors import UserError
-from tspin.models import dtype_name
+from tspin.models import Policy, dtype_name
 from tspin.triplets import Triplets, dealt, tokens_of
 
 LOGPS = "logps.parquet"
@@ -38,16 +39,16 @@ def scoring_processes(args: SelfPlayConfig) -> int:
 
 
 def score_in_processes(
-    processes: int, model: str, loading: Mapping[str, Any], triplets: Triplets, scoring: Scoring
+    processes: int, policy: Policy, loading: Mapping[str, Any], triplets: Triplets, scoring: Scoring
 ) -> dict[str, list[float]]:
-    """tspin.engines.here.score of the policy in the folder `model`: role → nats, in the triplets' order.
+    """tspin.engines.here.score of a policy: role → nats, in the triplets' order.
 
     Raises UserError, with a process's own line, when one fails.
     """
     processes = min(processes, len(triplets))
     shares = dealt(list(map(tokens_of, triplets)), processes)
     job = {
-        "policy": model,
+        "policy": asdict(policy),
         "loading": {**loading, "dtype": dtype_name(dict(loading))},
         "arguments": {**plain_arguments(scoring.args), "report_to": [], "engine": {}},
         "of": scoring.of,

@@ -17,12 +17,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tspin.config import SelfPlayConfig
 from tspin.devices import out_of_memory, without_denormals
+from tspin.engines.adapters import load_policy
 from tspin.engines.here import collator_of
 from tspin.engines.launch import LOGPS, TOKENIZER, TRIPLETS
 from tspin.engines.launched import in_process, shard_on_cpu
 from tspin.engines.workers import read_job
 from tspin.errors import UserError
-from tspin.models import load_model, load_tokenizer
+from tspin.models import load_tokenizer, policy_of
 from tspin.trainer import OutOfMemory
 from tspin.triplets import compute_logps, dealt, load_triplets, logps_of, token_logps_of, tokens_of
 
@@ -34,7 +35,7 @@ def main(folder: Path) -> None:
     args = SelfPlayConfig(**job["arguments"])
     shard_on_cpu()
     loading = {**job["loading"], "dtype": getattr(torch, job["loading"]["dtype"])}
-    model, tokenizer = load_model(job["policy"], loading), load_tokenizer(str(folder / TOKENIZER))
+    model, tokenizer = load_policy(policy_of(job["policy"]), loading), load_tokenizer(str(folder / TOKENIZER))
     triplets = load_triplets(folder / TRIPLETS)
     collator = collator_of(model, triplets, tokenizer, args)
     accelerator = Accelerator()

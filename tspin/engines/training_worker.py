@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from tspin.config import SelfPlayConfig
 from tspin.devices import without_denormals
+from tspin.engines.adapters import load_policy
 from tspin.engines.here import Training, train
 from tspin.engines.launch import FACTS, TOKENIZER, TRIPLETS
 from tspin.engines.launched import WriteProgress, in_process, shard_on_cpu
@@ -18,7 +19,7 @@ from tspin.engines.processes import PROGRESS, STOP, STOPPED
 from tspin.engines.together import Together
 from tspin.engines.trackers import Tracked
 from tspin.engines.workers import read_job
-from tspin.models import load_model, load_tokenizer
+from tspin.models import load_tokenizer, policy_of
 from tspin.runs.files import write_text
 from tspin.runs.signals import Stopped, ask
 from tspin.triplets import load_triplets
@@ -44,8 +45,9 @@ def main(folder: Path) -> None:
         job["tracked"] and Tracked(**{**job["tracked"], "folder": Path(job["tracked"]["folder"])}),
     )
     callbacks = [WriteProgress(folder / PROGRESS), HearOwner(folder / STOP)] if first else []
+    policy = load_policy(policy_of(job["policy"]), loading)
     try:
-        facts = train(load_model(job["policy"], loading), training, callbacks, _unfinished(job["unfinished"], first))
+        facts = train(policy, training, callbacks, _unfinished(job["unfinished"], first))
     except Stopped as stopped:
         if first:
             write_text(folder / STOPPED, json.dumps([stopped.number, stopped.saved]))

@@ -24,6 +24,7 @@ from tspin.data.mapped import spread
 from tspin.data.sources import Source, load_rows
 from tspin.data.turns import writes_date
 from tspin.devices import device, without_denormals
+from tspin.engines.adapters import load_policy
 from tspin.engines.launch import check_launcher
 from tspin.engines.scoring import check_gpus
 from tspin.engines.vllm import Served, evaluate_folder, require_vllm
@@ -32,7 +33,7 @@ from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import Suite, check_chat_template, load_suite
 from tspin.experiment.held_out import held_out_scores
 from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
-from tspin.models import Policy, dtype_name, load_model, load_tokenizer, policy_fingerprint, resolve
+from tspin.models import Policy, dtype_name, load_tokenizer, policy_fingerprint, resolve
 from tspin.names import check_methods
 from tspin.objectives import METHODS
 from tspin.planning.checks import check_machine, needs_of
@@ -339,7 +340,7 @@ class Evaluator:
             served = Served(policy.folder, dtype_name(self.loading), self.config.training.engine, trusted)
             evaluate_folder(served, self.suite.model_dump(mode="json"), target, limit=self.settings.limit)
             return
-        model = load_model(policy.folder, self.loading)
+        model = load_policy(policy, self.loading, whole=True)
         model.to(device())  # type: ignore[arg-type]
         tokenizer = load_tokenizer(policy.folder, self.loading)
         settings = self.settings

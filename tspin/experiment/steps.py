@@ -19,6 +19,7 @@ from tspin.data.encoding import encode_dataset
 from tspin.data.responses import Responses, read_responses
 from tspin.data.turns import writes_date
 from tspin.devices import device
+from tspin.engines.adapters import check_lora
 from tspin.engines.engine import Engine
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
@@ -72,6 +73,7 @@ class Step:
     def run(self) -> Run:
         """The settings, the encoded data and the engine. Raises UserError."""
         args = training_arguments(self.settings, Path("runs"), self.seed)
+        check_lora(args)
         folder, loading = model_source(self.settings.model)
         tokenizer = load_tokenizer(folder, loading)
         if args.date is None and writes_date(tokenizer):

@@ -30,6 +30,11 @@ class Setup:
         training = self.config.training.model_copy(update=fields)
         return Setup(replace(self.config, training=training), self.hardware, (*self.typed, f"--set {typed}"))
 
+    def with_model(self, typed: str, **fields: Any) -> "Setup":
+        """With these fields of ModelSettings."""
+        model = self.config.model.model_copy(update=fields)
+        return Setup(replace(self.config, model=model), self.hardware, (*self.typed, f"--set {typed}"))
+
     def with_tokens(self, tokens: int) -> "Setup":
         """With micro-batches of so many tokens."""
         return self.with_settings(f"micro_batch_tokens={tokens}", micro_batch_tokens=tokens)
@@ -84,17 +89,26 @@ class Fitting:
         return (setup.with_tokens(tokens) for tokens in self.micro_batches(setup) if tokens < now)
 
     def _trainings(self, setup: Setup) -> Iterator[Setup]:
-        """Smaller micro-batches, then recomputed activations, adapters, more GPUs, each with smaller ones too."""
+        """Smaller micro-batches, then recomputed activations, adapters, more GPUs, each with smaller ones too.
+
+        Adapters first on the weights as they are, then on weights in bfloat16.
+        """
         yield from self._smaller(setup)
         changed = setup
         if not setup.config.training.gradient_checkpointing:
             changed = setup.with_settings("gradient_checkpointing=true", gradient_checkpointing=True)
             yield changed
             yield from self._smaller(changed)
+        adapted = changed
         if not setup.config.training.lora:
             adapted = changed.with_settings(f"lora='{{rank: {RANK}}}'", lora=LoraSettings(rank=RANK))
             yield adapted
             yield from self._smaller(adapted)
+        if setup.config.model.dtype == "float32":
+            halved = adapted.with_model("model.dtype=bfloat16", dtype="bfloat16")
+            yield halved
+            yield from self._smaller(halved)
+        if not setup.config.training.lora:
             yield from _more_gpus(changed)
 
     def _scorings(self, setup: Setup) -> Iterator[Setup]:

@@ -1,8 +1,9 @@
 """Peak memory of a GPU, predicted part by part. Each function states its formula; `make plan-check` measures the error.
 
-Symbols: P parameters, w bytes of a weight (4, or 2 in bfloat16), c bytes of the arithmetic (2 under autocast to
-bfloat16, else w), T tokens of a micro-batch, L of an example (padded: of a row), N response tokens, h hidden, m
-intermediate, q and k the widths of all query and of all key heads, g keys that are gathered per token, V vocabulary.
+Symbols: P parameters, w bytes of a weight (4, or 2 in bfloat16), a of a weight of adapters (4, and so of its gradient),
+c bytes of the arithmetic (2 under autocast to bfloat16, else w), T tokens of a micro-batch, L of an example (padded: of
+a row), N response tokens, h hidden, m intermediate, q and k the widths of all query and of all key heads, g keys that
+are gathered per token, V vocabulary. Below adapters, layers' matrices may have 4 bits (NF4) in place of w.
 Activations are those of a decoder built as Llama is.
 """
 
@@ -23,16 +24,36 @@ OPTIMIZER_STATE = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), (0, 2)),
     **dict.fromkeys(("rmsprop_bnb_8bit", "lion_8bit", "paged_lion_8bit"), (0, 1)),
 }
+# Bytes of a weight in 4 bits: a scale of 8 bits for 64 of them, one of 32 for 256 such (arXiv 2305.14314, section 3).
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+ADAPTER = 4  # bytes of a weight of adapters, of its gradient and of each tensor of its optimizer
 SUMMED = 4  # bytes of a gradient while GPUs add theirs up (tspin.trainer)
 FUSED = {"adamw_torch_fused", "adamw_apex_fused"}  # update in place, nothing of the parameters' size beside them
 
 
 @dataclass(frozen=True)
 class Precision:
-    """weight: bytes of a weight, its gradient and its optimizer state. compute: of a product's inputs and outputs."""
+    """weight: bytes of a weight, its gradient and its optimizer state. compute: of a product's inputs and outputs.
+
+    matrix: bytes of a weight in a layer's matrices, where those are in other types than the rest.
+    """
 
     weight: int
     compute: int
+    matrix: float | None = None
+
+    def weights(self, shape: Shape) -> int:
+        """Bytes of a whole model."""
+        matrices = shape.layers * shape.layer_matrices
+        return round(self.weight * (shape.parameters - matrices) + (self.matrix or self.weight) * matrices)
+
+    def copy(self, shape: Shape) -> int:
+        """Bytes of a layer's matrices in the type of the arithmetic, which autocast keeps; of 4 bits it keeps none."""
+        return self.compute * shape.layer_matrices if self.autocast and self.matrix is None else 0
+
+    def unpacked(self, shape: Shape) -> int:
+        """Bytes of the largest matrix of 4 bits, written out while it is multiplied."""
+        return self.compute * shape.intermediate * shape.hidden if self.matrix is not None else 0
 
     @property
     def autocast(self) -> bool:
@@ -90,8 +111,8 @@ class Optimizer:
 def training_parts(shape: Shape, precision: Precision, batch: MicroBatch, optimizer: Optimizer) -> Parts:
     """Peak memory of an optimizer step on one GPU, by part.
 
-        weights      w P / shards (adapters besides)
-        gradients    w · trained / shards; the optimizer's: state bytes · trained / shards
+        weights      w P / shards; with adapters w P + a · trained
+        gradients    w · trained / shards, of adapters a · trained; the optimizer's: state bytes · trained / shards
         activations  T · saved per token · layers; with checkpointing a layer's input alone, w T h, for each, and all
                      of one layer; embeddings' and the last norm's states, and masks, c T L at most
         copies       one shard, autocast: c per weight in the layers' matrices, from forward to backward pass (with
@@ -109,17 +130,18 @@ def training_parts(shape: Shape, precision: Precision, batch: MicroBatch, optimi
     """
     w, c, shards = precision.weight, precision.compute, optimizer.shards
     trained = shape.parameters if optimizer.trained is None else optimizer.trained
-    gradients = w * trained // shards
+    each = ADAPTER if optimizer.adapters else w
+    gradients = each * trained // shards
     kept = {
-        "weights": w * (shape.parameters + (optimizer.trained or 0)) // shards,
-        "optimizer": optimizer.state_bytes(w) * trained // shards,
+        "weights": (precision.weights(shape) + ADAPTER * (optimizer.trained or 0)) // shards,
+        "optimizer": optimizer.state_bytes(each) * trained // shards,
     }
     layer = saved_per_token(shape, precision, batch) * batch.tokens
     inputs = w * batch.tokens * shape.hidden
     ends = 3 * inputs + c * batch.tokens * batch.row_tokens
     head = head_bytes(shape, precision, batch, optimizer.adapters)
     backward = layer_backward_bytes(shape, precision, batch, optimizer.adapters)
-    copy = c * shape.layer_matrices if precision.autocast and shards == 1 else 0
+    copy = precision.copy(shape) if shards == 1 else 0
     copies = copy * shape.layers
     around = c * (3 * shape.layer_parameters + 2 * shape.root_parameters) + SUMMED * shape.layer_parameters
     gathered = {"gathered layers": around} if shards > 1 else {}
@@ -135,7 +157,9 @@ def training_parts(shape: Shape, precision: Precision, batch: MicroBatch, optimi
     candidates = [{**kept, "gradients": older, **moment, **gathered} for moment in moments]
     if batch.count == 1:
         candidates.append({**kept, "gradients": gradients, "temporary": backward, **gathered})
-    update = 0 if optimizer.name in FUSED else w * (trained // shards if optimizer.foreach else shape.largest_parameter)
+    update = (
+        0 if optimizer.name in FUSED else each * (trained // shards if optimizer.foreach else shape.largest_parameter)
+    )
     candidates.append({**kept, "gradients": gradients, "temporary": update})
     return max(candidates, key=lambda parts: sum(parts.values()))
 
@@ -176,10 +200,12 @@ def layer_backward_bytes(shape: Shape, precision: Precision, batch: MicroBatch, 
     """What a layer's backward pass needs beside what was saved, at its MLP.
 
     Gradients of the three tensors m wide and of the residual stream: T (3 c m + 3 · w h); and of one matrix before it
-    is added to the others: w m h, under autocast (c + w) m h; none of frozen ones.
+    is added to the others: w m h, under autocast (c + w) m h; of frozen ones none, but of those in 4 bits the matrix
+    written out, c m h.
     """
     tokens = batch.tokens * (3 * precision.compute * shape.intermediate + 3 * precision.weight * shape.hidden)
-    return tokens + (0 if frozen else precision.new_gradient * shape.intermediate * shape.hidden)
+    matrix = precision.unpacked(shape) if frozen else precision.new_gradient * shape.intermediate * shape.hidden
+    return tokens + matrix
 
 
 def scoring_parts(shape: Shape, precision: Precision, batch: MicroBatch) -> Parts:
@@ -188,14 +214,14 @@ def scoring_parts(shape: Shape, precision: Precision, batch: MicroBatch) -> Part
     One layer's tensors together: T · saved per token at most; the head: 10 n V (logits twice, log-softmax).
     """
     layer = saved_per_token(shape, precision, batch) * batch.tokens
-    copies = precision.compute * shape.layer_matrices * shape.layers if precision.autocast else 0
-    temporary = max(layer, 10 * chunk_tokens(shape, batch) * shape.vocabulary)
-    return {"weights": precision.weight * shape.parameters, "weight copies": copies, "temporary": temporary}
+    copies = precision.copy(shape) * shape.layers
+    temporary = max(layer + precision.unpacked(shape), 10 * chunk_tokens(shape, batch) * shape.vocabulary)
+    return {"weights": precision.weights(shape), "weight copies": copies, "temporary": temporary}
 
 
 def sampling_parts(
     shape: Shape,
-    weight: int,
+    precision: Precision,
     sequences: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -209,9 +235,10 @@ def sampling_parts(
     and its norm, w (3 m + 4 h) per token, with a mask of w · prompt per token. most: tokens of prompts that pass at
     once.
     """
+    weight = precision.weight
     per_token = weight * (3 * shape.intermediate + 4 * shape.hidden + prompt_tokens)
     return {
-        "weights": weight * shape.parameters // gpus,
+        "weights": precision.weights(shape) // gpus,
         "key-value cache": sequences * (prompt_tokens + new_tokens) * cache_bytes(shape, weight) // gpus,
         "temporary": min(sequences * prompt_tokens, most or sys.maxsize) * per_token
         + 12 * sequences * shape.vocabulary,

@@ -76,7 +76,7 @@ def plan(config: Config, hardware: Hardware, data: Data = Data()) -> Plan:
         key = _drawing(work)
         found += stages(work, first=key not in drawn)
         drawn |= {key} if METHODS[work.settings.method].self_play else set()
-    disk = sum(work.training.iterations for work in works) * WEIGHT[config.model.dtype] * works[0].shape.parameters
+    disk = sum(work.training.iterations * work.checkpoint for work in works)
     return Plan(works[0].shape, hardware, memory, found, disk, problem_of(memory, hardware))
 
 
@@ -105,7 +105,7 @@ def memory_of(works: Sequence[Work]) -> dict[str, peaks.Parts]:
     """Stage → parts in bytes on one GPU, for the method with the longest rows; stages that have work."""
     work = max(works, key=lambda work: work.longest_row)
     training, shape = work.training, work.shape
-    precision = peaks.Precision(WEIGHT[work.settings.model.dtype], work.compute)
+    precision = peaks.Precision(WEIGHT[work.settings.model.dtype], work.compute, work.matrix)
     scored = peaks.Precision(work.compute, work.compute) if work.sharded else precision
     batch = _micro_batch(work)
     if training.lora:
@@ -124,12 +124,13 @@ def _sampling_parts(work: Work) -> peaks.Parts:
     """vLLM decodes fewer sequences at once where its cache would be full; Transformers as many as it is told."""
     training, lengths, sequences = work.training, work.lengths, together(work.training)
     weight = WEIGHT[training.sampling_dtype or work.settings.model.dtype]
+    precision = peaks.Precision(weight, weight, work.matrix)
     sizes = (lengths.prompt, lengths.drawn)
     if training.sampling_backend != "vllm":
-        return peaks.sampling_parts(work.shape, weight, sequences, *sizes)
+        return peaks.sampling_parts(work.shape, precision, sequences, *sizes)
     split = min(training.engine.tensor_parallel, work.hardware.gpus)
     while True:
-        parts = peaks.sampling_parts(work.shape, weight, sequences, *sizes, split, PASSED_TOGETHER)
+        parts = peaks.sampling_parts(work.shape, precision, sequences, *sizes, split, PASSED_TOGETHER)
         if sequences == 1 or total(parts) <= work.hardware.usable:
             return parts
         sequences //= 2

@@ -80,6 +80,18 @@ class Work:
         return WEIGHT[self.settings.model.dtype] if self.training.bf16 is False else 2
 
     @property
+    def matrix(self) -> float | None:
+        """Bytes of a weight in a layer's matrices, where they are cut to 4 bits."""
+        return peaks.NF4 if self.training.lora and self.training.lora.quantize else None
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint; with adapters of the merged one and of them."""
+        lora = self.training.lora
+        weight = WEIGHT[lora.merged_dtype if lora else self.settings.model.dtype]
+        return weight * self.shape.parameters + peaks.ADAPTER * self.adapters
+
+    @property
     def samples_as_it_scores(self) -> bool:
         """Whether responses come with their log π, see tspin.engines.engine.Engine; `bf16: auto` is taken for true."""
         sampled = WEIGHT[self.training.sampling_dtype or self.settings.model.dtype]
@@ -290,7 +302,7 @@ def _files(work: Work, scored: int) -> list[Stage]:
     scored: passes that load a policy beside trainings, samplings and evaluations.
     """
     settings, training = work.settings, work.training
-    iterations, size = training.iterations, WEIGHT[settings.model.dtype] * work.shape.parameters
+    iterations, size = training.iterations, work.checkpoint
     samplings = iterations + 1 if METHODS[settings.method].self_play else 0
     evaluations = iterations if settings.evaluation else 0
     engines = samplings if training.sampling_backend == "vllm" else 0
