@@ -644,6 +644,17 @@ def test_more_jobs_than_devices_share_them_and_it_is_said(kind, hip, variables, 
     assert shlex.split(python) == ["env", *(f"{name}=6" for name in variables), sys.executable]
 
 
+def test_of_several_machines_the_first_has_the_cell(tmp_path, monkeypatch):
+    """Slurm starts a cell on each; the others wait for what its trainings start there."""
+    ran = []
+    monkeypatch.setattr(Cell, "run", lambda cell: ran.append(os.environ["SLURM_PROCID"]))
+    cell = Cell("study.yaml", "pocket", "sft", 0, (), (), *(str(tmp_path),) * 3)
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", task)
+        cell()
+    assert ran == ["0"]
+
+
 def test_without_slurm_the_command_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no srun on this machine"):

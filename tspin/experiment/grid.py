@@ -119,7 +119,12 @@ class Cell(Checkpointable):
     offline: str | None = None
 
     def __call__(self) -> None:
-        """Run it as a job: its stages' provenance names the command that sent it, not submitit's."""
+        """Run it as a job: its stages' provenance names the command that sent it, not submitit's.
+
+        Of a job on several machines the first has the run; it starts its trainings on the others too.
+        """
+        if os.environ.get("SLURM_PROCID", "0") != "0":
+            return
         sys.argv = ["tspin", "sweep", self.study]
         try:
             self.run()

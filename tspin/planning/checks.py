@@ -78,12 +78,12 @@ def _lacking(run: SelfPlayConfig) -> int:
 
 
 def _launched(run: SelfPlayConfig) -> tuple[int, int]:
-    """(processes that train, those of them that load whole weights)."""
+    """(processes that train on a machine, those of them that load whole weights)."""
     if run.launcher is None:
         return 1, 1
     settings = yaml.safe_load(Path(run.launcher).read_text())
     fsdp = settings.get("fsdp_config") or {}
-    processes = int(settings.get("num_processes", 1))
+    processes = int(settings.get("num_processes", 1)) // int(settings.get("num_machines", 1))
     spared = settings["distributed_type"] == "FSDP" and fsdp.get("fsdp_cpu_ram_efficient_loading", False)
     return processes, 1 if spared else processes
 
