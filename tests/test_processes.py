@@ -16,9 +16,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.numpy import load_file
 
-from experiments.checks.tiny import tiny_model
 from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin.config import REPOSITORY
+from tspin.doctor.tiny import tiny_model
 from tspin.engines.launch import check_launcher
 from tspin.errors import UserError
 from tspin.runs.files import folder_fingerprint
