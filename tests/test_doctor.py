@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from tspin import cli
@@ -22,6 +23,7 @@ from tspin.engines.engine import Engine
 from tspin.engines.here import train
 from tspin.models import load_model
 from tspin.planning import checks
+from tspin.planning.architectures import find_config
 from tspin.planning.checks import Finding
 from tspin.runs.redaction import anonymous
 from tspin.trainer import TripletTrainer
@@ -172,7 +174,7 @@ def test_locks_that_keep_nobody_out(tmp_path, monkeypatch):
 def test_what_a_run_needs_is_checked_too(tmp_path, monkeypatch):
     """A launcher for more processes than there are is refused, and what would follow from it is skipped."""
     config = load_config("pocket")
-    wanted = Wanted(config, ["sft", "tspin"], [0, 1], tmp_path, None)
+    wanted = Wanted(config, ["sft", "tspin"], {0: tmp_path / "0", 1: tmp_path / "1"}, None)
     found = {one["name"]: one for one in examination.examine(_of_the_run(wanted))}
     assert found["the run's settings"]["text"].startswith("4 runs (sft, tspin) of a model of 0.0")
     assert found["disk"]["numbers"]["checkpoint_bytes"] == 2 * 6 * wanted.needs().policy  # five of T-SPIN, one of SFT
@@ -188,9 +190,26 @@ def test_what_a_run_needs_is_checked_too(tmp_path, monkeypatch):
 
 def _of_the_run(wanted: Wanted):
     names = ("the run's settings", "disk", "host memory", "shared memory")
-    return {name: examination.checks_of(wanted, wanted.folder)[name] for name in names}
+    return {name: examination.checks_of(wanted, Path("runs"))[name] for name in names}
 
 
 def test_a_runs_options_need_a_run():
     assert "--set and --launcher are a run's: name it by --preset" in doctor("--set", "batch_size=4").output
     assert doctor("--preset", "pockt").exit_code == 2
+
+
+def test_the_checks_of_a_gpu_run(tmp_path, monkeypatch):
+    """Here on a CPU, with the wide model's widths cut: layouts in bfloat16, memory given back, peak and speed."""
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    narrow = find_config("mistralai/Mistral-7B-v0.1").to_dict() | small | {"head_dim": 8}
+    monkeypatch.setattr("tspin.doctor.bench.find_config", lambda name: AutoConfig.for_model(**narrow))
+    monkeypatch.setattr(Bench, "on_gpu", True)
+    monkeypatch.setitem(peaks.MODELS, peaks.WIDE, peaks.MODELS["pocket"])
+    monkeypatch.setattr(peaks, "TOKENS", 512)
+    monkeypatch.setattr(peaks, "accelerator_names", lambda: ["Something New"])
+    names = ("layouts", "layouts, bfloat16", "sampler", "stopped and resumed", "training, DDP", "memory and speed")
+    made = examination.checks_of(None, tmp_path)
+    found = {one["name"]: one for one in examination.examine({name: made[name] for name in names})}
+    assert {found[name]["state"] for name in names[:4]} == {"ok"}, found
+    assert found["training, DDP"]["text"] == "one GPU; it takes two"
+    assert "tokens/s (no prediction for this GPU)" in found["memory and speed"]["text"]

@@ -56,10 +56,11 @@ def doctor(
 
     wanted, folder = None, Path("runs")
     if asked is not None:
-        folder = asked.runs / asked.name if asked.out is None else asked.out
+        folder = asked.out or asked.runs / asked.name
+        folders = asked.folders if asked.out else {seed: folder / f"seed-{seed}" for seed in asked.seeds}
         methods = [method for method in asked.methods if method != BASE]
         built = build_config(asked.tree, asked.overrides, asked.source)
-        wanted = Wanted(built, methods, asked.seeds, folder, asked.launcher)
+        wanted = Wanted(built, methods, folders, asked.launcher)
     found = []
     for one in examination.examine(examination.checks_of(wanted, folder)):
         found.append(one)

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,23 +26,21 @@ ENTER = "import sys; from pathlib import Path; from tspin.runs.locks import owne
 
 @dataclass(frozen=True)
 class Wanted:
-    """Runs to be checked for: their config, methods and seeds, the folder they go to, and their launcher."""
+    """Runs to be checked for: their config and methods, the folder of each seed's, and their launcher."""
 
     config: Config
     methods: Sequence[str]
-    seeds: Sequence[int]
-    folder: Path
+    folders: Mapping[int, Path]
     launcher: Path | None
 
     def arguments(self) -> list[SelfPlayConfig]:
         """Of each run. Raises UserError where this machine does not have the GPUs, or what the settings need."""
         runs = []
-        for seed in self.seeds:
+        for seed, folder in self.folders.items():
             for method in self.methods:
                 settings = self.config.for_method(method)
                 check_gpus(settings.training.engine)
-                place = self.folder / f"seed-{seed}" / method
-                runs.append(training_arguments(settings, place, seed, launcher=self.launcher))
+                runs.append(training_arguments(settings, folder / method, seed, launcher=self.launcher))
         return runs
 
     def needs(self) -> Needs:
@@ -67,7 +65,7 @@ def check_versions(bench: Bench) -> Finding:
 
 def check_settings(wanted: Wanted) -> Finding:
     """GPUs, launcher, engine and model of a run. Raises UserError for what this machine does not have."""
-    needs, runs = wanted.needs(), len(wanted.methods) * len(wanted.seeds)
+    needs, runs = wanted.needs(), len(wanted.methods) * len(wanted.folders)
     text = f"{runs} runs ({', '.join(wanted.methods)}) of a model of {needs.policy / 1e9:.2f} GB can start here"
     return Finding("the run's settings", "ok", text)
 
