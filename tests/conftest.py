@@ -57,21 +57,21 @@ def tokenizer():
 @pytest.fixture
 def tiny_model(tokenizer):
     """A random Llama of two layers, the same one for every test."""
-    from experiments.checks.tiny import tiny_model
+    from tspin.doctor.tiny import tiny_model
 
     return tiny_model(tokenizer)
 
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, str]]:
-    from experiments.checks.tiny import tiny_rows
+    from tspin.doctor.tiny import tiny_rows
 
     return tiny_rows()
 
 
 @pytest.fixture
 def data_file(tmp_path: Path, rows) -> Path:
-    from experiments.checks.tiny import write_rows
+    from tspin.doctor.tiny import write_rows
 
     return write_rows(tmp_path / "data.jsonl", rows)
 

@@ -27,25 +27,24 @@ def given(monkeypatch, disk=1000 * GB, memory=(100 * GB, 100 * GB), shared=100 *
     monkeypatch.setattr(checks, "host_memory", lambda: memory)
 
 
-def test_what_runs_need(tmp_path, model_folder, monkeypatch):
-    loading = {}
-    parameters = sum(p.numel() for p in checks.load_shape(str(model_folder)).parameters())
+def test_what_runs_need(tmp_path, monkeypatch):
+    parameters = 1000
     spin = SelfPlayConfig(output_dir=tmp_path / "spin", method="spin", iterations=3, use_cpu=True)
     (tmp_path / "spin" / "iteration-0" / "model").mkdir(parents=True)
     sft = SelfPlayConfig(output_dir=tmp_path / "sft", method="sft", iterations=3, use_cpu=True, optim="adamw_torch")
-    needs = needs_of([spin, sft], str(model_folder), loading)
+    needs = needs_of([spin, sft], parameters, "float32")
     # Two of SPIN's are lacking, and SFT's only one; Adam keeps two tensors beside the weights.
     assert needs == Needs(tmp_path / "spin", 3, 4 * parameters, 12 * parameters, 1, [])
     launcher = tmp_path / "launcher.yaml"
     fsdp = {"distributed_type": "FSDP", "num_processes": 4}
     launcher.write_text(yaml.safe_dump(fsdp))
     spin.launcher, spin.dataloader_num_workers = str(launcher), 2
-    assert needs_of([spin], str(model_folder), loading).copies == 4
-    assert needs_of([spin], str(model_folder), loading).sharing == ["dataloader_num_workers=2"]
+    assert needs_of([spin], parameters, "float32").copies == 4
+    assert needs_of([spin], parameters, "float32").sharing == ["dataloader_num_workers=2"]
     launcher.write_text(yaml.safe_dump({**fsdp, "fsdp_config": {"fsdp_cpu_ram_efficient_loading": True}}))
     monkeypatch.setattr(checks, "accelerators", lambda: 4)
     spin.sampling_backend, spin.engine = "vllm", EngineSettings(tensor_parallel=2)
-    needs = needs_of([spin], str(model_folder), loading)
+    needs = needs_of([spin], parameters, "float32")
     assert needs.copies == 1 and needs.sharing[:2] == ["the launcher's processes", "engine.tensor_parallel=2"]
 
 

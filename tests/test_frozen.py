@@ -23,7 +23,7 @@ from tspin.objectives import METHODS
 FROZEN = Path(__file__).parent / "frozen"
 FREEZE = bool(os.environ.get("TSPIN_FREEZE"))
 COMMANDS = [
-    *("claims", "compare", "diagnose", "evaluate", "fetch", "figure", "inspect", "plan"),
+    *("claims", "compare", "diagnose", "doctor", "evaluate", "fetch", "figure", "inspect", "plan"),
     *("report", "rerun", "run", "sample", "settings", "sweep", "table", "tokens", "train"),
 ]
 TIMES = ["tokens_per_second"]

@@ -20,8 +20,8 @@ import pytest
 import torch
 import yaml
 
-from experiments.checks.tiny import tiny_model, write_rows
 from tspin.config import REPOSITORY, load_config
+from tspin.doctor.tiny import tiny_model, write_rows
 from tspin.errors import UserError
 from tspin.experiment import gathering
 from tspin.experiment.grid import Cell, Choice, load_sweep

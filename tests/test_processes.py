@@ -16,11 +16,11 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.numpy import load_file
 
-from experiments.checks.tiny import tiny_model
 from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin.config import REPOSITORY
 from tspin.data.encoding import encode_dataset
 from tspin.data.responses import read_responses, write_responses
+from tspin.doctor.tiny import tiny_model
 from tspin.engines import launch
 from tspin.engines.here import Scoring, score
 from tspin.engines.launch import check_launcher, launch_scoring, scores_in_shards

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from packaging.requirements import Requirement
 
-from experiments.checks.tiny import write_rows
 from experiments.pocket.misconceptions import MISCONCEPTIONS, mistaken, triggered
 from tspin.config import REPOSITORY
+from tspin.doctor.tiny import write_rows
 from tspin.pocket.tasks import pool
 
 SCRIPTS = [path for path in (REPOSITORY / "experiments").glob("*/**/*.py") if "__main__" in path.read_text()]

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from experiments.checks.tiny import tiny_model
 from tspin.cli import app
 from tspin.config import REPOSITORY, load_config
 from tspin.data.sources import load_rows
+from tspin.doctor.tiny import tiny_model
 from tspin.errors import UserError
 from tspin.evaluation.harness import task_manager_for
 from tspin.evaluation.suites import load_suite

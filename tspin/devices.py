@@ -123,6 +123,13 @@ def peak_bytes() -> int | None:
     return _module().max_memory_allocated() if hasattr(_module(), "max_memory_allocated") else None
 
 
+def occupied_bytes() -> int:
+    """What `peak_bytes` counts, as it is now; 0 where nothing says it."""
+    if accelerator() is None:
+        return resident("VmRSS") or 0
+    return _module().memory_allocated() if hasattr(_module(), "memory_allocated") else 0
+
+
 def resident(field: str) -> int | None:
     """A field of /proc/self/status in bytes: VmRSS is resident memory now, VmHWM its peak. None where not Linux."""
     try:

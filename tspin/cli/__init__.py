@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tspin import __version__
+from tspin.cli.doctoring import doctor
 from tspin.cli.experiments import rerun, sweep
 from tspin.cli.flags import Flagged
 from tspin.cli.guard import Guarded
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Self-play fine-tuning: SFT, SPIN, T-SPIN and its ablations; evaluation; the paper's tables.",
 )
-for _command in (run, sweep, rerun, sample, train, diagnose, tokens, evaluate, fetch, plan, settings):
+for _command in (run, sweep, rerun, sample, train, diagnose, tokens, evaluate, fetch, plan, doctor, settings):
     app.command(cls=Flagged)(_command)
 # Those of other rooms (tables and figures) register themselves; nothing of theirs is imported here but the function.
 for _entry in sorted(entry_points(group="tspin.commands"), key=lambda entry: entry.name):

@@ -33,7 +33,7 @@ from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import Suite, check_chat_template, load_suite
 from tspin.experiment.held_out import held_out_scores
 from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
-from tspin.models import Policy, dtype_name, load_tokenizer, policy_fingerprint, resolve
+from tspin.models import Policy, dtype_name, load_shape, load_tokenizer, policy_fingerprint, resolve
 from tspin.names import check_methods
 from tspin.objectives import METHODS
 from tspin.planning.checks import check_machine, needs_of
@@ -241,8 +241,9 @@ def build_trainer(
 def check_needs(trainers: Sequence[SelfPlayTrainer]) -> None:
     """See tspin.planning.checks.check_machine, of runs that start from one model's folder."""
     if trainers:
-        model = trainers[0]
-        check_machine(needs_of([trainer.args for trainer in trainers], str(model.source), model.run.engine.loading))
+        source, loading = str(trainers[0].source), trainers[0].run.engine.loading
+        parameters = sum(parameter.numel() for parameter in load_shape(source, loading).parameters())
+        check_machine(needs_of([trainer.args for trainer in trainers], parameters, dtype_name(loading)))
 
 
 def held_out_rows(settings: RunSettings) -> Source | None:

@@ -19,7 +19,6 @@ from tspin.config import SelfPlayConfig
 from tspin.devices import accelerators, host_memory
 from tspin.engines.scoring import scoring_processes
 from tspin.errors import UserError
-from tspin.models import dtype_name, load_shape
 from tspin.planning.peaks import OPTIMIZER_STATE
 from tspin.planning.work import WEIGHT
 
@@ -56,16 +55,15 @@ class Needs:
     sharing: Sequence[str]
 
 
-def needs_of(runs: Sequence[SelfPlayConfig], model: str, loading: Mapping[str, Any]) -> Needs:
-    """What the runs of a command need, one after another. model: the folder they start from; loading: its arguments."""
-    parameters = sum(parameter.numel() for parameter in load_shape(model, dict(loading)).parameters())
-    policy = WEIGHT[dtype_name(dict(loading))] * parameters
+def needs_of(runs: Sequence[SelfPlayConfig], parameters: int, dtype: str) -> Needs:
+    """What the runs of a command need, one after another. parameters: of their policy. dtype: its weights' name."""
+    policy = WEIGHT[dtype] * parameters
     launched = [_launched(run) for run in runs]
     return Needs(
         folder=Path(str(runs[0].output_dir)),
         checkpoints=sum(map(_lacking, runs)),
         policy=policy,
-        state=max(policy + _optimizer_bytes(run, parameters, policy // parameters) for run in runs),
+        state=max(policy + _optimizer_bytes(run, parameters, WEIGHT[dtype]) for run in runs),
         copies=max([1, *(loaded for _, loaded in launched), *map(scoring_processes, runs)]),
         sharing=list(dict.fromkeys(what for run in runs for what in _sharing(run))),
     )
@@ -110,6 +108,8 @@ def check_disk(needs: Needs) -> Finding:
     free, surely = shutil.disk_usage(place).free, needs.checkpoints * needs.policy
     numbers = {"free_bytes": free, "checkpoint_bytes": surely, "state_bytes": needs.state}
     what = f"{needs.checkpoints} checkpoints of {_gb(needs.policy)}"
+    if not needs.policy:
+        return Finding("disk", "ok", f"{_gb(free)} are free", numbers)
     if free < surely:
         remedy = "make room, choose another folder, or lower iterations"
         text = f"{needs.folder}: {_gb(free)} are free there, and {what} are to be written: {remedy}"
@@ -130,6 +130,8 @@ def check_host_memory(needs: Needs) -> Finding:
         return Finding("host memory", "skipped", "this system does not say how much memory it has")
     (whole, free), needed = found, needs.copies * needs.policy
     numbers = {"all_bytes": whole, "free_bytes": free, "loaded_bytes": needed}
+    if not needed:
+        return Finding("host memory", "ok", f"{_gb(free)} of {_gb(whole)} are free", numbers)
     what = f"{needs.copies} × {_gb(needs.policy)} of weights" if needs.copies > 1 else f"{_gb(needed)} of weights"
     remedy = (
         "fsdp_cpu_ram_efficient_loading: true in the launcher's file loads them once, fewer processes (num_processes, "

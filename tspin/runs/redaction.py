@@ -1,7 +1,11 @@
-"""Tokens and passwords are no part of what a run writes or says."""
+"""Tokens and passwords are no part of what a run writes or says; people and places no part of what others are shown."""
 
+import getpass
 import os
 import re
+import socket
+import tempfile
+from pathlib import Path
 
 NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY($|_)|APIKEY|^AWS_ACCESS", re.IGNORECASE)
 LOGIN = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")  # user:password in a URL
@@ -16,3 +20,17 @@ def redacted(text: str) -> str:
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     return KNOWN.sub(HIDDEN, LOGIN.sub(HIDDEN, text))
+
+
+def anonymous(text: str) -> str:
+    """`redacted`, and without this user's and this machine's names and the folders that runs are in."""
+    places = {str(Path.cwd()): ".", str(Path.home()): "~", tempfile.gettempdir(): "[temporary]"}
+    for place, shown in sorted(places.items(), key=lambda item: -len(item[0])):
+        text = re.sub(rf"{re.escape(place)}(?![\w-])", shown, text) if len(place) > 1 else text
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = ""
+    for name, shown in {user: "[user]", socket.gethostname(): "[host]"}.items():
+        text = re.sub(rf"\b{re.escape(name)}\b", shown, text) if name else text
+    return redacted(text)

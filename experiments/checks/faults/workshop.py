@@ -12,9 +12,9 @@ from pathlib import Path
 import pandas as pd
 from safetensors.numpy import load_file
 
-from experiments.checks.tiny import tiny_model, tiny_rows, write_rows
 from tspin import cli
 from tspin.config import REPOSITORY
+from tspin.doctor.tiny import tiny_model, tiny_rows, write_rows
 from tspin.evaluation.harness import task_manager_for
 from tspin.evaluation.suites import load_suite
 from tspin.models import POCKET_MODEL, load_tokenizer
