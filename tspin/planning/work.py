@@ -92,6 +92,15 @@ class Work:
         return weight * self.shape.parameters + peaks.ADAPTER * self.adapters
 
     @property
+    def disk(self) -> tuple[int, int]:
+        """Bytes of checkpoints: of those that stay (keep_checkpoints), and beside them at most while it runs."""
+        keep, earlier = self.training.keep_checkpoints, self.training.iterations - 1
+        if keep == "all" or not earlier:
+            return self.checkpoint * (1 + earlier), 0
+        copies = earlier * WEIGHT["bfloat16"] * self.shape.parameters
+        return self.checkpoint + {"last": 0, "best": self.checkpoint, "bfloat16": copies}[keep], self.checkpoint
+
+    @property
     def samples_as_it_scores(self) -> bool:
         """Whether responses come with their log π, see tspin.engines.engine.Engine; `bf16: auto` is taken for true."""
         sampled = WEIGHT[self.training.sampling_dtype or self.settings.model.dtype]
