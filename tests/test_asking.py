@@ -1,7 +1,5 @@
 """How a suite's tasks are asked: as lm-eval's own command asks them, as training writes prompts, to the turn's end."""
 
-import importlib.machinery
-import importlib.metadata
 import json
 import math
 import shutil
@@ -22,7 +20,9 @@ from test_cli import call
 from test_turns import DATED, GEMMA, IM, QWEN_2_5, QWEN_3, TURN, byte_level
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from tspin.config import load_config
+from tspin.config import EngineSettings, load_config
+from tspin.engines import vllm_worker
+from tspin.engines.vllm import Served, evaluate_folder
 from tspin.errors import UserError
 from tspin.evaluation.backend import SegmentedLM
 from tspin.evaluation.harness import evaluate
@@ -447,85 +447,79 @@ def test_shares_are_told_from_others():
     assert unit([("a", "acc,none", "A"), ("b", "bleu,none", "B")]) == "percent, but B in lm-eval's units"
 
 
-# lm-eval's VLLM class, on an engine that stands in for vLLM's: the same model, the rules of its sampling settings
+# vLLM's engines, for which one stands in: the same model, the rules of its sampling settings
 
 
 class Engine:
-    """What lm-eval's class asks of vllm.LLM. model, tokenizer, seen: set from outside."""
+    """What tspin.engines.vllm_worker asks of vllm.LLM. model, tokenizer, seen: set from outside."""
 
     model = tokenizer = None
     seen: list[list[int]] = []
 
-    def __init__(self, **arguments):
-        config = types.SimpleNamespace(max_model_len=512)
-        self.llm_engine = types.SimpleNamespace(model_config=config)
-
-    def generate(self, prompts, sampling_params, **_):
+    def generate(self, prompts, sampling_params, use_tqdm):
         return [self._answer(prompt, settings) for prompt, settings in zip(prompts, sampling_params, strict=True)]
 
     @torch.no_grad()
     def _answer(self, prompt, settings):
         prompt = prompt["prompt_token_ids"]
         self.seen.append(prompt)
-        logits = self.model(torch.tensor([prompt])).logits[0]
-        if settings.get("prompt_logprobs"):
-            logps = logits.log_softmax(-1)
-            pairs = [{t: float(row[t]), int(row.argmax()): float(row.max())}
-                     for t, row in zip(prompt[1:], logps, strict=False)]  # fmt: skip
-            return types.SimpleNamespace(prompt_logprobs=[None, *pairs])
-        drawn, text = [], ""
+        request = types.SimpleNamespace(prompt_token_ids=prompt, num_cached_tokens=0)
+        logps = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        if "prompt_logprobs" in settings:
+            ranks = [(row > row[t]).sum() + 1 for t, row in zip(prompt[1:], logps, strict=False)]
+            request.prompt_logprobs = [None] + [
+                {t: types.SimpleNamespace(logprob=float(row[t]), rank=int(rank))}
+                for t, row, rank in zip(prompt[1:], logps, ranks, strict=False)
+            ]
+            return request
+        if "logprob_token_ids" in settings:
+            found = {t: types.SimpleNamespace(logprob=float(logps[-1, t])) for t in settings["logprob_token_ids"]}
+            request.outputs = [types.SimpleNamespace(token_ids=[int(logps[-1].argmax())], logprobs=[found])]
+            return request
+        drawn = []
         while len(drawn) < settings["max_tokens"]:
             drawn.append(int(self.model(torch.tensor([[*prompt, *drawn]])).logits[0, -1].argmax()))
-            if drawn[-1] in [*settings.get("stop_token_ids", []), self.tokenizer.eos_token_id]:
-                break
             text = self.tokenizer.decode(drawn, skip_special_tokens=settings["skip_special_tokens"])
-            if stop := [stop for stop in settings["stop"] if stop in text]:
-                text = text.partition(stop[0])[0]
+            ended = drawn[-1] in [*settings["stop_token_ids"], self.tokenizer.eos_token_id]
+            if ended or any(stop in text for stop in settings["stop"]):
                 break
-        return types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text)])
+        request.outputs = [types.SimpleNamespace(token_ids=drawn)]
+        return request
 
 
-@pytest.fixture(scope="module")
-def worker():
-    """tspin.engines.vllm_worker, for which the stand-in is vLLM."""
-    from tspin.engines import vllm_worker
+class Engines:
+    """tspin.engines.serving.Engines without processes."""
 
-    installed = importlib.metadata.version
-    with pytest.MonkeyPatch.context() as patch:
+    def __init__(self, command, environments, job):
+        self.job = job
 
-        def module(name, **names):
-            made = types.ModuleType(name)
-            made.__spec__ = importlib.machinery.ModuleSpec(name, None)
-            made.__dict__.update(names)
-            patch.setitem(sys.modules, name, made)
+    def __enter__(self):
+        return self
 
-        patch.setattr(importlib.metadata, "version", lambda name: "0.32.0" if name == "vllm" else installed(name))
-        module("vllm", LLM=Engine, SamplingParams=dict, TokensPrompt=dict)
-        module("vllm.lora")
-        module("vllm.lora.request", LoRARequest=None)
-        module("vllm.renderers")
-        module("vllm.renderers.hf", resolve_chat_template=lambda tokenizer, **_: tokenizer.chat_template)
-        module("vllm.tokenizers", get_tokenizer=lambda *_, **__: Engine.tokenizer)
-        yield vllm_worker
-    sys.modules.pop("lm_eval.models.vllm_causallms", None)
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, task, pieces, sizes):
+        answer = {"score": vllm_worker._score, "draw": vllm_worker._draw}[task]
+        return answer(Engine(), pieces)[0]
 
 
 @pytest.fixture
-def vllm(worker, monkeypatch, tmp_path):
+def vllm(monkeypatch, tmp_path):
     """(model, tokenizer, suite) → scores, samples, and the token ids that reach the engine."""
+    stand_in = types.ModuleType("vllm")
+    stand_in.SamplingParams = stand_in.TokensPrompt = dict
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setattr("tspin.engines.vllm.Engines", Engines)
 
     def run(model, tokenizer, suite):
-        folder, target = tmp_path / "served", tmp_path / "scores"
-        model.save_pretrained(folder)
-        target.mkdir()
+        folder = tmp_path / "served"
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
         for name, value in {"model": model, "tokenizer": tokenizer, "seen": []}.items():
             monkeypatch.setattr(Engine, name, value)
-        engine = {"data_parallel": 1, "tensor_parallel": 1, "memory": 0.9, "enforce_eager": True}
-        worker._evaluate(
-            {"model": str(folder), "engine": engine, "dtype": "float32", "trust_remote_code": False, "limit": None,
-             "suite": suite.model_dump(mode="json"), "seed": 1234, "target": str(target)}
-        )  # fmt: skip
-        return pd.read_csv(target / "scores.csv"), pd.read_parquet(target / "samples.parquet"), Engine.seen
+        evaluation = evaluate_folder(Served(str(folder), "float32", EngineSettings()), suite, limit=None)
+        return evaluation.scores, evaluation.samples, Engine.seen
 
     return run
 
@@ -547,8 +541,7 @@ def test_vllm_is_asked_the_same_tokens(tasks, vllm, name, chat):
     scores, samples, seen = vllm(model, tokenizer, suite)
     assert_begun(seen, tokenizer)
     ours = evaluate(model, tokenizer, suite, batch_size=3)
-    shown = samples.response.str.replace("|".join(TURN), "", regex=True)  # amid a response, by lm-eval's class
-    assert list(shown.dropna()) == list(ours.samples.response.dropna())
+    assert list(samples.response.dropna()) == list(ours.samples.response.dropna())
     pd.testing.assert_frame_equal(scores, ours.scores, rtol=1e-4, check_dtype=False)
 
 

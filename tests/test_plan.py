@@ -119,6 +119,16 @@ def test_frozen_weights_of_two_bytes_and_of_half_a_byte():
         assert found.disk == (1 + 4 * 5) * 4 * (shape.parameters + adapters)
 
 
+@pytest.mark.parametrize(
+    ("settings", "most"),  # of SFT's one checkpoint and five of each of four methods, in bytes a parameter
+    [([], (1 + 4 * 5) * 4), (["keep_checkpoints=last"], (1 + 4 + 1) * 4), (["keep_checkpoints=best"], (1 + 8 + 1) * 4),
+     (["keep_checkpoints=bfloat16"], (1 + 4 + 1) * 4 + 4 * 4 * 2)],
+)  # fmt: skip
+def test_disk_is_what_is_kept_at_most_at_once(settings, most):
+    found = plan(load_config("zephyr-7b", settings), Hardware(8, "h100"), ROWS)
+    assert found.disk == most * found.shape.parameters
+
+
 def test_the_padded_layout_has_a_prompt_for_each_response():
     found = plan(load_config("mistral-7b", ["layout=padded"]), Hardware(8), ROWS)
     assert stage_of(found, "spin", "training").tokens == 3 * 50_000 * 5 * (2 * PROMPT + LABELLED + DRAWN)

@@ -8,13 +8,17 @@ import pandas as pd
 import pytest
 import torch
 from test_turns import MODELS, encoded, taught
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tspin import SelfPlayConfig
 from tspin.config import Decoding, EngineSettings, load_config
 from tspin.data.turns import Stops, stops, turn_end
 from tspin.engines.engine import Engine
-from tspin.engines.vllm import Served, evaluate_folder, generate_tokens, require_vllm
+from tspin.engines.serving import Engines
+from tspin.engines.vllm import WORKER, Served, _environment, evaluate_folder, generate_tokens, require_vllm
 from tspin.errors import UserError
+from tspin.evaluation.harness import evaluate
+from tspin.evaluation.suites import Suite, load_suite
 from tspin.hub.offline import offline_model
 from tspin.models import POCKET_MODEL, Policy, load_model, load_tokenizer
 from tspin.sampling import sample
@@ -131,19 +135,122 @@ def test_a_run_samples_and_evaluates_with_vllm(tmp_path):
     assert (tmp_path / "vllm/runs/pocket/seed-0/tspin/iteration-1/model/model.safetensors").exists()
 
 
+CHOICES = """\
+task: {name}
+custom_dataset: !function data.load
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: {choices}
+doc_to_target: 1
+num_fewshot: 0
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+DATA = """
+import datasets
+
+def load(**_):
+    rows = [{"question": "Tom has %d apples and Ann has %d. " % (a, b) * 6, "answer": "The answer is %d." % (a + b)}
+            for a in range(3) for b in range(4)]
+    return {"test": datasets.Dataset.from_list(rows)}
+"""
+LETTERS, SENTENCES = ["A", "B", "C", "D"], [f"The answer is {word}." for word in ("one", "seven", "four hundred", "no")]
+
+
+ROLLED = """\
+task: rolled
+custom_dataset: !function data.load
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: answer
+num_fewshot: 0
+metric_list: [{metric: word_perplexity}]
+"""
+
+
+def choice_suite(folder) -> Suite:
+    folder.mkdir()
+    (folder / "data.py").write_text(DATA)
+    tasks = {name: CHOICES.format(name=name, choices=of) for name, of in (("letters", LETTERS), ("texts", SENTENCES))}
+    for name, text in {**tasks, "rolled": ROLLED}.items():
+        (folder / f"{name}.yaml").write_text(text)
+    metrics = {"letters": "acc,none", "texts": "acc,none", "rolled": "word_perplexity,none"}
+    columns = [{"benchmark": name, "label": name, "group": "g", "metric": of} for name, of in metrics.items()]
+    return Suite(include_path=str(folder), columns=columns)
+
+
+@needs_vllm
+def test_engines_score_as_transformers_does_and_a_context_once(tmp_path, monkeypatch):
+    """Choices of one token and of several, and rolling texts: every log-probability, whatever the number of engines."""
+    suite, tokenizer = choice_suite(tmp_path / "tasks"), load_tokenizer(str(POCKET_MODEL))
+    asked, used, answered = [], [], []
+
+    class Noted(Engines):
+        def ask(self, task, pieces, sizes):
+            answers = super().ask(task, pieces, sizes)
+            asked.extend(pieces)
+            answered.append([answer for piece in answers for answer in piece])
+            used.append(self)
+            return answers
+
+    monkeypatch.setattr("tspin.engines.vllm.Engines", Noted)
+    monkeypatch.setattr("tspin.engines.serving.WINDOW", 300)  # several windows for each engine
+    engines = [EngineSettings(data_parallel=copies, enforce_eager=True) for copies in (1, 2)]
+    found = [evaluate_folder(Served(str(POCKET_MODEL), "float32", engine), suite, limit=None) for engine in engines]
+    ours = evaluate(load_model(str(POCKET_MODEL)), tokenizer, suite, batch_size=4)
+    for evaluation in found:
+        pd.testing.assert_frame_equal(evaluation.scores, ours.scores, rtol=1e-4, check_dtype=False)
+        pd.testing.assert_frame_equal(evaluation.samples, ours.samples, rtol=1e-4, check_dtype=False)
+    half = len(answered) // 2
+    for one, two in zip(answered[:half], answered[half:], strict=True):
+        assert [greedy for _, greedy in one] == [greedy for _, greedy in two]
+        assert max(abs(a - b) for (a, _), (b, _) in zip(one, two, strict=True)) < LOGP_TOLERANCE
+    # A context's choices came together; by tokens that were computed, it was computed once and not for each.
+    shared = [piece for piece in asked[: len(asked) // 2] if len(piece["context"]) > 1]
+    assert {len(piece["continuations"]) for piece in shared} == {8}  # of both tasks, which ask the same questions
+    each = sum(
+        len(piece["context"]) + len(tokens) for piece in asked[: len(asked) // 2] for tokens in piece["continuations"]
+    )
+    assert used[0].computed < 0.45 * each
+    assert used[-1] is not used[0] and abs(used[-1].computed / used[0].computed - 1) < 0.2
+
+
+@needs_vllm
+def test_continuations_that_begin_alike_are_scored_right():
+    """The engine's cache may have a part of a continuation, of which it gives no log-probability."""
+    tokenizer, policy = load_tokenizer(str(POCKET_MODEL)), load_model(str(POCKET_MODEL)).eval()
+    ids = [3 + n % 50 for n in range(500)]
+    pieces = [{"context": ids[:32], "continuations": [ids[32:32 + n] for n in (1, 40, 200, 201, 2)]},
+              {"context": ids[:64], "continuations": [ids[64:264]]}]  # fmt: skip
+    served = Served(str(POCKET_MODEL), "float32", EngineSettings(enforce_eager=True))
+    job = {**served.job("answer"), "max_model_len": 320}
+    with Engines(WORKER, [_environment(0, 1)], job) as engines:
+        for _ in range(2):  # the second time all of it is in the cache
+            answers = engines.ask("score", pieces, [500, 300])
+            for piece, scored in zip(pieces, answers, strict=True):
+                for tokens, (logp, greedy) in zip(piece["continuations"], scored, strict=True):
+                    row = torch.tensor([piece["context"] + tokens])
+                    with torch.no_grad():
+                        logps = policy(row).logits[0, -len(tokens) - 1 : -1].log_softmax(-1)
+                    wanted = logps.gather(1, row[0, -len(tokens) :, None])
+                    assert logp == pytest.approx(float(wanted.sum()), abs=LOGP_TOLERANCE * len(tokens))
+                    assert greedy == bool((logps.argmax(-1) == row[0, -len(tokens) :]).all())
+    assert tokenizer.eos_token_id is not None
+
+
 @needs_vllm
 def test_a_folder_that_is_no_model_is_one_line(tmp_path):
-    from tspin.evaluation.suites import load_suite
-
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "out").mkdir()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=2000, hidden_size=8, intermediate_size=8, num_hidden_layers=1))
+    model.save_pretrained(tmp_path)
+    load_tokenizer(str(POCKET_MODEL)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"^vllm: .*\(log: ") as error:
-        served = Served(str(tmp_path), "float32", EngineSettings())
-        evaluate_folder(served, load_suite("pocket").model_dump(mode="json"), tmp_path / "out", limit=1)
+        evaluate_folder(Served(str(tmp_path), "float32", EngineSettings()), load_suite("pocket"), limit=1)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_a_run_says_so_before_it_starts():
     with pytest.raises(UserError, match=r"^sampling_backend: vllm is not installed; pip install"):
-        require_vllm("sampling_backend", EngineSettings())
+        require_vllm("sampling_backend")

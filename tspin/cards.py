@@ -40,6 +40,8 @@ def write_card(result: IterationResult, run: Run, source: str | PreTrainedModel)
     """
     folder = result.model_path.parent / CARD
     scores = _scores(result)
+    # The checkpoint itself may be given up; its step log is of the same day.
+    trained = next(path for path in (result.model_path, result.model_path.parent / "steps.parquet") if path.exists())
     name = f"{run.args.method}-iteration-{result.iteration}"
     header = ModelCardData(
         library_name="transformers",
@@ -62,7 +64,7 @@ def write_card(result: IterationResult, run: Run, source: str | PreTrainedModel)
         scores=scores,
         provenance=result.provenance,
         version=__version__,
-        date=datetime.fromtimestamp(result.model_path.stat().st_mtime, UTC).date().isoformat(),
+        date=datetime.fromtimestamp(trained.stat().st_mtime, UTC).date().isoformat(),
     )
     write_text(folder / "README.md", str(card))
     return folder

@@ -161,6 +161,11 @@ class SelfPlayConfig(_WithCoefficients):
     layout: Literal["auto", "shared", "padded"] = setting("auto", "shared: each prompt once for all its responses")
     monitor_proto: bool = setting(False, "log y0 where it carries no gradient too; a third more work there")
     micro_batch_tokens: PositiveInt = setting(4096, "tokens per forward pass on one device; lower saves memory", True)
+    keep_checkpoints: Literal["all", "last", "best", "bfloat16"] = setting(
+        "all",
+        "of the iterations' models; last, best (and last), bfloat16 (earlier ones cut to that): tspin.checkpoints",
+        operational=True,
+    )
     checkpoint_steps: PositiveInt | None = setting(None, "steps after which a training's state is kept", True)
     launcher: str | None = setting(None, "a file for `accelerate launch`: train in its processes", operational=True)
     scoring: Literal["auto", "whole", "sharded"] = setting(

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from tspin.cards import push, write_card, write_eval_results
+from tspin.checkpoints import settle
 from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.data.encoding import Example, encode_dataset
 from tspin.data.responses import write_parquet
@@ -96,6 +97,8 @@ class SelfPlayTrainer:
             raise UserError(f"args: a SelfPlayConfig is needed, which has all options of {type(args).__name__}")
         if args.best_iteration == HELD_OUT_NLL and eval_dataset is None:
             raise UserError("best_iteration: held_out_nll is of held-out rows: give them as eval_dataset")
+        if args.keep_checkpoints == "best" and args.best_iteration != HELD_OUT_NLL:
+            raise UserError("keep_checkpoints: best is by the rule best_iteration, which is last: set it, or keep last")
         if isinstance(model, PreTrainedModel) and processing_class is None:
             raise UserError("processing_class: give the tokenizer along with a loaded model")
         self.source = model if isinstance(model, PreTrainedModel) else resolve(str(model))
@@ -179,6 +182,9 @@ class SelfPlayTrainer:
                         if number == len(self.results):
                             self._note(result)
                             yield result
+                        if number + 1 == len(self.results):  # and evaluated, by whoever iterates
+                            engine, keep = self.run.engine, self.args.keep_checkpoints
+                            settle(self.results, best_of(self.state), keep, engine.loading, engine.tokenizer)
                     return
                 except DamagedStage as error:  # an earlier iteration's: from the start, past all that is whole
                     note_damage(error, damaged)

@@ -8,7 +8,7 @@ micro-batch holds as much as memory allows.
 
 import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,23 @@ def dealt(sizes: Sequence[int], hands: int) -> list[list[int]]:
         loads[hand] += sizes[i]
         parts[hand].append(i)
     return [sorted(part) for part in parts]
+
+
+def in_parts(pieces: Sequence[int], sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Numbers of pieces of work in their order, in parts of at most `most` tokens, or of one piece.
+
+    sizes: tokens, by number.
+    """
+    part: list[int] = []
+    tokens = 0
+    for piece in pieces:
+        if part and tokens + sizes[piece] > most:
+            yield part
+            part, tokens = [], 0
+        part.append(piece)
+        tokens += sizes[piece]
+    if part:
+        yield part
 
 
 def plan_flat(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:

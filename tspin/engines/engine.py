@@ -70,7 +70,7 @@ class Engine:
             return sample(
                 model, self.tokenizer, prompts, args.decoding, seed=seed, end=self.turn_end, description=description
             )
-        require_vllm("sampling_backend", args.engine)
+        require_vllm("sampling_backend")
         stop = stops(self.tokenizer, generation_settings(policy.folder), self.turn_end)
         served = Served(policy.folder, dtype_name(loading), args.engine, bool(loading.get("trust_remote_code")))
         # A sample: vLLM's arithmetic is its own, so that nothing else needs them, and they are not for free.

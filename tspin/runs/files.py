@@ -5,12 +5,19 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tspin.errors import UserError
+
+HASHED_TOGETHER = 8  # files; more than disks and memory take
+SETTLED = 2.0  # seconds after a file's last write; the coarsest clock of a file system ticks once in two
+_HASHED: dict[str, tuple[tuple[int, ...], str]] = {}  # path → what it was like, and its SHA-256
 
 HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]  # processes are known to their own machine alone
 
@@ -96,6 +103,35 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksums(paths: Iterable[Path], again: bool = True) -> list[str]:
+    """The SHA-256 of each of several files, computed at the same time: hashing lets other threads run.
+
+    again: without, a file that this process has hashed is not read again as long as its size, its times of change and
+    its inode are those that it had. That misses what changes below the file system (a disk that loses bits) within one
+    process, and writes within SETTLED seconds before a hash do not count as hashed; another process reads everything.
+    """
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, HASHED_TOGETHER)) as pool:
+        return list(pool.map(partial(_checksum, again=again), paths))
+
+
+def _checksum(path: Path, again: bool) -> str:
+    start, identity = time.time(), _identity(path)
+    name = str(path.resolve())
+    known = None if again else _HASHED.get(name)
+    if known is not None and known[0] == identity:
+        return known[1]
+    digest = sha256(path)
+    # A write in the clock's same tick would not show in the file's times.
+    if start - path.stat().st_mtime > SETTLED and _identity(path) == identity:
+        _HASHED[name] = (identity, digest)
+    return digest
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    of = path.stat()
+    return of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino, of.st_dev
+
+
 def fingerprint(content: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of `content`'s canonical JSON."""
     return hashlib.sha256(_canonical(content)).hexdigest()[:16]
@@ -112,7 +148,8 @@ def fingerprint_of(items: Iterable[Any]) -> str:
 
 def folder_fingerprint(folder: Path) -> str:
     """Fingerprint of the name and the contents of every file directly inside `folder`."""
-    return fingerprint({path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()})
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return fingerprint(dict(zip([path.name for path in files], checksums(files), strict=True)))
 
 
 def _canonical(content: Any) -> bytes:
