@@ -35,6 +35,10 @@ def test_what_runs_need(tmp_path, monkeypatch):
     needs = needs_of([spin, sft], parameters, "float32")
     # Two of SPIN's are lacking, and SFT's only one; Adam keeps two tensors beside the weights.
     assert needs == Needs(tmp_path / "spin", 3, 4 * parameters, 12 * parameters, 1, [])
+    for keep, there in (("last", 1), ("best", 1), ("bfloat16", 2)):
+        spin.keep_checkpoints = keep
+        assert needs_of([spin], parameters, "float32").checkpoints == there
+    spin.keep_checkpoints = "all"
     launcher = tmp_path / "launcher.yaml"
     fsdp = {"distributed_type": "FSDP", "num_processes": 4}
     launcher.write_text(yaml.safe_dump(fsdp))

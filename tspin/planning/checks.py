@@ -21,6 +21,7 @@ from tspin.engines.scoring import scoring_processes
 from tspin.errors import UserError
 from tspin.planning.peaks import OPTIMIZER_STATE
 from tspin.planning.work import WEIGHT
+from tspin.runs.stages import given_up
 
 SHARED_MEMORY = Path("/dev/shm")
 ENOUGH_SHARED = 2**30  # bytes, as NCCL's users are told to give a container; Docker's default is 64 MiB
@@ -70,9 +71,14 @@ def needs_of(runs: Sequence[SelfPlayConfig], parameters: int, dtype: str) -> Nee
 
 
 def _lacking(run: SelfPlayConfig) -> int:
-    """Checkpoints of a run that are not there yet."""
-    folders = (Path(str(run.output_dir), f"iteration-{number}", "model") for number in range(run.iterations))
-    return sum(not folder.exists() for folder in folders)
+    """Checkpoints whose room a run surely takes still: of those to be written, what will be there at once."""
+    folders = [Path(str(run.output_dir), f"iteration-{number}", "model") for number in range(run.iterations)]
+    lacking = sum(not folder.exists() and given_up(folder) is None for folder in folders)
+    if run.keep_checkpoints in ("last", "best"):  # one goes once the next iteration is finished
+        return min(lacking, 1 if any(folder.exists() for folder in folders) else 2)
+    if run.keep_checkpoints == "bfloat16":  # half the size, at most
+        return min(lacking, 1 + lacking // 2)
+    return lacking
 
 
 def _launched(run: SelfPlayConfig) -> tuple[int, int]:
