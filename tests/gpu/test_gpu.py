@@ -1,5 +1,6 @@
 """On a GPU: the layouts, processes that train together, memory that comes back and runs out, a stop, the engine."""
 
+import json
 import os
 import signal
 from importlib.util import find_spec
@@ -12,8 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from typer.testing import CliRunner
 
-from tspin import SelfPlayConfig, SelfPlayTrainer
+from tspin import SelfPlayConfig, SelfPlayTrainer, cli
 from tspin.config import REPOSITORY, Decoding, EngineSettings
 from tspin.data.turns import stops, turn_end
 from tspin.devices import give_back
@@ -190,3 +192,10 @@ def test_the_engine_draws_what_training_scores(device):
     for prompt, row in zip(prompts, drawn, strict=True):
         rows = {name: tensor.to(device) for name, tensor in pad_rows([prompt], [row["ids"]], 0).items()}
         assert sum(row["logprobs"]) == pytest.approx(float(sequence_logps(model, **rows)), abs=1e-2)
+
+
+def test_the_doctor_finds_this_machine_in_order(device, tmp_path):
+    done = CliRunner().invoke(cli.app, ["doctor", "--out", str(tmp_path)])
+    findings = json.loads((tmp_path / "doctor.json").read_text())
+    assert done.exit_code == 0, done.output
+    assert findings
