@@ -121,7 +121,7 @@ def test_a_run_samples_and_evaluates_with_vllm(tmp_path):
 
     overrides = [
         "data.labels=16", "iterations=2", "max_new_tokens=16", "batch_size=8", "evaluation.limit=10",
-        "engine.enforce_eager=true",
+        "engine.enforce_eager=true", "evaluation.held_out=null",
     ]  # fmt: skip
     scores = {}
     for backend in ("vllm", "transformers"):
@@ -150,7 +150,7 @@ DATA = """
 import datasets
 
 def load(**_):
-    rows = [{"question": "Tom has %d apples and Ann has %d. " % (a, b) * 6, "answer": "The answer is %d." % (a + b)}
+    rows = [{"question": "Tom has %d apples and Ann has %d. " % (a, b) * 24, "answer": "The answer is %d." % (a + b)}
             for a in range(3) for b in range(4)]
     return {"test": datasets.Dataset.from_list(rows)}
 """
@@ -241,7 +241,9 @@ def test_continuations_that_begin_alike_are_scored_right():
 
 @needs_vllm
 def test_a_folder_that_is_no_model_is_one_line(tmp_path):
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=2000, hidden_size=8, intermediate_size=8, num_hidden_layers=1))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=2000, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
     model.save_pretrained(tmp_path)
     load_tokenizer(str(POCKET_MODEL)).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
