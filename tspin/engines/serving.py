@@ -1,8 +1,8 @@
 """Engines that stay and answer: processes of one vLLM engine each, over which pieces of an evaluation are dealt.
 
 Each process has a folder, in which a question is a JSON file, its answer another. Two questions at most lie there, so
-that an engine does not wait, and each is a window of pieces of so many tokens (WINDOWS): what an engine and this process
-hold beside the answers does not grow with the evaluation.
+that an engine does not wait, and each is a window of pieces of so many tokens (WINDOWS): what an engine and this
+process hold beside the answers does not grow with the evaluation.
 """
 
 import json
