@@ -35,7 +35,7 @@ answering(folder, answer)
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """Engines of so many processes, and what these have seen."""
-    monkeypatch.setattr(serving, "WINDOW", 50)
+    monkeypatch.setattr(serving, "WINDOWS", {"score": 50, "draw": 50})
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     seen = tmp_path / "seen"

@@ -14,7 +14,7 @@ from tspin import SelfPlayConfig
 from tspin.config import Decoding, EngineSettings, load_config
 from tspin.data.turns import Stops, stops, turn_end
 from tspin.engines.engine import Engine
-from tspin.engines.serving import Engines
+from tspin.engines.serving import WINDOWS, Engines
 from tspin.engines.vllm import WORKER, Served, _environment, evaluate_folder, generate_tokens, require_vllm
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
@@ -195,7 +195,7 @@ def test_engines_score_as_transformers_does_and_a_context_once(tmp_path, monkeyp
             return answers
 
     monkeypatch.setattr("tspin.engines.vllm.Engines", Noted)
-    monkeypatch.setattr("tspin.engines.serving.WINDOW", 300)  # several windows for each engine
+    monkeypatch.setitem(WINDOWS, "score", 1200)  # several windows for each engine
     engines = [EngineSettings(data_parallel=copies, enforce_eager=True) for copies in (1, 2)]
     found = [evaluate_folder(Served(str(POCKET_MODEL), "float32", engine), suite, limit=None) for engine in engines]
     ours = evaluate(load_model(str(POCKET_MODEL)), tokenizer, suite, batch_size=4)

@@ -1,8 +1,8 @@
 """Engines that stay and answer: processes of one vLLM engine each, over which pieces of an evaluation are dealt.
 
 Each process has a folder, in which a question is a JSON file, its answer another. Two questions at most lie there, so
-that an engine does not wait, and each is a window of pieces of WINDOW tokens: what an engine and this process hold
-beside the answers does not grow with the evaluation.
+that an engine does not wait, and each is a window of pieces of so many tokens (WINDOWS): what an engine and this
+process hold beside the answers does not grow with the evaluation.
 """
 
 import json
@@ -21,7 +21,9 @@ from tspin.errors import UserError
 from tspin.runs.files import write_text
 from tspin.triplets import dealt, in_parts
 
-WINDOW = 65_536  # tokens of pieces that an engine is given together: contexts stay in its cache for their choices
+# Tokens of pieces that an engine is given together, by task. Contexts stay in its cache until their choices are scored;
+# of what is drawn it holds tokens alone, and the last of a window leave it room.
+WINDOWS = {"score": 131_072, "draw": 4_194_304}
 WAITING = 2  # windows that an engine is given before it has answered
 PAUSE = 0.02  # seconds between looks
 
@@ -72,7 +74,7 @@ class Engines:
             return []
         self._start()
         shares = dealt(sizes, len(self._folders))
-        left = [list(in_parts(share, sizes, WINDOW)) for share in shares]
+        left = [list(in_parts(share, sizes, WINDOWS[task])) for share in shares]
         open_: list[dict[int, list[int]]] = [{} for _ in shares]
         answers: list[Any] = [None] * len(pieces)
         with tqdm(total=len(pieces), desc=f"vLLM, {task}") as bar:
