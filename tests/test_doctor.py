@@ -105,7 +105,7 @@ def test_processes_that_train_something_else(bench, monkeypatch):
     def launched(policy, loading, training):
         args = training.args
         args.launcher, args.learning_rate = None, 1.01 * args.learning_rate
-        return train(load_model(policy, loading), training)
+        return train(load_model(policy.folder, loading), training)
 
     monkeypatch.setattr(trainings, "launch_training", launched)
     found = trainings.check_fsdp(bench)

@@ -2,13 +2,14 @@
 
 import errno
 import fcntl
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from threading import Timer
+from threading import Thread
 
 import pytest
 
@@ -159,12 +160,24 @@ def test_a_folder_has_one_owner_until_it_dies(tmp_path, other_owner):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
 
 
-def test_who_waits_says_so_once(tmp_path, other_owner, capsys):
-    Timer(0.2, other_owner.kill).start()
+def once_it_waits(monkeypatch, then) -> None:
+    """Call a function, beside this thread, as soon as somebody says on stderr that it waits."""
+
+    class Heard(io.StringIO):
+        def write(self, text: str) -> int:
+            if "; waiting for it" in text:
+                Thread(target=then).start()
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", Heard())
+
+
+def test_who_waits_says_so_once(tmp_path, other_owner, monkeypatch):
+    once_it_waits(monkeypatch, other_owner.kill)
     with owned(tmp_path, wait=True):
         other_owner.wait()
     line = f"tspin: {tmp_path} is in use by process {other_owner.pid} on {socket.gethostname()}; waiting for it\n"
-    assert capsys.readouterr().err == line
+    assert sys.stderr.getvalue() == line
 
 
 def test_a_forked_child_neither_shares_the_lock_nor_keeps_it(tmp_path):
@@ -220,15 +233,15 @@ def elsewhere(tmp_path, monkeypatch):
     process.communicate()
 
 
-def test_an_owner_on_another_machine_is_refused_though_its_lock_is_not_seen(tmp_path, elsewhere, capsys):
+def test_an_owner_on_another_machine_is_refused_though_its_lock_is_not_seen(tmp_path, elsewhere, monkeypatch):
     time.sleep(1.5 * LEASE)  # longer than a dead one's lease, were it not for its signs of life
     named = rf"in use by process {elsewhere.pid} on node7 \(Slurm job 4711, start 1\): wait .* takes over"
     with pytest.raises(UserError, match=named) as error, owned(tmp_path):
         pass
     assert "\n" not in str(error.value)
-    Timer(0.2, elsewhere.communicate, ["\n"]).start()
+    once_it_waits(monkeypatch, lambda: print(file=elsewhere.stdin, flush=True))  # which ends it
     with owned(tmp_path, wait=True):
-        assert "; waiting for it\n" in capsys.readouterr().err
+        assert "; waiting for it\n" in sys.stderr.getvalue()
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
     assert not (tmp_path / ".owner").exists()  # after a good end
 
