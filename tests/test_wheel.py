@@ -50,7 +50,7 @@ def test_it_holds_the_packages_and_the_recipes(wheel):
     wanted = {f"tspin/recipes/{name}" for folder in RECIPES for name in files("experiments", f"{folder}/*.yaml")}
     recipes = {name for name in names if name.startswith("tspin/recipes/")}
     assert wanted <= recipes
-    assert {Path(name).suffix for name in recipes} == {".yaml", ".md"}
+    assert {Path(name).suffix for name in recipes} == {".yaml", ".md", ".sh"}
 
 
 def test_its_commands_work_in_an_empty_folder(wheel, tmp_path):
