@@ -325,6 +325,7 @@ def test_the_files_are_what_accelerate_reads():
         ({"num_machines": 2, "num_processes": 3}, {}, "must be a multiple of num_machines"),
         ({"num_machines": 2}, {"hosts": ["a", "b", "c"]}, "3 machines, and .* has num_machines 2"),
         ({}, {"hosts": ["a", "b"]}, "has num_machines 1; set it to 2"),
+        ({"distributed_type": "MULTI_GPU"}, {"scoring": "sharded"}, "cuts no model into shards"),
         ({"distributed_type": "MULTI_XPU"}, {"checkpoint_steps": 2}, "no states are kept under MULTI_XPU"),
         ({"distributed_type": "DEEPSPEED"}, {}, "DeepSpeed is not installed"),
         ({}, {"lora": {"rank": 2, "alpha": 4, "target_modules": ["q_proj"]}}, "use experiments/accelerate/ddp.yaml"),
@@ -336,7 +337,13 @@ def test_a_file_that_cannot_serve_is_refused_before_anything_runs(change, settin
     path = tmp_path / "launcher.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load((FILES / "cpu2.yaml").read_text()), **change}))
     with pytest.raises(UserError, match=message):
-        check_launcher(path, SelfPlayConfig(output_dir=str(tmp_path), use_cpu=True, **settings))
+        check_launcher(path, SelfPlayConfig(output_dir=str(tmp_path), use_cpu=True, launcher=str(path), **settings))
+
+
+@pytest.mark.parametrize("setting", [{"hosts": ["a", "b"]}, {"scoring": "sharded"}], ids=str)
+def test_what_is_of_a_launch_file_does_nothing_without(setting, tmp_path):
+    with pytest.raises(UserError, match=r"does nothing without a launch file"):
+        SelfPlayConfig(output_dir=str(tmp_path), use_cpu=True, **setting)
 
 
 def test_something_else_is_no_launcher_file(tmp_path):

@@ -198,6 +198,11 @@ class SelfPlayConfig(_WithCoefficients):
         paths = {name: str(value) for name, value in given.items() if isinstance(value, Path)}
         for name, value in complete(read(Settings, given | paths)):
             setattr(self, name, value)
+        for name, idle in {"hosts": None, "scoring": "auto"}.items():
+            if self.launcher is None and getattr(self, name) != idle:
+                raise UserError(
+                    f"{name}: does nothing without a launch file: --launcher accelerate --launcher-config FILE"
+                )
         if not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments takes bf16 on a CPU only when told so
         if self.bf16 == "auto":

@@ -54,7 +54,7 @@ UNUSABLE = {
     "ignore_data_skip": "a training that was stopped would see its first triplets again when it goes on",
     "resume_from_checkpoint": "the same command goes on from what is kept, by itself",
     "save_total_limit": NEWEST,
-    "save_on_each_node": "a run is of one machine; a sweep gives each machine a run of its own",
+    "save_on_each_node": "the machines of a run share a file system, on which the first one writes for all",
     "average_tokens_across_devices": "a step's loss is a mean over its triplets, on any number of devices",
 }
 UNUSABLE_VALUES = {

@@ -52,6 +52,8 @@ def check_launcher(path: Path, args: SelfPlayConfig) -> None:
         )
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
         raise UserError(f"{path}: DeepSpeed is not installed; pip install deepspeed, or use fsdp2.yaml beside it")
+    if args.scoring == "sharded" and kind != "FSDP":
+        raise UserError(f"scoring=sharded: {path} cuts no model into shards; use experiments/accelerate/fsdp2.yaml")
     if args.checkpoint_steps is not None and kind not in KEEPS_STATE:
         raise UserError(
             f"checkpoint_steps: no states are kept under {kind}, where a training that is stopped starts again at its "
@@ -156,6 +158,6 @@ def launch_scoring(
 def plain_arguments(args: SelfPlayConfig) -> dict[str, Any]:
     """What SelfPlayConfig is made from again, as JSON values."""
     given = args.to_dict()
-    for name in ("hub_token", "push_to_hub_token", "accelerator_config", "launcher", "hosts"):
+    for name in ("hub_token", "push_to_hub_token", "accelerator_config", "launcher", "hosts", "scoring"):
         given.pop(name, None)  # tokens are masked by to_dict; the others are the launched process's own
     return given
