@@ -21,13 +21,14 @@ from tspin.config import REPOSITORY
 from tspin.data.encoding import encode_dataset
 from tspin.data.responses import read_responses, write_responses
 from tspin.doctor.tiny import tiny_model
-from tspin.engines import launch
+from tspin.engines import here, launch
 from tspin.engines.here import Scoring, score
 from tspin.engines.launch import check_launcher, launch_scoring, scores_in_shards
 from tspin.errors import UserError
 from tspin.models import Policy, load_model
 from tspin.runs.files import folder_fingerprint
 from tspin.runs.signals import Stopped
+from tspin.runs.unfinished import State
 from tspin.triplets import make_triplets
 
 PATIENCE = 300  # seconds until processes are given up that a loaded machine starts slowly
@@ -338,6 +339,12 @@ def test_a_file_that_cannot_serve_is_refused_before_anything_runs(change, settin
     path.write_text(yaml.safe_dump({**yaml.safe_load((FILES / "cpu2.yaml").read_text()), **change}))
     with pytest.raises(UserError, match=message):
         check_launcher(path, SelfPlayConfig(output_dir=str(tmp_path), use_cpu=True, launcher=str(path), **settings))
+
+
+def test_a_state_that_says_no_kind_is_refused(tmp_path):
+    """One of an earlier version: it lacks files that this one reads."""
+    with pytest.raises(UserError, match=r"whose state is an earlier version's, .* delete the folder"):
+        here._check_state(State(3, tmp_path), {"kind": "whole", "processes": 1}, tmp_path)
 
 
 @pytest.mark.parametrize("setting", [{"hosts": ["a", "b"]}, {"scoring": "sharded"}], ids=str)

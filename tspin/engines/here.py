@@ -187,9 +187,10 @@ def _check_state(begun: State, kind: Mapping[str, Any], folder: Path) -> None:
     """Raise UserError for a state that this training cannot read; say so where its sums have another order."""
     if begun.checkpoint is None:
         return
-    if begun.facts["kind"] != kind["kind"]:
+    kept = begun.facts.get("kind", "an earlier version's")
+    if kept != kind["kind"]:
         raise UserError(
-            f"{folder}: a training was stopped there whose state is {begun.facts['kind']}, and this one's would be "
+            f"{folder}: a training was stopped there whose state is {kept}, and this one's would be "
             f"{kind['kind']}: go on with the launch file that it had, or delete the folder to train from the start"
         )
     if begun.facts["processes"] != kind["processes"]:

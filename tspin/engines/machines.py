@@ -17,7 +17,7 @@ from typing import Any
 
 from accelerate.utils.launch import get_free_port
 
-from tspin.engines.workers import Worker, owner
+from tspin.engines.workers import OWNER, Worker, owner
 from tspin.errors import UserError
 
 # What a process on another machine needs of this one's environment, besides what ssh's own shell gives it.
@@ -46,7 +46,7 @@ class ByShell(Worker):
     @property
     def arguments(self) -> list[str]:
         carried = {name: value for name, value in self.environment.items() if name.startswith(CARRIED)}
-        words = [f"{name}={value}" for name, value in {**carried, "TSPIN_OWNER": owner()}.items()]
+        words = [f"{name}={value}" for name, value in {**carried, OWNER: owner()}.items()]
         there = shlex.join(["env", *words, *self.command, str(self.folder)])
         return ["ssh", "-o", "BatchMode=yes", self.host, f"cd {shlex.quote(os.getcwd())} && exec {there}"]
 

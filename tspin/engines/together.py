@@ -1,7 +1,4 @@
-"""Processes that train together keep one state: all write into its folder, the first one makes it whole.
-
-In both directions the first one decides for all.
-"""
+"""Processes that train together keep one state: all write into its folder, the first one makes it whole."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
