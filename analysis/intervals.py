@@ -7,13 +7,16 @@ share their problems, so that a difference is taken problem by problem before an
 All seeds answer the same problems. What one drew of them, all did, and more seeds do not average it away: seeds and
 problems are crossed, and the variance of a mean is that of its seeds plus that of its problems,
 
-    s² / n  +  1 / K² · Σ_k (v_k − r_k / n) / m_k ,
+    max(s² / n, e)  +  1 / K² · Σ_k (v_k − r_k / n) / m_k ,    e = 1 / K² · Σ_k r_k / (n m_k) ,
 
 s² between the n seeds' means; v_k between the means (over seeds) of benchmark k's m_k problems; r_k what seeds and
-problems leave unexplained, which s² / n holds already. Degrees of freedom are Welch's and Satterthwaite's, so that the
-interval is Student's of n − 1 where seeds decide and normal where problems do. Coverage of 95 % intervals, simulated
-(tests/test_statistics.py, scores and differences of right and wrong answers included): 94 to 96 % from five seeds on,
-92.5 to 95.5 % with three, where s² alone decides how long the Student's tail is.
+problems leave unexplained. s² / n holds that noise e, so that it is not expected below it: two seeds that happen to
+agree say nothing of a third. Degrees of freedom are Welch's and Satterthwaite's, of s², v and, below e, r: the interval
+is Student's of n − 1 where seeds decide and normal where problems or single answers do.
+
+Coverage of 95 % intervals, simulated (tests/test_statistics.py, scores and differences of right and wrong answers):
+94 to 98 % from three seeds on, the more the less seeds differ, since e errs to the safe side; with two seeds 90 to
+98 %, 90 where seeds differ much.
 
 Of a share that is 0 or 1 nothing varies, and the formula gives no interval: it gets Wilson's (`share`).
 
@@ -39,7 +42,8 @@ POWER = 0.8  # with which a minimum detectable difference is detected
 class Estimate:
     """A mean, and the variance that seeds and problems give it. Every number may be an array of many estimates.
 
-    seed_variance, problem_variance: of the mean, see above; problem_df: degrees of freedom of the second.
+    seed_variance, problem_variance: of the mean, see above; seed_df, problem_df: their degrees of freedom, the first
+    seeds − 1 unless it is said.
     wide: the same mean where the benchmarks are drawn too, as a sample of the tasks there are; a mean over one
     benchmark has none. A format applies to all of its numbers.
     """
@@ -49,6 +53,7 @@ class Estimate:
     seed_variance: Any
     problem_variance: Any
     problem_df: Any = inf
+    seed_df: Any = None
     wide: Estimate | None = None
 
     @property
@@ -62,7 +67,7 @@ class Estimate:
         total = np.add(self.seed_variance, self.problem_variance)
         with np.errstate(divide="ignore", invalid="ignore"):
             seeds, problems = self.seed_variance / total, self.problem_variance / total
-            df = 1 / (seeds**2 / max(self.seeds - 1, 1) + problems**2 / self.problem_df)  # max: of one seed, 0 / 1
+            df = 1 / (seeds**2 / self._seed_df + problems**2 / self.problem_df)
         return np.where(total > 0, df, inf)[()]
 
     @property
@@ -102,7 +107,12 @@ class Estimate:
     def at(self, seeds: float) -> Estimate:
         """The same mean and variances as they would be with so many seeds; infinitely many leave the problems'."""
         count = int(seeds) if np.isfinite(seeds) else 10**9
-        return replace(self, seeds=count, seed_variance=self.seed_variance * self.seeds / count, wide=None)
+        variance, df = self.seed_variance * self.seeds / count, self._seed_df * (_free(count) / _free(self.seeds))
+        return replace(self, seeds=count, seed_variance=variance, seed_df=df, wide=None)
+
+    @property
+    def _seed_df(self) -> Any:
+        return _free(self.seeds) if self.seed_df is None else self.seed_df
 
     def __format__(self, form: str) -> str:
         form = form or ".2f"
@@ -195,14 +205,33 @@ def corrected(p_values: Any) -> np.ndarray:
     return found
 
 
+def at_least(spread: Any, seeds: int, least: Any, least_df: Any) -> tuple[Any, Any]:
+    """The seeds' part of a variance, and its degrees of freedom: spread = s² / n, least = e, as above."""
+    variance = np.maximum(spread, least)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        df = np.minimum(_free(seeds) * (variance / spread) ** 2, least_df)
+    return variance, np.where(spread < least, df, _free(seeds))
+
+
 def _crossed(values: np.ndarray, means: np.ndarray) -> Estimate:
     """The estimate of values (…, seeds, benchmarks, problems) by the formula above. means: (…, seeds, benchmarks)."""
-    whole, count = means.mean(-1), values.shape[-2]
-    shared, all_of_it, dfs = _problem_variances(values)
-    squares = (all_of_it**2 / dfs).sum(-1)
-    df = np.divide(all_of_it.sum(-1) ** 2, squares, out=np.full_like(squares, inf), where=squares > 0)
-    problem = np.maximum(shared.sum(-1), 0) / count**2
-    return Estimate(whole.mean(-1), whole.shape[-1], _seed_variance(whole), problem, df)
+    whole, (seeds, count) = means.mean(-1), values.shape[-3:-1]
+    shared, noise, df, noise_df = _problem_variances(values)
+    least, least_df = noise.sum(-1) / count**2, _pooled(noise, noise_df)
+    seed_variance, seed_df = at_least(_seed_variance(whole), seeds, least, least_df)
+    problem_variance = np.maximum(shared.sum(-1), 0) / count**2
+    return Estimate(whole.mean(-1), seeds, seed_variance, problem_variance, _pooled(shared + noise, df), seed_df)
+
+
+def _free(seeds: int) -> float:
+    """Degrees of freedom of the spread between seeds; 1 of one seed, which has no spread to weigh."""
+    return max(seeds - 1.0, 1.0)
+
+
+def _pooled(variances: np.ndarray, dfs: np.ndarray) -> np.ndarray:
+    """Degrees of freedom of a sum of variances (Satterthwaite). Both (…, parts)."""
+    squares = (variances**2 / dfs).sum(-1)
+    return np.divide(variances.sum(-1) ** 2, squares, out=np.full_like(squares, inf), where=squares > 0)
 
 
 def _means(values: np.ndarray, axis: int) -> np.ndarray:
@@ -219,8 +248,8 @@ def _seed_variance(means: np.ndarray) -> np.ndarray:
     return means.var(-1, ddof=1) / count if count > 1 else np.zeros(means.shape[:-1])[()]
 
 
-def _problem_variances(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each benchmark's mean, by its problems: without what s² / n holds already, with it, and degrees of freedom.
+def _problem_variances(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each benchmark's mean: (v − r / n) / m and r / (n m), above, and degrees of freedom of their sum and of r.
 
     The first may be below zero. A problem that some seeds lack weighs by its part of the seeds' means.
     """
@@ -233,11 +262,12 @@ def _problem_variances(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     with np.errstate(divide="ignore", invalid="ignore"):
         between = (centred**2).sum(-1) / np.where(problems > 1, problems - 1, np.nan)
         inverse = np.where(present, 1 / counts, 0.0).sum(-1) / problems  # 1 / seeds, where none lacks a problem
-    residual = np.zeros_like(between)
+    residual, free = np.zeros_like(between), np.ones_like(between)
     if seeds > 1:
         left = np.where(there, values - _means(values, -1)[..., None] - centred[..., None, :, :], 0.0)
-        free = there.sum((-3, -1)) - problems - (seeds - 1)
-        residual = (left**2).sum((-3, -1)) / np.maximum(free, 1)
+        free = np.maximum(there.sum((-3, -1)) - problems - (seeds - 1), 1.0)
+        residual = (left**2).sum((-3, -1)) / free
     weights = (there / there.sum(-1)[..., None]).mean(-3)
     squares = (weights**2).sum(-1)  # 1 / problems, likewise
-    return (between - residual * inverse) * squares, between * squares, np.maximum(problems - 1.0, 1.0)
+    noise = residual * inverse * squares
+    return between * squares - noise, noise, np.maximum(problems - 1.0, 1.0), free

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from .intervals import Estimate
+from .intervals import Estimate, at_least
 from .scores import Policy, Scores, Weights
 from .verdicts import Rule
 
@@ -30,15 +30,20 @@ class Variation:
         )  # (policies, seeds, benchmarks, problems)
         means = np.nanmean(values, -1)
         self.between_seeds = np.atleast_2d(np.cov(means.mean(-1)))
-        self.problems = np.zeros_like(self.between_seeds)
+        self.problems, self.noise = np.zeros_like(self.between_seeds), np.zeros_like(self.between_seeds)
+        self.noise_df = 0.0
         for benchmark in range(values.shape[2]):
             part = values[:, :, benchmark]
             part = part[..., ~np.isnan(part).any((0, 1))]
             own = part.mean(1)
             left = part - own[:, None] - part.mean(-1, keepdims=True) + own.mean(-1)[:, None, None]
-            residual = np.einsum("asp,bsp->ab", left, left) / ((self.count - 1) * (part.shape[-1] - 1))
-            self.problems += (np.atleast_2d(np.cov(own)) - residual / self.count) / part.shape[-1]
+            free = (self.count - 1) * (part.shape[-1] - 1)
+            noise = np.einsum("asp,bsp->ab", left, left) / free / self.count / part.shape[-1]
+            self.problems += np.atleast_2d(np.cov(own)) / part.shape[-1] - noise
+            self.noise += noise
+            self.noise_df += free
         self.problems /= values.shape[2] ** 2
+        self.noise /= values.shape[2] ** 2
 
     def simulated(self, contrasts: Sequence[Weights], averages: Mapping[Policy, float]) -> list[Estimate]:
         """Estimates of some contrasts in EXPERIMENTS experiments (arrays), where `averages` are the truth."""
@@ -51,7 +56,9 @@ class Variation:
             vector = np.array([weights.get(policy, 0.0) for policy in self.policies])
             values = means @ vector  # (EXPERIMENTS, seeds)
             shared = max(float(vector @ self.problems @ vector), 0.0)
-            found.append(Estimate(values.mean(1), self.count, values.var(1, ddof=1) / self.count, shared))
+            least = float(vector @ self.noise @ vector)
+            spread, df = at_least(values.var(1, ddof=1) / self.count, self.count, least, self.noise_df)
+            found.append(Estimate(values.mean(1), self.count, spread, shared, seed_df=df))
         return found
 
 

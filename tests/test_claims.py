@@ -276,7 +276,7 @@ def test_commands_draw(results, seeds, monkeypatch):
     result = run.invoke(app, ["claims", "--results", str(root)])
     assert result.exit_code == 0, result.output
     text = (root / "pocket" / "claims.md").read_text()
-    assert all(text.count(f"\n| C{n} ") >= 2 for n in range(1, 10)) and text.count("2026-11-26") == 9
+    assert all(text.count(f"\n| C{n} ") >= 2 for n in range(1, 10)) and text.count("| 2026-11-26 ") == 9
     assert json.loads((root / "pocket" / "claims.json").read_text())["claims"][0]["verdict"]
     assert run.invoke(app, ["figure", "4c", "--results", str(root)]).exit_code == 2
     assert run.invoke(app, ["figure", "9", "--results", str(root)]).exit_code == 2
