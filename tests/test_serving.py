@@ -3,13 +3,19 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
+from tspin import SelfPlayConfig
+from tspin.config import EngineSettings, load_config
 from tspin.engines import serving
+from tspin.engines.engine import Engine
 from tspin.engines.serving import Engines
-from tspin.engines.vllm import FIRST_PORT, LAST_PORT, PORTS, _environment
+from tspin.engines.vllm import FIRST_PORT, LAST_PORT, PORTS, Served, Serving, _environment
 from tspin.errors import UserError
+from tspin.experiment.preset import build_trainer
+from tspin.models import POCKET_MODEL, Policy, load_tokenizer
 from tspin.triplets import in_parts
 
 # Answers a number by its double; writes down what it was given at once. 13 breaks it.
@@ -84,6 +90,66 @@ def test_nothing_is_started_where_nothing_is_asked(fake):
     assert engines._thread is None
 
 
+def test_engines_of_one_checkpoint_at_a_time(monkeypatch):
+    """They stay while it is asked for, with room enough; another's are ended, and of what was trained anew."""
+    ended = []
+
+    class Noted:
+        def __init__(self, command, environments, job):
+            self.job, self.copies = job, len(environments)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            ended.append(self)
+
+    monkeypatch.setattr("tspin.engines.vllm.Engines", Noted)
+    served = Served("here", "float32", EngineSettings(data_parallel=2), fingerprint="a")
+    with Serving(context=100) as serving:
+        first = serving.engines(served, 60)
+        assert first.copies == 2 and first.job["max_model_len"] == 100 and first.job["evaluates"] and first.job["texts"]
+        assert serving.engines(served, 100, texts=True) is first and not ended
+        longer = serving.engines(served, 101)
+        assert ended == [first] and longer.job["max_model_len"] == 101
+        others = [replace(served, fingerprint="b"), replace(served, dtype="bfloat16"), replace(served, folder="there")]
+        for number, other in enumerate(others):
+            serving.engines(other, 60)
+            assert len(ended) == number + 2
+        serving.release()
+        serving.release()
+        assert len(ended) == 5
+        last = serving.engines(served, 60)
+    assert ended[-1] is last and len(ended) == 6
+    with Serving() as alone:  # of a run that is not evaluated
+        job = alone.engines(served, 60).job
+    assert job["max_model_len"] == 60 and not job["evaluates"] and not job["texts"]
+
+
+def test_what_needs_the_memory_ends_engines(tmp_path, monkeypatch):
+    """Training and scoring, and sampling by transformers, in a process that an evaluation left engines in."""
+    args = SelfPlayConfig(str(tmp_path / "run"), max_new_tokens=4)
+    engine = Engine(args, load_tokenizer(str(POCKET_MODEL)), {})
+    policy = Policy(str(POCKET_MODEL), "")
+    released = []
+    monkeypatch.setattr(Serving, "release", lambda self: released.append(self))
+
+    def stop(*_, **__):
+        raise StopIteration
+
+    monkeypatch.setattr("tspin.engines.engine.load_policy", stop)
+    for step in (
+        lambda: engine.sample(policy, [[1]], seed=0),
+        lambda: engine._score(policy, None, "a policy", keep=False),
+        lambda: engine.score_tokens(policy, None, "a policy"),
+        lambda: engine.train(policy, None),
+    ):
+        released.clear()
+        with pytest.raises(StopIteration):
+            step()
+        assert released == [engine.serving]
+
+
 def test_every_copy_has_ports_of_its_own(monkeypatch):
     for given in (None, "30000"):
         if given:
@@ -94,3 +160,10 @@ def test_every_copy_has_ports_of_its_own(monkeypatch):
         assert len(taken) == 8 * PORTS and FIRST_PORT <= min(taken) and max(taken) < LAST_PORT
         assert [int(copy["MASTER_PORT"]) - start for copy, start in zip(copies, first, strict=True)] == [PORTS - 1] * 8
     assert first[0] == 30000
+
+
+def test_a_run_draws_where_its_checkpoints_are_evaluated(tmp_path):
+    serving = Serving()
+    settings = load_config("pocket", ["data.labels=4"]).for_method("tspin")
+    trainer = build_trainer(settings, tmp_path, seed=0, serving=serving)
+    assert trainer.run.engine.serving is serving

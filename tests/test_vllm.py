@@ -15,7 +15,16 @@ from tspin.config import Decoding, EngineSettings, load_config
 from tspin.data.turns import Stops, stops, turn_end
 from tspin.engines.engine import Engine
 from tspin.engines.serving import WINDOWS, Engines
-from tspin.engines.vllm import WORKER, Served, _environment, evaluate_folder, generate_tokens, require_vllm
+from tspin.engines.vllm import (
+    WORKER,
+    Served,
+    Serving,
+    _environment,
+    context_of,
+    evaluate_folder,
+    generate_tokens,
+    require_vllm,
+)
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import Suite, load_suite
@@ -115,8 +124,23 @@ def test_copies_of_the_engine_draw_what_one_draws():
     assert one.to_list() == two.to_list()
 
 
+@pytest.fixture
+def started(monkeypatch) -> list[Engines]:
+    """The engines that were started."""
+    found = []
+
+    class Noted(Engines):
+        def _start(self):
+            if self._thread is None:
+                found.append(self)
+            super()._start()
+
+    monkeypatch.setattr("tspin.engines.vllm.Engines", Noted)
+    return found
+
+
 @needs_vllm
-def test_a_run_samples_and_evaluates_with_vllm(tmp_path):
+def test_a_run_samples_and_evaluates_with_vllm(tmp_path, started):
     from tspin.experiment.preset import Where, run_experiment
 
     overrides = [
@@ -133,6 +157,8 @@ def test_a_run_samples_and_evaluates_with_vllm(tmp_path):
     # The same base under both engines: at most one problem in ten of one benchmark may tip.
     assert abs(scores["vllm"] - scores["transformers"]).max() <= 10.0
     assert (tmp_path / "vllm/runs/pocket/seed-0/tspin/iteration-1/model/model.safetensors").exists()
+    # The base for its evaluation and y0, again for y′; each checkpoint for its evaluation and what is drawn from it.
+    assert len(started) == 4 and not any(engines._thread.is_alive() for engines in started)
 
 
 CHOICES = """\
@@ -217,6 +243,29 @@ def test_engines_score_as_transformers_does_and_a_context_once(tmp_path, monkeyp
 
 
 @needs_vllm
+def test_engines_stay_for_what_is_drawn_after_an_evaluation(tmp_path, started):
+    """And draw what new ones draw, of prompts that the evaluation asked for too."""
+    suite, tokenizer = choice_suite(tmp_path / "tasks"), load_tokenizer(str(POCKET_MODEL))
+    served = Served(str(POCKET_MODEL), "float32", EngineSettings(enforce_eager=True, data_parallel=2))
+    asked = [f"Tom has {a} apples and Ann has {b}. " * 24 for a in range(3) for b in range(4)]
+    prompts = tokenizer(asked)["input_ids"]
+    context = context_of(served, suite)
+
+    def drawn(serving: Serving, prompts: list[list[int]]) -> list:
+        stop, decoding = Stops(turn_end(tokenizer)), Decoding(1.0, 1.0, 24, 64)
+        watched = range(len(prompts))
+        return list(generate_tokens(served, prompts, stop, decoding=decoding, seed=5, watched=watched, serving=serving))
+
+    with Serving(context) as serving:
+        evaluate_folder(served, suite, limit=None, serving=serving)
+        assert started[0]._thread.is_alive() and started[0].computed > 0
+        after = drawn(serving, prompts)
+        assert len(started) == 1 and not started[0]._thread.is_alive()  # a training has the memory
+        assert drawn(serving, prompts) == after and len(started) == 2
+    assert drawn(None, prompts) == after and len(started) == 3  # of a run that vLLM does not evaluate
+
+
+@needs_vllm
 def test_continuations_that_begin_alike_are_scored_right():
     """The engine's cache may have a part of a continuation, of which it gives no log-probability."""
     tokenizer, policy = load_tokenizer(str(POCKET_MODEL)), load_model(str(POCKET_MODEL)).eval()
@@ -224,8 +273,7 @@ def test_continuations_that_begin_alike_are_scored_right():
     pieces = [{"context": ids[:32], "continuations": [ids[32:32 + n] for n in (1, 40, 200, 201, 2)]},
               {"context": ids[:64], "continuations": [ids[64:264]]}]  # fmt: skip
     served = Served(str(POCKET_MODEL), "float32", EngineSettings(enforce_eager=True))
-    job = {**served.job("answer"), "max_model_len": 320}
-    with Engines(WORKER, [_environment(0, 1)], job) as engines:
+    with Engines(WORKER, [_environment(0, 1)], served.job(320, texts=False, evaluates=True)) as engines:
         for _ in range(2):  # the second time all of it is in the cache
             answers = engines.ask("score", pieces, [500, 300])
             for piece, scored in zip(pieces, answers, strict=True):

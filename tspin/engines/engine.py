@@ -18,7 +18,7 @@ from tspin.engines import here
 from tspin.engines.adapters import load_policy
 from tspin.engines.launch import launch_scoring, launch_training, scores_in_shards, trains_in_bfloat16
 from tspin.engines.scoring import score_in_processes, scoring_processes
-from tspin.engines.vllm import Served, generate_tokens, require_vllm
+from tspin.engines.vllm import Served, Serving, generate_tokens, require_vllm
 from tspin.models import Policy, dtype_name
 from tspin.runs.stages import check_stage
 from tspin.runs.unfinished import Unfinished
@@ -33,6 +33,7 @@ class Engine:
 
     loading: arguments of `from_pretrained` besides the folder. At most one policy stays in memory between two calls,
     and only where `score` is asked to keep it for the training that follows.
+    serving: vLLM's engines, which an evaluation may have left for `sample`.
 
     Every method raises UserError where a model cannot be loaded or a process fails, and DamagedStage where a
     checkpoint of the run is no longer what was written.
@@ -40,6 +41,7 @@ class Engine:
 
     def __init__(self, args: SelfPlayConfig, tokenizer: PreTrainedTokenizerBase, loading: Mapping[str, Any]):
         self.args = args
+        self.serving = Serving()
         self.tokenizer = tokenizer
         self.loading = {**loading, **({"quantize": args.lora.quantize} if args.lora and args.lora.quantize else {})}
         self._kept: tuple[Policy, PreTrainedModel] | None = None
@@ -66,16 +68,20 @@ class Engine:
         check_stage(Path(policy.folder))
         args, loading = self.args, self._sampling
         if args.sampling_backend == "transformers":
+            self.serving.release()
             model = load_policy(policy, loading, whole=True).to(args.device)  # type: ignore[arg-type]
             return sample(
                 model, self.tokenizer, prompts, args.decoding, seed=seed, end=self.turn_end, description=description
             )
         require_vllm("sampling_backend")
         stop = stops(self.tokenizer, generation_settings(policy.folder), self.turn_end)
-        served = Served(policy.folder, dtype_name(loading), args.engine, bool(loading.get("trust_remote_code")))
+        trusted = bool(loading.get("trust_remote_code"))
+        served = Served(policy.folder, dtype_name(loading), args.engine, trusted, policy.fingerprint)
         # A sample: vLLM's arithmetic is its own, so that nothing else needs them, and they are not for free.
         watched = set(self.watched(len(prompts)))
-        answers = generate_tokens(served, prompts, stop, decoding=args.decoding, seed=seed, watched=watched)
+        answers = generate_tokens(
+            served, prompts, stop, decoding=args.decoding, seed=seed, watched=watched, serving=self.serving
+        )
         return TypedRows(answers, lambda ids, logps: response_of(ids, stop, self.tokenizer, logps))
 
     @property
@@ -125,6 +131,7 @@ class Engine:
     @without_denormals()
     def _score(self, policy: Policy, triplets: Triplets, of: str, keep: bool) -> dict[str, list[float]]:
         check_stage(Path(policy.folder))
+        self.serving.release()
         loading, scoring = self._scoring[0], self._scoring_of(of)
         if scores_in_shards(self.args, policy.folder, loading):
             return launch_scoring(policy, loading, triplets, scoring, self.folder)
@@ -144,6 +151,7 @@ class Engine:
         of: names the policy on the bar.
         """
         check_stage(Path(policy.folder))
+        self.serving.release()
         loading, scoring = self._scoring[0], self._scoring_of(of)
         if scores_in_shards(self.args, policy.folder, loading):
             return launch_scoring(policy, loading, triplets, scoring, self.folder, by_token=True)
@@ -162,6 +170,7 @@ class Engine:
     ) -> dict[str, Any]:
         """Train from a policy, into training.checkpoint; returns `tspin.engines.here.train`'s facts."""
         check_stage(Path(policy.folder))
+        self.serving.release()
         kept, self._kept = self._kept, None
         if self.args.launcher is not None:
             return launch_training(policy, self.loading, training, unfinished)
@@ -185,4 +194,5 @@ class Engine:
     def release(self) -> None:
         """Hold no policy, and give the memory back: the next step may be another process's."""
         self._kept = None
+        self.serving.release()
         give_back()

@@ -22,8 +22,8 @@ from tspin.runs.files import write_text
 from tspin.triplets import dealt, in_parts
 
 # Tokens of pieces that an engine is given together, by task. Contexts stay in its cache until their choices are scored;
-# of what is drawn it holds tokens alone, and the last of a window leave it room.
-WINDOWS = {"score": 131_072, "draw": 4_194_304}
+# of what is drawn it holds tokens alone, and the last of a window leave it room. A piece of "generate" is a folder.
+WINDOWS = {"score": 131_072, "draw": 4_194_304, "generate": 1}
 WAITING = 2  # windows that an engine is given before it has answered
 PAUSE = 0.02  # seconds between looks
 
@@ -43,12 +43,15 @@ class _Ended(Exception):
 
 
 class Engines:
-    """Processes that answer `ask`, from `with` to its end. They start at the first question."""
+    """Processes that answer `ask`, from `with` to its end. They start at the first question.
+
+    After an error nothing more is to be asked: answers to what was asked before may still come.
+    """
 
     def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]], job: dict[str, Any]):
         """environments: one for each process. job: what each is told (tspin.engines.workers.read_job)."""
         self.command, self.environments, self.job = command, environments, job
-        self.computed = 0  # tokens that engines passed through the model, what their caches had not counted
+        self.computed = 0  # tokens of evaluations that went through the model: what was in a cache did not
         self._end = Event()
         self._error: BaseException | None = None
         self._thread: Thread | None = None
@@ -77,7 +80,8 @@ class Engines:
         left = [list(in_parts(share, sizes, WINDOWS[task])) for share in shares]
         open_: list[dict[int, list[int]]] = [{} for _ in shares]
         answers: list[Any] = [None] * len(pieces)
-        with tqdm(total=len(pieces), desc=f"vLLM, {task}") as bar:
+        # A bar that would go from nothing to all at once tells nothing.
+        with tqdm(total=len(pieces), desc=f"vLLM, {task}", disable=len(pieces) <= len(shares)) as bar:
             while any(left) or any(open_):
                 moved = 0
                 for folder, more, waiting, number in zip(self._folders, left, open_, range(len(shares)), strict=True):

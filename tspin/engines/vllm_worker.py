@@ -1,10 +1,11 @@
 """The process that holds a vLLM engine: `python -m tspin.engines.vllm_worker FOLDER`, started by tspin.engines.vllm.
 
-FOLDER/job.json says what to do: draw responses, to prompts in FOLDER/prompts into FOLDER/rows.arrow; or answer what an
-evaluation asks (tspin.engines.serving).
+FOLDER/job.json says which engine. It answers what it is asked (tspin.engines.serving): choices' log-probabilities and
+responses, of an evaluation; and responses to a folder of prompts, written beside them.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from tspin.engines.vllm import DRAWN_SCHEMA, PROMPT_FOLDER
 from tspin.engines.workers import read_job
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput
+    from vllm import LLM, CompletionOutput, RequestOutput
 
 WINDOW = 50_000  # prompts that the engine holds at a time
 TOGETHER = 128  # tokens whose log-probabilities one request can name (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)
@@ -25,64 +26,50 @@ Answer = tuple[float, bool]
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    job = read_job(folder)
-    if job["task"] == "generate":
-        _generate(job, folder)
-    else:
-        _answer(job, folder)
-
-
-def _generate(job: dict[str, Any], folder: Path) -> None:
-    from vllm import LLM, SamplingParams, TokensPrompt
-
-    llm = LLM(
-        model=job["model"],
-        skip_tokenizer_init=job["end_text"] is None,  # token ids go in and come out
-        max_model_len=job["max_model_len"],
-        logprobs_mode="raw_logprobs",
-        **_engine_arguments(job),
-    )
-
-    def draw(batch: dict[str, list[Any]]) -> pa.Table:
-        settings = [
-            SamplingParams(
-                temperature=job["temperature"],
-                top_p=job["top_p"],
-                max_tokens=job["max_new_tokens"],
-                stop_token_ids=job["end_tokens"],
-                seed=seed,
-                logprobs=0 if watched else None,
-                stop=job["end_text"],
-                include_stop_str_in_output=True,
-                detokenize=job["end_text"] is not None,  # a text is looked for in the text so far
-            )
-            for seed, watched in zip(batch["seed"], batch["watched"], strict=True)
-        ]
-        rows = []
-        for request in llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in batch["ids"]], settings):
-            completion = request.outputs[0]
-            drawn = completion.logprobs or []
-            pairs = zip(completion.token_ids, drawn, strict=bool(drawn))
-            rows.append((list(completion.token_ids), [values[token].logprob for token, values in pairs]))
-        return table_of(rows, DRAWN_SCHEMA)
-
-    mapped(load_from_disk(folder / PROMPT_FOLDER), draw, DRAWN_SCHEMA, batch_size=WINDOW, path=folder / FILE)
-
-
-def _answer(job: dict[str, Any], folder: Path) -> None:
     from vllm import LLM
 
-    llm = LLM(
-        model=job["model"],
-        max_model_len=job["max_model_len"],
-        logprobs_mode="raw_logprobs",
-        max_logprobs=TOGETHER,
-        enable_prefix_caching=True,
-        **_engine_arguments(job),
-    )
-    answers = {"score": _score, "draw": _draw}
+    folder = Path(sys.argv[1])
+    llm = LLM(**_engine_arguments(read_job(folder)))
+    answers = {"score": _score, "draw": _draw, "generate": _generate}
     answering(folder, lambda task, pieces: answers[task](llm, pieces))
+
+
+def _generate(llm: "LLM", pieces: list[dict[str, Any]]) -> tuple[list[None], int]:
+    """Responses to the prompts in PIECE/prompts into PIECE/rows.arrow; their tokens are not counted."""
+    for piece in pieces:
+        llm.reset_prefix_cache()  # what is drawn is what an engine draws that was asked nothing before
+        folder = Path(piece["folder"])
+        prompts = load_from_disk(folder / PROMPT_FOLDER)
+        mapped(prompts, partial(_responses, llm, piece), DRAWN_SCHEMA, batch_size=WINDOW, path=folder / FILE)
+    return [None] * len(pieces), 0
+
+
+def _responses(llm: "LLM", piece: dict[str, Any], batch: dict[str, list[Any]]) -> pa.Table:
+    from vllm import SamplingParams, TokensPrompt
+
+    settings = [
+        SamplingParams(
+            temperature=piece["temperature"],
+            top_p=piece["top_p"],
+            max_tokens=piece["max_new_tokens"],
+            stop_token_ids=piece["end_tokens"],
+            seed=seed,
+            logprobs=0 if watched else None,
+            stop=piece["end_text"],
+            include_stop_str_in_output=True,
+            detokenize=piece["end_text"] is not None,  # a text is looked for in the text so far
+        )
+        for seed, watched in zip(batch["seed"], batch["watched"], strict=True)
+    ]
+    drawn = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in batch["ids"]], settings)
+    return table_of([_row(request.outputs[0]) for request in drawn], DRAWN_SCHEMA)
+
+
+def _row(completion: "CompletionOutput") -> tuple[list[int], list[float]]:
+    """Tokens, and their log-probabilities where they were asked for."""
+    drawn = completion.logprobs or []
+    pairs = zip(completion.token_ids, drawn, strict=bool(drawn))
+    return list(completion.token_ids), [values[token].logprob for token, values in pairs]
 
 
 def _draw(llm: "LLM", pieces: list[dict[str, Any]]) -> tuple[list[list[int]], int]:
@@ -169,14 +156,21 @@ def _computed(requests: list["RequestOutput"]) -> int:
 
 def _engine_arguments(job: dict[str, Any]) -> dict[str, Any]:
     engine = job["engine"]
+    # An evaluation's contexts stay in the cache until their choices are scored.
+    evaluating = {"max_logprobs": TOGETHER, "enable_prefix_caching": True} if job["evaluates"] else {}
     return {
+        "model": job["model"],
         "dtype": job["dtype"],
         "trust_remote_code": job["trust_remote_code"],
+        "max_model_len": job["max_model_len"],
+        "skip_tokenizer_init": not job["texts"],  # token ids go in and come out
+        "logprobs_mode": "raw_logprobs",
         "tensor_parallel_size": engine["tensor_parallel"],
         "gpu_memory_utilization": engine["memory"],
         "enforce_eager": engine["enforce_eager"],
         # Not the checkpoint's own sampling settings: responses are drawn from the policy.
         "generation_config": "vllm",
+        **evaluating,
     }
 
 

@@ -290,13 +290,15 @@ class ServedLM(SegmentedLM):
     """SegmentedLM whose model is elsewhere: prompts, choices and responses are the same, `ask` has them computed.
 
     pretrained: the model's shape, on the meta device. seed: of responses that are drawn, each with one of its own.
+    ask: to be set before anything is asked.
     """
 
     REQUESTS = 8192  # responses that lm-eval asks for at once
 
-    def __init__(self, pretrained: PreTrainedModel, suite: Suite, ask: Ask, seed: int, **kwargs: Any):
+    ask: Ask
+
+    def __init__(self, pretrained: PreTrainedModel, suite: Suite, seed: int, **kwargs: Any):
         super().__init__(pretrained, suite, batch_size=self.REQUESTS, **kwargs)
-        self.ask = ask
         self._seeds = count(seed)
 
     @property

@@ -27,7 +27,7 @@ from tspin.devices import device, without_denormals
 from tspin.engines.adapters import load_policy
 from tspin.engines.launch import check_launcher
 from tspin.engines.scoring import check_gpus
-from tspin.engines.vllm import Served, evaluate_folder, require_vllm
+from tspin.engines.vllm import Served, Serving, context_of, evaluate_folder, require_vllm
 from tspin.errors import UserError
 from tspin.evaluation.harness import Evaluation, evaluate
 from tspin.evaluation.suites import Suite, check_chat_template, load_suite
@@ -89,7 +89,7 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
     check_chat_template(evaluator.suite, load_tokenizer(evaluator.policy.folder, evaluator.loading))
     trainers = {
         (method, seed): build_trainer(
-            config.for_method(method), runs / f"seed-{seed}", seed, where.launcher, where.shared
+            config.for_method(method), runs / f"seed-{seed}", seed, where.launcher, where.shared, evaluator.serving
         )
         for seed in seeds
         for method in methods
@@ -100,9 +100,10 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
     if config.training.date:
         record_date(runs, config.training.date)
     read_results(target)
-    with ExitStack() as locks:
+    with ExitStack() as held:
+        held.enter_context(evaluator.serving)
         for trainer in trainers.values():
-            locks.enter_context(owned(trainer.folder))
+            held.enter_context(owned(trainer.folder))
         damaged: set[Path] = set()
         while True:
             try:
@@ -216,11 +217,17 @@ def collect_texts(
 
 
 def build_trainer(
-    settings: RunSettings, folder: Path, seed: int, launcher: Path | None = None, shared: Path | None = None
+    settings: RunSettings,
+    folder: Path,
+    seed: int,
+    launcher: Path | None = None,
+    shared: Path | None = None,
+    serving: Serving | None = None,
 ) -> SelfPlayTrainer:
     """A SelfPlayTrainer for one method's settings, in `folder`/<method>, sharing `folder`/shared with other methods.
 
-    shared: a folder for what runs of several settings share, in place of `folder`/shared.
+    shared: a folder for what runs of several settings share, in place of `folder`/shared. serving: vLLM's engines, of
+    whoever evaluates the checkpoints.
     """
     check_gpus(settings.training.engine)
     model, model_arguments = model_source(settings.model)
@@ -229,13 +236,16 @@ def build_trainer(
     else:  # what is sampled from the initial policy is the same for settings that agree in these
         drawing = settings.training.model_dump(include=DRAWING)
         shared = shared / fingerprint([settings.model.model_dump(), settings.data.model_dump(), drawing, seed])
-    return SelfPlayTrainer(
+    trainer = SelfPlayTrainer(
         model,
         args=training_arguments(settings, folder / settings.method, seed, shared, launcher),
         train_dataset=load_dataset(settings.data),
         eval_dataset=held_out_rows(settings),
         model_arguments=model_arguments,
     )
+    if serving is not None:
+        trainer.run.engine.serving = serving
+    return trainer
 
 
 def check_needs(trainers: Sequence[SelfPlayTrainer]) -> None:
@@ -300,6 +310,7 @@ class Evaluator:
     """Scores checkpoints on a config's suite, each kept as a stage.
 
     suite: asks as the config's runs write their prompts, in all that it does not say itself.
+    serving: vLLM's engines, which stay there for what is drawn from a checkpoint after its evaluation.
     """
 
     def __init__(self, config: Config, suite: Suite):
@@ -311,6 +322,8 @@ class Evaluator:
         self.policy = Policy(folder, policy_fingerprint(folder))
         if self.settings.dtype is not None:
             self.loading["dtype"] = getattr(torch, self.settings.dtype)
+        vllm = self.settings.backend == "vllm"
+        self.serving = Serving(context_of(self._served(self.policy), self.suite) if vllm else 0)
 
     def results_config(self) -> dict[str, Any]:
         """What numbers in one results folder must agree on; `iterations` may grow."""
@@ -336,9 +349,8 @@ class Evaluator:
     def _write(self, policy: Policy, target: Path) -> None:
         check_stage(Path(policy.folder))
         if self.settings.backend == "vllm":
-            trusted = self.config.model.trust_remote_code
-            served = Served(policy.folder, dtype_name(self.loading), self.config.training.engine, trusted)
-            self._keep(evaluate_folder(served, self.suite, limit=self.settings.limit), [], target)
+            served, limit = self._served(policy), self.settings.limit
+            self._keep(evaluate_folder(served, self.suite, limit=limit, serving=self.serving), [], target)
             return
         model = load_policy(policy, self.loading, whole=True)
         model.to(device())  # type: ignore[arg-type]
@@ -350,6 +362,10 @@ class Evaluator:
             args = training_arguments(self.config.for_method("sft"), target, seed=0)  # lengths and rendering alone
             further.append(held_out_scores(model, tokenizer, settings.held_out, args, settings.limit))
         self._keep(evaluation, further, target)
+
+    def _served(self, policy: Policy) -> Served:
+        engine, trusted = self.config.training.engine, self.config.model.trust_remote_code
+        return Served(policy.folder, dtype_name(self.loading), engine, trusted, policy.fingerprint)
 
     @staticmethod
     def _keep(evaluation: Evaluation, further: Sequence[pd.DataFrame], target: Path) -> None:

@@ -316,9 +316,10 @@ def _files(work: Work, scored: int) -> list[Stage]:
     evaluations = iterations if settings.evaluation else 0
     engines = samplings if training.sampling_backend == "vllm" else 0
     engines += evaluations if settings.evaluation and settings.evaluation.backend == "vllm" else 0
+    kept = iterations - 1 if samplings and _evaluates_as_it_samples(settings) else 0
     processes = iterations if work.hardware.all_gpus > 1 else 0
     processes += scored if min(training.engine.data_parallel, work.hardware.gpus) > 1 else 0
-    uses = iterations + samplings + evaluations + scored
+    engines, uses = engines - kept, iterations + samplings + evaluations + scored - kept
     starting = (processes + engines) * PROCESS_START.value + engines * ENGINE_START.value
     loading = uses * size * (1 / DISK.value + 1 / HASHING.value)
     saving = iterations * size * (1 / DISK.value + 1 / HASHING.value)
@@ -326,6 +327,14 @@ def _files(work: Work, scored: int) -> list[Stage]:
         Stage(settings.method, "starts, loading", 0, 0.0, (starting + loading) / 3600),
         Stage(settings.method, "saving, hashing", 0, 0.0, saving / 3600),
     ]
+
+
+def _evaluates_as_it_samples(settings: RunSettings) -> bool:
+    """Whether the engines that evaluated a checkpoint stay for what is drawn from it (tspin.engines.vllm.Serving)."""
+    evaluation, training = settings.evaluation, settings.training
+    if evaluation is None or {evaluation.backend, training.sampling_backend} != {"vllm"}:
+        return False
+    return (evaluation.dtype or settings.model.dtype) == (training.sampling_dtype or settings.model.dtype)
 
 
 def base_evaluation(work: Work) -> list[Stage]:
