@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from tspin.errors import UserError
@@ -86,12 +87,16 @@ CONTRASTS = [
 
 
 class Found(NamedTuple):
-    """A contrast at a place: its paired difference in points, and p corrected for those of the same question."""
+    """A contrast at a place: its paired difference in points, its p, and that corrected for those of the same question.
+
+    Of one seed there is no p (NaN): it says nothing of the spread between seeds.
+    """
 
     contrast: Contrast
     place: Place
     difference: Estimate
     p: float
+    corrected: float
 
 
 class Map:
@@ -167,8 +172,12 @@ class Map:
             asked = [contrast for contrast in CONTRASTS if contrast.question == question]
             tried = [(c, place, self.difference(c.first, c.second, place)) for c in asked for place in self.places]
             there = [(contrast, place, found) for contrast, place, found in tried if found is not None]
-            p_values = corrected([found.p for _, _, found in there])
-            results += [Found(*each, float(p)) for each, p in zip(there, p_values, strict=True)]
+            p_values = np.array([found.p if found.seeds > 1 else np.nan for _, _, found in there])
+            tested = ~np.isnan(p_values)
+            adjusted = p_values.copy()
+            adjusted[tested] = corrected(p_values[tested])
+            both = zip(p_values.tolist(), adjusted.tolist(), strict=True)
+            results += [Found(*each, *p) for each, p in zip(there, both, strict=True)]
         return results
 
     def absent(self, arms: Sequence[Arm]) -> str:

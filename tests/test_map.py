@@ -1,6 +1,7 @@
 """The study `map`: arms, pairs and contrasts by hand, and its figures and table, from a made-up study."""
 
 import json
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -149,8 +150,23 @@ def test_contrasts(folder):
         "SPIN, λ 1 − λ 0.1": 2.0,
         "T-SPIN with them − without": 0.25,
     }
-    assert all(each.p >= each.difference.p for each in found.values())
+    assert all(each.corrected >= each.p == each.difference.p for each in found.values())
     assert [words for words, place in found if place == FASTER] == ["T-SPIN − SPIN, the papers' scales: α 1, λ 0.1"]
+
+
+def test_one_seed_has_no_p(folder):
+    path = folder / "studies" / "map.csv"
+    table = pd.read_csv(path)
+    table[(table["method"] != "tspin_reference") | (table["seed"] == table["seed"].min())].to_csv(path, index=False)
+    before = Map(folder).contrasts()
+    alone = [each for each in before if each.difference.seeds == 1]
+    assert {each.contrast.question for each in alone} == {"What a reference adds"}
+    assert all(isnan(each.p) and isnan(each.corrected) for each in alone)
+    assert all(each.corrected >= each.p for each in before if each not in alone)
+    text = map_text(folder)
+    cells = [[cell.strip() for cell in row.split("|")] for row in text.splitlines() if "What a reference adds" in row]
+    assert cells and all(row[-3:-1] == ["–", "–"] for row in cells)
+    assert "Hollow: one seed" in map_figures.differences(folder).texts[-1].get_text().replace("\n", " ")
 
 
 def test_the_map_without_the_studies_beside_it(folder):
