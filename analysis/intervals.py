@@ -16,7 +16,7 @@ is Student's of n − 1 where seeds decide and normal where problems or single a
 
 Coverage of 95 % intervals, simulated (tests/test_statistics.py, scores and differences of right and wrong answers):
 94 to 98 % from three seeds on, the more the less seeds differ, since e errs to the safe side; with two seeds 90 to
-98 %, 90 where seeds differ much.
+98 %, 90 where seeds differ much. Fewer than three (ENOUGH) decide nothing.
 
 Of a share that is 0 or 1 nothing varies, and the formula gives no interval: it gets Wilson's (`share`).
 
@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 LEVEL = 0.95
+ENOUGH = 3  # seeds, for a p-value or a verdict
 POWER = 0.8  # with which a minimum detectable difference is detected
 
 

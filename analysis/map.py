@@ -16,7 +16,7 @@ import pandas as pd
 from tspin.errors import UserError
 from tspin.schema import BASE, ONCE
 
-from .intervals import Estimate, corrected, estimate
+from .intervals import ENOUGH, Estimate, corrected, estimate
 from .studies import NO_SETTINGS, Study
 from .style import METHODS, Arm, arm_look, look, scale_of
 
@@ -89,7 +89,7 @@ CONTRASTS = [
 class Found(NamedTuple):
     """A contrast at a place: its paired difference in points, its p, and that corrected for those of the same question.
 
-    Of one seed there is no p (NaN): it says nothing of the spread between seeds.
+    Of fewer seeds than ENOUGH there is no p (NaN): they say too little of the spread between seeds.
     """
 
     contrast: Contrast
@@ -172,7 +172,7 @@ class Map:
             asked = [contrast for contrast in CONTRASTS if contrast.question == question]
             tried = [(c, place, self.difference(c.first, c.second, place)) for c in asked for place in self.places]
             there = [(contrast, place, found) for contrast, place, found in tried if found is not None]
-            p_values = np.array([found.p if found.seeds > 1 else np.nan for _, _, found in there])
+            p_values = np.array([found.p if found.seeds >= ENOUGH else np.nan for _, _, found in there])
             tested = ~np.isnan(p_values)
             adjusted = p_values.copy()
             adjusted[tested] = corrected(p_values[tested])

@@ -12,7 +12,7 @@ from .drawing import (
     new_figure,
     put_note,
 )
-from .intervals import Estimate
+from .intervals import ENOUGH, Estimate
 from .map import CONTRASTS, SFT, STARTS, Map, Place, map_of
 from .style import Look, arm_look
 
@@ -61,8 +61,8 @@ def _forest(known: Map, sections: list[Section], title: str) -> Figure:
     """A row per section and start, a panel per decoding; sections and starts without any difference are left out."""
     shown = [section for section in sections if section.found]
     rows = [(section, start) for section in shown for start in ("", *section.starts(known))]  # "": its title
-    single = any(found.seeds == 1 for section in shown for found in section.found.values())
-    hollow = " Hollow: one seed, the interval is its problems' alone." if single else ""
+    few = any(found.seeds < ENOUGH for section in shown for found in section.found.values())
+    hollow = " Hollow: fewer than three seeds, which decide nothing." if few else ""
     absent = known.left_out("Rows that are not there")
     note = f"{title} (points), {INTERVALS}; n: seeds. {known.study.size}.{hollow} {absent}"
     with new_figure(1.15, 1.2 + len(note) / 550 + ROW * len(rows)) as figure:
@@ -99,7 +99,7 @@ def _draw_row(axes: Axes, y: float, found: Estimate | None, of: Look) -> None:
     if found is None:
         axes.text(0.05, y, "not run", transform=middle, va="center_baseline", fontsize=6.5, color="#666666")
         return
-    inside = of.colour if found.seeds > 1 else "white"
+    inside = of.colour if found.seeds >= ENOUGH else "white"
     axes.errorbar(found.mean, y, xerr=found.half, color=of.colour, marker=of.marker, markersize=3.5, elinewidth=1.2,
                   markerfacecolor=inside)  # fmt: skip
     axes.text(1.01, y, f"n {found.seeds}", transform=middle, va="center_baseline", fontsize=6.5, color="#444444")

@@ -24,8 +24,9 @@ EXPLAINED = (
 )
 
 COMPARED = (
-    "Paired by seed and problem. Corrected: for the differences that answer the same question (Holm). Of one seed the "
-    "interval is that of its problems alone: nothing is known of the spread between seeds, and there is no p."
+    "Paired by seed and problem. Corrected: for the differences that answer the same question (Holm). Fewer than three "
+    "seeds say too little of the spread between seeds: they have no p, and of one seed the interval is that of its "
+    "problems alone."
 )
 
 

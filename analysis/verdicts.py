@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .intervals import Estimate, corrected
+from .intervals import ENOUGH, Estimate, corrected
 
 REPLICATED = "replicated"
 CONTRADICTED = "contradicted"
@@ -85,8 +85,8 @@ def judge(words: str, named: Mapping[str, Estimate], rule: Rule, form: str = "+.
     texts = [f"{name} {each:{form}}".strip() for name, each in named.items()]
     texts = [f"{text} p {p:.2g}" for text, p in zip(texts, p_values, strict=False)] + texts[tested:]
     text = f"{words}: {'; '.join(texts)}"
-    if min(each.seeds for each in found) < 2:
-        return Part(text, UNDECIDED, "needs 2 seeds at least: one says nothing of the spread between seeds")
+    if min(each.seeds for each in found) < ENOUGH:
+        return Part(text, UNDECIDED, f"needs {ENOUGH} seeds at least: fewer say too little of the spread between seeds")
     verdict = rule(found)
     return Part(text, verdict, needs(found, rule) if verdict == UNDECIDED else "")
 

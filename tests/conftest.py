@@ -17,7 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch reads it when it is imp
 quiet_libraries()
 
 # What takes longest comes first, so that no process is left with minutes of work when the others have ended.
-LONGEST = ["test_processes", "test_scripts", "test_slurm", "test_grid", "test_selfplay", "test_faults", "test_notebooks"]
+LONGEST = [
+    "test_processes",
+    "test_scripts",
+    "test_slurm",
+    "test_grid",
+    "test_selfplay",
+    "test_faults",
+    "test_notebooks",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

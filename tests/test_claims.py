@@ -127,7 +127,7 @@ def test_what_was_not_run_is_said(results):
 def test_one_seed_decides_nothing(results):
     rows = judged(results(seeds=1))
     assert set(rows["C1"]["parts"] + rows["C2"]["parts"] + rows["C4"]["parts"] + rows["C9"]["parts"]) == {UNDECIDED}
-    assert "needs 2 seeds at least" in rows["C2"]["why"][0] and rows["C1"]["chances"] == []
+    assert "needs 3 seeds at least" in rows["C2"]["why"][0] and rows["C1"]["chances"] == []
 
 
 def test_preconditions_of_the_claim_about_labels(results):

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tspin.cli import app
 from tspin.errors import UserError
 from tspin_analysis import figures, map_curves, map_figures
+from tspin_analysis import map as of_map
 from tspin_analysis.map import (
     COLD_TSPIN,
     CONTRASTS,
@@ -135,7 +136,8 @@ def test_differences_are_paired(folder):
     assert known.difference(SPIN, Arm("dpo", 0.1), SAMPLED) is None
 
 
-def test_contrasts(folder):
+def test_contrasts(folder, monkeypatch):
+    monkeypatch.setattr(of_map, "ENOUGH", 2)
     found = {(each.contrast.words, each.place): each for each in Map(folder).contrasts()}
     assert len({words for words, _ in found}) == len(CONTRASTS) - ABSENT
     means = {words: round(each.difference.mean, 6) for (words, place), each in found.items() if place == SAMPLED}
@@ -154,7 +156,9 @@ def test_contrasts(folder):
     assert [words for words, place in found if place == FASTER] == ["T-SPIN − SPIN, the papers' scales: α 1, λ 0.1"]
 
 
-def test_one_seed_has_no_p(folder):
+def test_too_few_seeds_have_no_p(folder, monkeypatch):
+    assert all(isnan(each.p) for each in Map(folder).contrasts())  # two seeds
+    monkeypatch.setattr(of_map, "ENOUGH", 2)
     path = folder / "studies" / "map.csv"
     table = pd.read_csv(path)
     table[(table["method"] != "tspin_reference") | (table["seed"] == table["seed"].min())].to_csv(path, index=False)
@@ -166,7 +170,7 @@ def test_one_seed_has_no_p(folder):
     text = map_text(folder)
     cells = [[cell.strip() for cell in row.split("|")] for row in text.splitlines() if "What a reference adds" in row]
     assert cells and all(row[-3:-1] == ["–", "–"] for row in cells)
-    assert "Hollow: one seed" in map_figures.differences(folder).texts[-1].get_text().replace("\n", " ")
+    assert "Hollow: fewer than three seeds" in map_figures.differences(folder).texts[-1].get_text().replace("\n", " ")
 
 
 def test_the_map_without_the_studies_beside_it(folder):

@@ -82,7 +82,7 @@ def test_what_would_decide():
     assert needs([Estimate(1.0, 5, 4 / 5, 0.6**2)], above(0)) == "needs more problems"
     part = judge("first − second", {"": five}, above(0))
     assert str(part) == "undecided (needs 18 seeds)" and part.text.startswith("first − second: +1.00 [")
-    assert judge("", {"": known(9, seeds=1)}, above(0)).why.startswith("needs 2 seeds at least")
+    assert judge("", {"": known(9, seeds=1)}, above(0)).why.startswith("needs 3 seeds at least")
     assert judge("", {"": known(9)}, above(0)).why == ""
 
 
