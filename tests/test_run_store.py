@@ -4,12 +4,13 @@ import errno
 import fcntl
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from threading import Thread
+from threading import Thread, Timer
 
 import pytest
 
@@ -285,6 +286,38 @@ def test_an_owner_that_lost_its_folder_is_told(tmp_path, monkeypatch, capsys):
         time.sleep(1)
     assert "this command is not its only owner any more (owner-changed)" in capsys.readouterr().err
     assert (tmp_path / ".owner").read_text() == "another's"
+
+
+def without_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_a_lease_that_its_owner_died_before_writing_does_not_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "UNWRITTEN_SECONDS", 0.5)
+    lease = tmp_path / ".owner"
+    for no_locks in (False, True):
+        if no_locks:
+            monkeypatch.setattr(locks, "_acquire_lock", without_locks)
+        lease.touch()
+        start = time.monotonic()
+        with owned(tmp_path, wait=True):
+            assert 0.5 <= time.monotonic() - start < 5 and "pid" in lease.read_text()
+        assert not lease.exists()
+
+
+def test_a_lease_that_is_being_written_is_its_owners(tmp_path, monkeypatch):
+    """Another machine has made it, and its name comes a moment later."""
+    lease = tmp_path / ".owner"
+    with owned(tmp_path):
+        text = lease.read_text()
+    elsewhere = re.sub(r"(?m)^host=.*$", "host=elsewhere", text)
+    lease.touch()
+    writing = Timer(0.3, lambda: lease.write_text(elsewhere))
+    writing.start()
+    with pytest.raises(UserError, match="is in use by"), owned(tmp_path):
+        pass
+    writing.join()
+    assert lease.read_text() == elsewhere
 
 
 def test_an_owner_of_another_version_is_refused_in_a_line(tmp_path, elsewhere, monkeypatch):

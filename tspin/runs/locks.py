@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache
@@ -28,6 +29,7 @@ POLL_SECONDS = 0.5
 RETRY_SECONDS = 0.2
 BEAT_SECONDS = 30.0  # between two signs of life
 LEASE_SECONDS = 180.0  # without one until an owner on another machine is taken for dead; the same for all of them
+UNWRITTEN_SECONDS = 5.0  # for an owner to write its name into the lease that it made, and for a network to bring it
 JOB = re.compile(r"Slurm job (\S+), start (\d+)")
 
 
@@ -62,6 +64,8 @@ def _enter(held: ExitStack, folder: Path, wait: bool) -> None:
         if error.errno not in NO_LOCKS:
             raise
         _say_no_locks(folder)
+    if not lease.is_locked:
+        _remove_unwritten(path)
     try:
         held.enter_context(_acquire_lease(lease, path, folder, wait))
     except OSError as error:
@@ -101,6 +105,18 @@ def _remove_of_the_dead(lock: Path) -> None:
     with suppress(FileNotFoundError):
         if re.search(rf"^host={re.escape(socket.gethostname())}\b", lease.read_text(errors="replace"), re.MULTILINE):
             lease.unlink()
+
+
+def _remove_unwritten(lock: Path) -> None:
+    """Remove a lease that stays empty: its owner died before it wrote its name, and nobody would ever take it over."""
+    lease = lock.with_name(LEASE)
+    with suppress(FileNotFoundError):
+        found, deadline = lease.stat(), time.monotonic() + UNWRITTEN_SECONDS
+        while (now := lease.stat()).st_ino == found.st_ino and now.st_size == 0:
+            if time.monotonic() >= deadline:
+                lease.unlink()
+                return
+            time.sleep(RETRY_SECONDS / 10)
 
 
 def _acquire_lease(lease: SoftFileLease, path: Path, folder: Path, wait: bool) -> AbstractContextManager[object]:
