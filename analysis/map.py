@@ -6,6 +6,7 @@ the studies `proto` (proto_model: y0 of another model) and `rate` (learning_rate
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,13 @@ CONTRASTS = [
 ]
 
 
+@dataclass(frozen=True)
+class Paired(Estimate):
+    """A mean difference, and that of each seed, in their order, in points."""
+
+    by_seed: tuple[float, ...] = ()
+
+
 class Found(NamedTuple):
     """A contrast at a place: its paired difference in points, its p, and that corrected for those of the same question.
 
@@ -94,7 +102,7 @@ class Found(NamedTuple):
 
     contrast: Contrast
     place: Place
-    difference: Estimate
+    difference: Paired
     p: float
     corrected: float
 
@@ -154,16 +162,16 @@ class Map:
         ends = rows["iteration"].isna() | (rows["iteration"] == self._last[rows.index])
         return rows[ends].sort_values("seed")
 
-    def difference(self, first: Arm, second: Arm, place: Place) -> Estimate | None:
+    def difference(self, first: Arm, second: Arm, place: Place) -> Paired | None:
         """first − second after their last iterations, paired by seed and problem; None where they share no seed.
 
         The start is one policy, whatever the seed.
         """
         one, other = self.last(first, place), self.last(second, place)
         if second == START and len(other):
-            return estimate(self.study.values(one) - self.study.values(other)[:1]) if len(one) else None
+            return _paired(self.study.values(one) - self.study.values(other)[:1]) if len(one) else None
         one, other = one[one["seed"].isin(other["seed"])], other[other["seed"].isin(one["seed"])]
-        return estimate(self.study.values(one) - self.study.values(other)) if len(one) else None
+        return _paired(self.study.values(one) - self.study.values(other)) if len(one) else None
 
     def contrasts(self) -> list[Found]:
         """Every contrast of CONTRASTS wherever both of its arms ran; p corrected (Holm) within each question."""
@@ -207,6 +215,13 @@ def papers(method: str) -> Arm:
     """A method at the papers' scale."""
     scale = scale_of(method)
     return Arm(method, scale[1] if scale else None)
+
+
+def _paired(values: np.ndarray) -> Paired:
+    """values: differences (seeds, benchmarks, problems)."""
+    found = estimate(values)
+    fields = {name: getattr(found, name) for name in Estimate.__dataclass_fields__}
+    return Paired(**fields, by_seed=tuple(np.nanmean(values, -1).mean(-1).tolist()))
 
 
 def _arm_of(row: Mapping[Any, Any]) -> Arm:

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .drawing import BASE_X, beside, draw_band, draw_level, draw_means, new_figure, put_legend, put_note
 from .entropy import by_iteration
-from .intervals import Estimate, none_of
+from .intervals import ENOUGH, Estimate, none_of
 from .map import SFT, START, Map, Place, map_of
 from .reading import labels_of
 from .style import Look, arm_look
@@ -54,7 +54,7 @@ def course(folder: Path) -> Figure:
             axes.set_xlabel("Iteration")
         put_legend(figure, grid.flat, columns=3, fontsize=7, columnspacing=1, handlelength=2.4)
         put_note(figure, f"{folder.name}: means over n seeds; 95 % intervals at the last iteration, of SFT as a band "
-                         f"(seeds and problems crossed). {known.study.size}. "
+                         f"(seeds and problems crossed; of three seeds at least). {known.study.size}. "
                          f"{known.left_out('Lines that are not there')}")  # fmt: skip
         return figure
 
@@ -72,7 +72,8 @@ def _draw_course(axes: Axes, known: Map, place: Place) -> None:
         means = known.study.averaged(["iteration"], known.rows(arm, place))
         last = max(last, int(means["iteration"].max()))
         counts |= set(means["seeds"])
-        bars = [np.nan, *means["half"].where(means["iteration"] == means["iteration"].max())]
+        ends = (means["iteration"] == means["iteration"].max()) & (means["seeds"] >= ENOUGH)
+        bars = [np.nan, *means["half"].where(ends)]
         draw_means(axes, [BASE_X, *(means["iteration"] + shift)], [base, *means["avg"]], bars, arm_look(arm),
                    markersize=3, linewidth=1, markevery=slice(1, None))  # fmt: skip
     if len(sft):

@@ -12,8 +12,8 @@ from .drawing import (
     new_figure,
     put_note,
 )
-from .intervals import ENOUGH, Estimate
-from .map import CONTRASTS, SFT, STARTS, Map, Place, map_of
+from .intervals import ENOUGH
+from .map import CONTRASTS, SFT, STARTS, Map, Paired, Place, map_of
 from .style import Look, arm_look
 
 ROW = 0.135  # inches
@@ -26,7 +26,7 @@ class Section(NamedTuple):
     """A difference, and what it is at each place where it could be taken."""
 
     title: str
-    found: dict[Place, Estimate]
+    found: dict[Place, Paired]
 
     def starts(self, known: Map) -> list[str]:
         """Those of any of its places, in the map's order."""
@@ -62,9 +62,9 @@ def _forest(known: Map, sections: list[Section], title: str) -> Figure:
     shown = [section for section in sections if section.found]
     rows = [(section, start) for section in shown for start in ("", *section.starts(known))]  # "": its title
     few = any(found.seeds < ENOUGH for section in shown for found in section.found.values())
-    hollow = " Hollow: fewer than three seeds, which decide nothing." if few else ""
+    hollow = " Hollow, without interval: fewer than three seeds, which decide nothing." if few else ""
     absent = known.left_out("Rows that are not there")
-    note = f"{title} (points), {INTERVALS}; n: seeds. {known.study.size}.{hollow} {absent}"
+    note = f"{title} (points), {INTERVALS}; n: seeds, a stroke each. {known.study.size}.{hollow} {absent}"
     with new_figure(1.15, 1.2 + len(note) / 550 + ROW * len(rows)) as figure:
         panels = figure.subplots(1, len(known.temperatures), sharex=True, sharey=True, squeeze=False)[0]
         for axes, temperature in zip(panels, known.temperatures, strict=True):
@@ -94,14 +94,15 @@ def _forest(known: Map, sections: list[Section], title: str) -> Figure:
         return figure
 
 
-def _draw_row(axes: Axes, y: float, found: Estimate | None, of: Look) -> None:
+def _draw_row(axes: Axes, y: float, found: Paired | None, of: Look) -> None:
     middle = axes.get_yaxis_transform()
     if found is None:
         axes.text(0.05, y, "not run", transform=middle, va="center_baseline", fontsize=6.5, color="#666666")
         return
-    inside = of.colour if found.seeds >= ENOUGH else "white"
-    axes.errorbar(found.mean, y, xerr=found.half, color=of.colour, marker=of.marker, markersize=3.5, elinewidth=1.2,
-                  markerfacecolor=inside)  # fmt: skip
+    enough = found.seeds >= ENOUGH
+    axes.errorbar(found.mean, y, xerr=found.half if enough else None, color=of.colour, marker=of.marker, markersize=3.5,
+                  elinewidth=1.2, markerfacecolor=of.colour if enough else "white")  # fmt: skip
+    axes.plot(found.by_seed, [y] * found.seeds, color="black", linestyle="", marker="|", markersize=4, zorder=4)
     axes.text(1.01, y, f"n {found.seeds}", transform=middle, va="center_baseline", fontsize=6.5, color="#444444")
 
 

@@ -45,6 +45,7 @@ def map_text(folder: Path) -> str:
             "decoding": each.place.decoding,
             "seeds": str(each.difference.seeds),
             "difference, points": f"{each.difference:+.2f}",
+            "by seed": " ".join(number(seed, "+.1f") for seed in each.difference.by_seed),
             "p": number(each.p, ".2g"),
             "p, corrected": number(each.corrected, ".2g"),
         }

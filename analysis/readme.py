@@ -8,13 +8,16 @@ and a test fails when one of them is stale. A place that stands on lines of its 
 import argparse
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
+from .intervals import ENOUGH
+from .map import FAST, Place, map_of
 from .verdicts import VERDICTS
 
-FILES = ("README.md", "results/benchmarks/README.md")
+FILES = ("README.md", "results/README.md", "results/benchmarks/README.md")
 PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
 POCKET = Path("reference", "pocket")  # the committed results
 FLOAT32 = "cpu-float32"  # a benchmark's folder
@@ -69,6 +72,15 @@ def misaligned_spin(results: Path) -> str:
     return f"{share[1]} %"
 
 
+def contrast(results: Path, words: str, start: str) -> str:
+    """A contrast of the map after the last iteration, y′ sampled; with its interval where the seeds are ENOUGH."""
+    contrasts = map_of(results / POCKET).contrasts()
+    (each,) = (each for each in contrasts if (each.contrast.words, each.place) == (words, Place(start, 1.0)))
+    found = each.difference
+    text = f"{found:+.1f}" if found.seeds >= ENOUGH else f"{found.mean:+.1f}"
+    return f"{text} ({found.seeds} seed{'s' if found.seeds > 1 else ''})".replace("-", "−")
+
+
 def steps(results: Path, step: str, over: str = "tspin shared", machine: str = "cpu") -> float:
     """Seconds of a training step of the benchmark's even mix, as a multiple of another's."""
     table = pd.read_csv(results / "benchmarks" / machine / "steps.csv")
@@ -106,6 +118,15 @@ def example(results: Path) -> str:
     return f"```console\n{(results / 'example' / 'transcript.txt').read_text(encoding='utf-8').rstrip()}\n```"
 
 
+CONTRASTS_TOLD = {
+    "papers": "T-SPIN − SPIN, the papers' scales: α 1, λ 0.1",
+    "like": "T-SPIN − SPIN, both scales 1",
+    "released": "T-SPIN − SPIN, SPIN as released",
+    "history": "T-SPIN − T-SPIN w/o H-A, α 1",
+    "reference": "T-SPIN_ref − T-SPIN, α 1",
+    "alpha": "T-SPIN, α 1 − α 0.1",
+    "lam": "SPIN, λ 1 − λ 0.1",
+}
 PLACES: dict[str, Callable[[Path], str]] = {
     "times": times,
     "base": lambda results: average(results, "base").split()[0],
@@ -127,6 +148,11 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "over_concatenated_float32": lambda results: f"{steps(results, 'tspin concatenated', machine=FLOAT32):.1f}",
     "over_live_float32": lambda results: f"{steps(results, 'tspin shared', 'SPIN, live reference', FLOAT32):.2f}",
     "faults": faults,
+    **{
+        f"{rate}_{name}": partial(contrast, words=words, start=start)
+        for name, words in CONTRASTS_TOLD.items()
+        for rate, start in (("chosen", "pocket"), ("fast", FAST))
+    },
 }
 
 

@@ -47,6 +47,7 @@ SCALES = {"spin": ("λ", 0.1), "dpo": ("λ", 0.1)}  # the symbol of a method's s
 TSPIN_SCALE = ("α", 1.0)
 # Lines of an arm that is not at the paper's settings.
 OTHER_SCALE, RELEASED, OTHER_PROTO = (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2))
+BETWEEN, PAPERS = (0, (1.5, 1.5)), (0.1, 1.0)  # a scale that is neither of the papers'
 SPARE = [("#882255", "*"), ("#44AA99", "p"), ("#999933", "h"), ("#332288", "d"), ("#AA4499", "8")]
 
 COLUMN_WIDTH = 3.5  # inches: one column of a two-column page
@@ -99,7 +100,10 @@ def arm_look(arm: Arm) -> Look:
         return of
     symbol, papers = scale
     named = of._replace(label=f"{of.label} {symbol} {arm.scale:g}")
-    return named if arm.scale == papers else named._replace(line=OTHER_SCALE, filled=False)
+    if arm.scale == papers:
+        return named
+    other = named._replace(line=OTHER_SCALE, filled=False)
+    return other if arm.scale in PAPERS else other._replace(line=BETWEEN, marker="*")
 
 
 def in_order(methods: Iterable[str]) -> list[str]:

@@ -130,6 +130,7 @@ def test_differences_are_paired(folder):
     known = Map(folder)
     found = known.difference(TSPIN, SPIN, SAMPLED)
     assert (found.mean, found.seeds) == (pytest.approx(3.5), 2)
+    assert found.by_seed == pytest.approx((3, 4))
     assert found.error == pytest.approx(0.5)  # of two seeds, half a point apart from their mean each
     assert known.difference(SPIN, START, SAMPLED).mean == pytest.approx(2)
     assert known.difference(SPIN, SFT, GREEDY).seeds == 2
@@ -170,7 +171,8 @@ def test_too_few_seeds_have_no_p(folder, monkeypatch):
     text = map_text(folder)
     cells = [[cell.strip() for cell in row.split("|")] for row in text.splitlines() if "What a reference adds" in row]
     assert cells and all(row[-3:-1] == ["–", "–"] for row in cells)
-    assert "Hollow: fewer than three seeds" in map_figures.differences(folder).texts[-1].get_text().replace("\n", " ")
+    note = map_figures.differences(folder).texts[-1].get_text().replace("\n", " ")
+    assert "Hollow, without interval: fewer than three seeds" in note
 
 
 def test_the_map_without_the_studies_beside_it(folder):
@@ -188,12 +190,24 @@ def test_settings_that_the_map_does_not_know(tmp_path):
 def test_looks_of_arms():
     looks = [
         arm_look(arm)
-        for arm in (SPIN, SPIN_AT_1, RELEASED, TSPIN, TSPIN_AT_01, Arm("dpo", 0.1), Arm("space"), COLD_TSPIN)
+        for arm in (
+            SPIN,
+            SPIN_AT_1,
+            RELEASED,
+            TSPIN,
+            TSPIN_AT_01,
+            Arm("tspin", 0.3),
+            Arm("dpo", 0.1),
+            Arm("space"),
+            COLD_TSPIN,
+        )  # fmt: skip
     ]
-    assert [look.label for look in looks] == ["SPIN λ 0.1", "SPIN λ 1", "SPIN as released", "T-SPIN α 1",
-                                              "T-SPIN α 0.1", "DPO λ 0.1", "SPACE", "T-SPIN α 1, cold y0"]  # fmt: skip
+    assert [look.label for look in looks] == [
+        "SPIN λ 0.1", "SPIN λ 1", "SPIN as released", "T-SPIN α 1", "T-SPIN α 0.1", "T-SPIN α 0.3", "DPO λ 0.1",
+        "SPACE", "T-SPIN α 1, cold y0",
+    ]  # fmt: skip
     assert len({(look.colour, look.line) for look in looks}) == len(looks)
-    assert [look.filled for look in looks] == [True, False, False, True, False, True, True, False]
+    assert [look.filled for look in looks] == [True, False, False, True, False, False, True, True, False]
 
 
 @pytest.mark.parametrize("name", [*map_figures.FIGURES, *map_curves.FIGURES])
