@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -40,6 +41,7 @@ columns:
 """
 STEPS = 6  # of one training: 12 rows, 4 a step, two epochs
 TIMES = ["tokens_per_second"]
+PATIENCE = 900  # seconds: a run that hangs is ended by SIGALRM, and has not survived
 Before = Callable[[], None]
 
 
@@ -98,6 +100,7 @@ class Workshop:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             sys.argv = ["tspin", *arguments]
+            signal.alarm(PATIENCE)
             if before:
                 before()
             cli.app(arguments)
