@@ -116,10 +116,10 @@ def entropy(folder: Path) -> Figure:
         low, high = min(filter(None, counts), default=0), max(counts, default=0)
         seeds = f"{low}" if low == high else f"{low} to {high}"
         shares = f" Shares are of {prompts:,} prompts; at 0 and 1 the interval is Wilson's." if prompts else ""
-        put_note(figure, f"{folder.name}, y′ drawn at temperature 1: means and 95 % t intervals over {seeds} seeds."
-                         f"{shares} Entropy: mean −log π(y′). Gradient signal: norm of the mean gradient over a step's "
-                         "noise. Effective sample size: of the pairs, by their weights. Misaligned: y has the higher "
-                         "reward, the lower likelihood.")  # fmt: skip
+        put_note(figure, f"{folder.name}, y′ drawn at temperature 1: means over {seeds} seeds, 95 % t intervals of "
+                         f"three at least.{shares} Entropy: mean −log π(y′). Gradient signal: norm of the mean "
+                         "gradient over a step's noise. Effective sample size: of the pairs, by their weights. "
+                         "Misaligned: y has the higher reward, the lower likelihood.")  # fmt: skip
         return figure
 
 
@@ -135,11 +135,11 @@ def _draw_measure(axes: Axes, rows: pd.DataFrame, measure: Measure, of: Look, pr
 
 
 def _ends(found: Estimate, share: bool, prompts: int | None) -> tuple[float, float]:
-    """The interval; of a share that is 0 or 1 for every seed, Wilson's; of one seed else, nothing."""
+    """The interval; of a share that is 0 or 1 for every seed, Wilson's; of fewer seeds than ENOUGH else, nothing."""
     if share and prompts and found.mean in (0, 1):
         reach = none_of(prompts)
         return (0.0, reach) if found.mean == 0 else (1 - reach, 1.0)
-    return (found.low, found.high) if found.seeds > 1 else (found.mean, found.mean)
+    return (found.low, found.high) if found.seeds >= ENOUGH else (found.mean, found.mean)
 
 
 def _share_limits(grid: Any, measures: list[Measure]) -> None:
