@@ -101,10 +101,10 @@ plan-check: $(READY)
 regenerate: $(READY)
 	$(TSPIN) rerun results/reference/pocket/provenance.json --methods base,spin,tspin --seeds 10 --iterations 1 --out runs/regenerated
 
-# WORKERS: pytest's processes, one thread each; one that is done takes over tests of another.
+# WORKERS: pytest's processes, one thread each; one that is done takes over tests of another. ALL=1: the slow ones too.
 WORKERS ?= 2
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(if $(ALL),,-m "not slow")
 
 # Kills, signals, full disks, damaged files, bad hubs, NaN, no memory: a tiny run must survive them all.
 fault-test: $(READY)

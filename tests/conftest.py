@@ -16,22 +16,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch reads it when it is imported, and so do the processes of a test
 quiet_libraries()
 
+# Whole runs in processes of their own, half of all the time: `make test ALL=1` has them, and so has CI.
+SLOW = ["test_processes", "test_scripts", "test_slurm", "test_faults", "test_stranger"]
 # What takes longest comes first, so that no process is left with minutes of work when the others have ended.
-LONGEST = [
-    "test_processes",
-    "test_scripts",
-    "test_slurm",
-    "test_grid",
-    "test_selfplay",
-    "test_faults",
-    "test_notebooks",
-]
+LONGEST = [*SLOW, "test_grid", "test_reuse", "test_asking", "test_selfplay", "test_notebooks"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the tests: the longest files first, all others as they are."""
+    """Sort the tests, the longest files first, all others as they are, and mark the slow ones."""
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:
