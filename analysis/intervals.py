@@ -158,8 +158,12 @@ def none_of(count: int) -> float:
 
 def share(found: Estimate, count: int, whole: float = 1.0) -> Share:
     """An estimate that is one of a share, of `count` outcomes a seed."""
-    fields = {name: getattr(found, name) for name in Estimate.__dataclass_fields__}
-    return Share(**fields, whole=whole, count=count)
+    return Share(**fields_of(found), whole=whole, count=count)
+
+
+def fields_of(found: Estimate) -> dict[str, Any]:
+    """An estimate's fields, for one that says more."""
+    return {name: getattr(found, name) for name in Estimate.__dataclass_fields__}
 
 
 def estimates(values: np.ndarray) -> list[Estimate]:

@@ -17,7 +17,7 @@ import pandas as pd
 from tspin.errors import UserError
 from tspin.schema import BASE, ONCE
 
-from .intervals import ENOUGH, Estimate, corrected, estimate
+from .intervals import ENOUGH, Estimate, corrected, estimate, fields_of
 from .studies import NO_SETTINGS, Study
 from .style import METHODS, Arm, arm_look, look, scale_of
 
@@ -219,9 +219,7 @@ def papers(method: str) -> Arm:
 
 def _paired(values: np.ndarray) -> Paired:
     """values: differences (seeds, benchmarks, problems)."""
-    found = estimate(values)
-    fields = {name: getattr(found, name) for name in Estimate.__dataclass_fields__}
-    return Paired(**fields, by_seed=tuple(np.nanmean(values, -1).mean(-1).tolist()))
+    return Paired(**fields_of(estimate(values)), by_seed=tuple(np.nanmean(values, -1).mean(-1).tolist()))
 
 
 def _arm_of(row: Mapping[Any, Any]) -> Arm:

@@ -152,6 +152,7 @@ PLACES: dict[str, Callable[[Path], str]] = {
         f"{rate}_{name}": partial(contrast, words=words, start=start)
         for name, words in CONTRASTS_TOLD.items()
         for rate, start in (("chosen", "pocket"), ("fast", FAST))
+        if (name, start) != ("released", FAST)  # which is not of that study
     },
 }
 

@@ -19,7 +19,8 @@ RULES = """## The rules
 the means and variances seen here; "more problems": no number of seeds would. Fewer than three seeds decide nothing. \
 "Benchmarks drawn too": the interval if these benchmarks are a sample of the tasks there are. All intervals of \
 averages got a least spread between seeds on 2026-11-26, after pocket's seeds 10 to 12 had been seen, because two \
-seeds that agree by chance had an interval without width; it changed no verdict of those three seeds."""
+seeds that agree by chance had an interval without width; and two seeds had been enough until then. Neither changed a \
+verdict of those three seeds."""
 CHANCES = """## What the rules can decide
 
 How often each rule comes to which verdict, simulated with the variances and the number of seeds of these results, if \
