@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +24,7 @@ from tspin.gsm_symbolic import tasks
 from tspin.hub import offline
 from tspin.models import resolve
 from tspin.planning.needs import needed
+from tspin.pocket import tasks as pocket_tasks
 from tspin.schema import HELD_OUT
 
 NAMES = ["smollm2-short", "smollm2-long"]
@@ -36,8 +38,11 @@ TINY = ["data.labels=4", "methods.sft.data.labels=4", "evaluation.limit=1", "ite
 def few_solutions(monkeypatch):
     """Pools of a few problems: all held-out labels are scored, whatever the evaluation's limit."""
     monkeypatch.setattr(tasks, "SIZES", {"test": 2, "validation": 3, "labels": 6})
+    monkeypatch.setattr(pocket_tasks, "VALIDATION_PER_TASK", 2)
     tasks.pool.cache_clear()
-    yield
+    with monkeypatch.context() as apart:  # the pocket tasks' pools of this size are this test's alone
+        apart.setattr(pocket_tasks, "pool", cache(pocket_tasks.pool.__wrapped__))
+        yield
     tasks.pool.cache_clear()
 
 
@@ -115,7 +120,6 @@ def test_a_study_from_its_start_to_its_numbers(name, tmp_path, start, few_soluti
     given = yaml.safe_load((REPOSITORY / "experiments" / "studies" / f"{name}.yaml").read_text())
     given |= {"methods": ["base", "sft", "tspin"], "seeds": [10], "overrides": overrides, "prepare": {}}
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(given))
-    monkeypatch.setattr("tspin.pocket.tasks.VALIDATION_PER_TASK", 2)
     sweep = load_sweep(tmp_path / f"{name}.yaml", None, tmp_path / "runs", tmp_path / "results")
     states = run_sweep(sweep, "local", 1, False, True, lambda shown: None)
     assert [state for state, cells in states.items() if cells] == ["finished"]

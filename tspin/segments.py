@@ -13,6 +13,7 @@ each prompt by the causal kernel, and each response with its prompt's keys befor
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ NAME = "tspin_segments"
 WHOLE = 128  # an example of so few tokens is one piece: what its mask hides costs less than more kernels would
 PADDED = 1.25  # a batch of pieces is computed as large as its largest: up to this factor over what is asked for
 FREE = 2**15  # … or this many products of a query and a key, next to which a further kernel costs more
+# How varlen_attn is told that heads share keys; PyTorch before 2.12 has no word for it.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 class Spans(NamedTuple):
@@ -193,10 +196,14 @@ class Varlen:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
         """Attention of a flat run, (tokens, heads, size): queries stand at the end of their keys."""
+        keys, values = (of.index_select(0, self.keys) for of in (key, value))
+        sharing = query.shape[1] // key.shape[1]  # query heads of a key's
+        if sharing > 1 and not GROUPED:
+            keys, values = (of.repeat_interleave(sharing, 1) for of in (keys, values))
         found = varlen_attn(
-            query, key.index_select(0, self.keys), value.index_select(0, self.keys), self.query_ends, self.key_ends,
-            self.most_queries, self.most_keys, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+            query, keys, values, self.query_ends, self.key_ends, self.most_queries, self.most_keys, scale=scale,
             window_size=(-1 if window is None else window - 1, 0),  # a token, and so many before it
+            **(GROUPED if sharing > 1 else {}),
         )  # fmt: skip
         assert isinstance(found, Tensor)
         return found

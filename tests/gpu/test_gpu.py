@@ -123,7 +123,8 @@ def test_memory_is_given_back(memory, device, model_folder, rows, tmp_path):
     module = torch.get_device_module(device)
     play(tmp_path / "run", model_folder, rows)
     give_back()
-    assert module.memory_allocated() < 2**20 and module.memory_reserved() < 2**26
+    cublas = 2**26  # its workspace on Hopper, which PyTorch counts and keeps as long as the process lives
+    assert module.memory_allocated() <= cublas and module.memory_reserved() < 2 * cublas
 
 
 def test_less_is_tried_where_memory_ends(memory, device, tokenizer, rows, tmp_path, capsys):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, linear_cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -63,9 +63,9 @@ def head_rows(vocabulary: int, width: int, tokens: int) -> list[dict]:
         pairs = zip(states.split(chunk), target.split(chunk), strict=True)
         return torch.cat([checkpoint(whole, *pair, use_reentrant=False) for pair in pairs])
 
-    def library(states, target):
+    def library(states, target):  # PyTorch has it since 2.13
         options = torch.nn.LinearCrossEntropyOptions()
-        return linear_cross_entropy(states, weight, target, reduction="none", options=options)
+        return torch.nn.functional.linear_cross_entropy(states, weight, target, reduction="none", options=options)
 
     def liger(states, target):  # one sum of all tokens: it has no weights for sequences, and is here for its time
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
