@@ -148,6 +148,14 @@ def test_a_grid_from_its_file_to_its_report(tmp_path, data_file, model_folder):
     assert f"cell 1 of 1: {cell.title}" in run(sweep)[1]
     again = pd.read_csv(sweep.target.with_suffix(".csv"))
     assert again.drop(columns=["gradient_signal"]).equals(table.drop(columns=["gradient_signal"]))
+    # Two machines that have run different cells have all of them together; of those that both have, one's own stay.
+    files = [path.read_bytes() for path in sorted(sweep.target.parent.glob("tiny*"))]
+    shutil.copytree(sweep.results, tmp_path / "theirs")
+    forget(sweep, cell.name)
+    assert gathering.join(sweep, tmp_path / "theirs").startswith("1 of 6 cells are new; wrote")
+    assert [path.read_bytes() for path in sorted(sweep.target.parent.glob("tiny*"))] == files
+    with pytest.raises(UserError, match="none of the study's cells is in"):
+        gathering.join(sweep, tmp_path / "nowhere")
 
 
 def forget(sweep, name: str) -> None:

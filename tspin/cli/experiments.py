@@ -36,6 +36,9 @@ def sweep(
     wait: Annotated[bool, typer.Option(help="with slurm: until all have ended, or leave them in the queue")] = True,
     runs: Annotated[Path, typer.Option(help="checkpoints, responses, logs")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="tidy numbers, in PRESET/studies/")] = Path("results"),
+    join: Annotated[
+        Path | None, typer.Option(help="another machine's results folder: its cells are added, and nothing is run")
+    ] = None,
 ) -> None:
     """Run methods × seeds × settings, each a run of its own; gather what is finished, which is not run again.
 
@@ -55,10 +58,14 @@ def sweep(
     with importing():
         from rich.console import Console
 
+        from tspin.experiment import gathering
         from tspin.experiment.grid import load_sweep
         from tspin.experiment.jobs import run_sweep
 
     loaded = load_sweep(file, profile, runs, results)
+    if join is not None:
+        sys.stderr.write(f"{gathering.join(loaded, join)}\n")
+        return
     cells = run_sweep(loaded, executor, jobs, retry, wait, Console(stderr=True).print)
     if failed := len(cells["failed"]):
         sys.stderr.write(f"tspin: {failed} of {len(loaded.cells)} cells failed; --retry runs them again\n")

@@ -10,7 +10,7 @@
 <name>.md                where there is a rule of choice: every setting's score, and what the rule chooses
 
 A cell that is in these files is not read or run again, wherever it was run: they can be moved to another machine, which
-then runs what is missing. Delete <name>.csv to start anew.
+then runs what is missing, and what several machines have gathered is joined. Delete <name>.csv to start anew.
 """
 
 import io
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from tspin.errors import UserError
 from tspin.experiment.grid import Cell, Choice, Study, Sweep
 from tspin.experiment.measures import average, measures_of_iteration
 from tspin.experiment.results import read_results, write_problems
@@ -28,6 +29,7 @@ from tspin.runs.files import fingerprint, read_json, write_json, write_text
 from tspin.schema import BASE, CELL, HELD_OUT, RUN, STUDY_MEASURES
 
 KINDS = {"iteration": "Int64"}
+FEW = 6  # cells that a line names
 
 
 class Gathered(NamedTuple):
@@ -39,14 +41,18 @@ class Gathered(NamedTuple):
     provenance: dict[str, Any]
 
 
-def gathered(sweep: Sweep) -> Gathered:
-    """What was gathered of a study's cells, by this machine or another one; those of other settings are left out."""
-    path = sweep.target.with_suffix(".csv")
+def gathered(sweep: Sweep, target: Path | None = None) -> Gathered:
+    """What was gathered of a study's cells, by this machine or another one; those of other settings are left out.
+
+    target: of the files, without suffix; None: the sweep's own.
+    """
+    target = target or sweep.target
+    path = target.with_suffix(".csv")
     if not path.exists():
         return Gathered(pd.DataFrame(columns=[CELL]), pd.DataFrame(columns=[CELL]), {}, {})
     measures = pd.read_csv(path, dtype=KINDS)
-    problems = pd.read_parquet(_beside(sweep, "_problems.parquet")).astype(KINDS)
-    record = read_json(_beside(sweep, "_provenance.json"))
+    problems = pd.read_parquet(_beside(target, "_problems.parquet")).astype(KINDS)
+    record = read_json(_beside(target, "_provenance.json"))
     names = {cell.name for cell in sweep.cells} & set(measures[CELL])
     made = {name: what for name, what in record["made"].items() if name in names}
     kept = {key: record["provenance"][key] for what in made.values() for key in what["provenance"]}
@@ -59,14 +65,39 @@ def gather(sweep: Sweep, finished: Sequence[Cell]) -> str:
     new = [cell for cell in finished if cell.name not in known.made]
     if not new and not known.made:
         return "no cell has finished: there is nothing to gather"
-    made, provenance = dict(known.made), dict(known.provenance)
+    made: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
     for cell in new:
         seconds, entries = made_by(cell)
         provenance |= {fingerprint(entry)[:12]: entry for entry in entries}
         made[cell.name] = {"seconds": seconds, "provenance": [fingerprint(entry)[:12] for entry in entries]}
+    measures, problems = ([of(cell) for cell in new] for of in (measures_of, problems_of_cell))
+    return _write(sweep, [known, Gathered(_together(measures), _together(problems), made, provenance)])
+
+
+def join(sweep: Sweep, results: Path) -> str:
+    """Add what another machine has gathered of a study, in its own results folder; returns a line as `gather` does.
+
+    Of a cell that both have, this machine's numbers stay. Raises UserError where the folder has none of the cells.
+    """
+    target = results / sweep.target.relative_to(sweep.results)
+    known, theirs = gathered(sweep), gathered(sweep, target)
+    if not theirs.made:
+        raise UserError(f"--join {results}: none of the study's cells is in {target.with_suffix('.csv')}")
+    made = {name: what for name, what in theirs.made.items() if name not in known.made}
+    measures, problems = (table[table[CELL].isin(set(made))] for table in (theirs.measures, theirs.problems))
+    used = {key: theirs.provenance[key] for what in made.values() for key in what["provenance"]}
+    written = _write(sweep, [known, Gathered(measures, problems, made, used)])
+    return f"{len(made)} of {len(theirs.made)} cells are new; {written}"
+
+
+def _write(sweep: Sweep, parts: Sequence[Gathered]) -> str:
+    """Replace the files by these cells, in the study's order."""
+    made = {name: what for part in parts for name, what in part.made.items()}
+    provenance = {key: entry for part in parts for key, entry in part.provenance.items()}
     order = [cell.name for cell in sweep.cells]
-    problems = _in_order(pd.concat([known.problems, *map(problems_of_cell, new)], ignore_index=True), order)
-    measures = _in_order(pd.concat([known.measures, *map(measures_of, new)], ignore_index=True), order)
+    problems = _in_order(_together([part.problems for part in parts]), order)
+    measures = _in_order(_together([part.measures for part in parts]), order)
     settings = dict.fromkeys(name for cell in sweep.cells for name, _ in cell.setting)
     buffer = io.StringIO()
     measures = measures.reindex(columns=[CELL, *settings, *RUN, *STUDY_MEASURES])
@@ -74,13 +105,21 @@ def gather(sweep: Sweep, finished: Sequence[Cell]) -> str:
     missing = [cell.title for cell in sweep.cells if cell.name not in made]
     cells = {"finished": len(made), "missing": missing}
     facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": sum(w["seconds"] for w in made.values())}
-    write_problems(_beside(sweep, "_problems.parquet"), problems)
-    write_json(_beside(sweep, "_provenance.json"), {**facts, "cells": cells, "provenance": provenance, "made": made})
+    write_problems(_beside(sweep.target, "_problems.parquet"), problems)
+    record = {**facts, "cells": cells, "provenance": provenance, "made": made}
+    write_json(_beside(sweep.target, "_provenance.json"), record)
     path = sweep.target.with_suffix(".csv")
     write_text(path, buffer.getvalue())  # last: what it lists is there
     if sweep.study.choose is not None:
         write_text(path.with_suffix(".md"), report(sweep.study, path, complete=not missing))
-    return f"wrote {path}" + (f"; missing: {', '.join(missing)}" if missing else "")
+    more = [f"and {len(missing) - FEW} more"] if len(missing) > FEW else []  # the record has all
+    return f"wrote {path}" + (f"; missing: {', '.join([*missing[:FEW], *more])}" if missing else "")
+
+
+def _together(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Their rows; those without any, whose columns have no types, are left out."""
+    full = [table for table in tables if len(table)]
+    return pd.concat(full, ignore_index=True) if full else pd.DataFrame(columns=[CELL])
 
 
 def measures_of(cell: Cell) -> pd.DataFrame:
@@ -122,8 +161,8 @@ def made_by(cell: Cell) -> tuple[int, list[dict[str, Any]]]:
     return round(seconds), list(entries.values())
 
 
-def _beside(sweep: Sweep, ending: str) -> Path:
-    return sweep.target.with_name(f"{sweep.target.name}{ending}")
+def _beside(target: Path, ending: str) -> Path:
+    return target.with_name(f"{target.name}{ending}")
 
 
 def _of_run(table: pd.DataFrame, cell: Cell) -> pd.DataFrame:

@@ -174,7 +174,7 @@ class Cell(Checkpointable):
 class Sweep:
     """A study as it was read, with its cells: all of a seed, then those of the next, so that what there is compares.
 
-    folder: of runs, states and logs. target: of results, without suffix.
+    folder: of runs, states and logs. results: the folder that all results are in; target: this study's, without suffix.
     """
 
     path: Path
@@ -182,6 +182,7 @@ class Sweep:
     cells: list[Cell]
     submitit: dict[str, Any]
     folder: Path
+    results: Path
     target: Path
 
 
@@ -234,7 +235,8 @@ def load_sweep(file: Path, profile: Path | None, runs: Path, results: Path) -> S
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     cells = list({cell.name: cell for cell in cells}.values())  # parts may have cells in common
-    return Sweep(path, studies[0], cells, machines.submitit, place, results / preset / "studies" / path.stem)
+    target = results / preset / "studies" / path.stem
+    return Sweep(path, studies[0], cells, machines.submitit, place, results, target)
 
 
 def leave_to_queue(number: int) -> None:
