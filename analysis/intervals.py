@@ -125,7 +125,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Share(Estimate):
-    """A share of `count` outcomes, at most `whole`: at either end its interval is Wilson's, (0, z² / (count + z²)).
+    """A share of `count` outcomes, from 0 to `whole`, as is its interval: at either end Wilson's, (0, z² / (count + z²)).
 
     Seeds that answer the same problems are one sample of them: `count` is one seed's.
     """
@@ -136,12 +136,13 @@ class Share(Estimate):
     @property
     def low(self) -> Any:
         """Lower end of the 95 % interval."""
-        return np.where(np.greater_equal(self.mean, self.whole), self.whole - self._reach, super().low)[()]
+        inner = np.maximum(super().low, 0)
+        return np.where(np.greater_equal(self.mean, self.whole), self.whole - self._reach, inner)[()]
 
     @property
     def high(self) -> Any:
         """Upper end of the 95 % interval."""
-        return np.where(np.less_equal(self.mean, 0), self._reach, super().high)[()]
+        return np.where(np.less_equal(self.mean, 0), self._reach, np.minimum(super().high, self.whole))[()]
 
     @property
     def _reach(self) -> float:
@@ -158,7 +159,8 @@ def none_of(count: int) -> float:
 
 def share(found: Estimate, count: int, whole: float = 1.0) -> Share:
     """An estimate that is one of a share, of `count` outcomes a seed."""
-    return Share(**fields_of(found), whole=whole, count=count)
+    wide = share(found.wide, count, whole) if found.wide else None
+    return Share(**{**fields_of(found), "wide": wide}, whole=whole, count=count)
 
 
 def fields_of(found: Estimate) -> dict[str, Any]:

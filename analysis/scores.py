@@ -87,7 +87,13 @@ class Scores:
             values = self.values(policy)
             found = dict(zip([*self.labels, AVG], estimates(values), strict=True))
             problems = dict(zip(self.labels, (~np.isnan(values[0])).sum(-1).tolist(), strict=True))
-            shares = {name: share(found[name], count, 100) for name, count in problems.items() if name in self._shares}
+            if self._shares.issuperset(self.labels):  # then their mean is one too
+                problems[AVG] = sum(problems.values())
+            shares = {
+                name: share(found[name], count, 100)
+                for name, count in problems.items()
+                if name in self._shares or name == AVG
+            }
             self._means[policy] = {**found, **shares}
         return self._means[policy][label]
 

@@ -131,6 +131,13 @@ def test_a_share_of_none_or_all_has_wilsons_interval():
     assert (share(other, 50, 100).low, share(other, 50, 100).high) == (other.low, other.high)
 
 
+def test_a_shares_interval_ends_where_shares_do():
+    few = estimate(np.broadcast_to(np.array([0.0, 1.0, 8.0])[:, None, None], (3, 2, 200)))
+    assert few.low < 0 and (share(few, 200, 100).low, share(few, 200, 100).high) == (0, few.high)
+    many = estimate(100 - np.broadcast_to(np.array([0.0, 1.0, 8.0])[:, None, None], (3, 2, 200)))
+    assert many.high > 100 and (share(many, 200, 100).low, share(many, 200, 100).high) == (many.low, 100)
+
+
 def test_missing_problems():
     values = scores(5, 40, 0)
     values[:, 1, 20:] = np.nan
