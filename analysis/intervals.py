@@ -125,7 +125,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Share(Estimate):
-    """A share of `count` outcomes, from 0 to `whole`, as is its interval: at either end Wilson's, (0, z² / (count + z²)).
+    """A share of `count` outcomes, from 0 to `whole`, as its interval is: at an end Wilson's, (0, z² / (count + z²)).
 
     Seeds that answer the same problems are one sample of them: `count` is one seed's.
     """

@@ -3,6 +3,7 @@
 Its table, results/<preset>/studies/map.csv, has the settings path (the start: the initial policy), temperature, lam,
 history and alpha; where an arm leaves one empty, the preset's own holds (OWN). Beside it stand, where they were run,
 the studies `proto` (proto_model: y0 of another model) and `rate` (learning_rate): a rate is a start of its own here.
+Of another preset the study of its own name is its map (`smollm2-short`): of one start, which its preset names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -107,11 +108,17 @@ class Found(NamedTuple):
     corrected: float
 
 
+def study_of(folder: Path) -> Path:
+    """The study that is the map of a preset's results, whether it was run or not."""
+    own = folder / "studies" / f"{folder.name}.csv"
+    return own if own.is_file() else own.with_stem("map")
+
+
 class Map:
     """The study `map` of a preset's results. Raises UserError where it is missing, is empty or sets what is unknown."""
 
     def __init__(self, folder: Path):
-        self.study = Study(folder, "map", BESIDE)
+        self.study = Study(folder, study_of(folder).stem, BESIDE)
         table = self.study.table
         if unknown := {str(name) for name in table} - NO_SETTINGS - {*OWN, RATE}:
             raise UserError(f"{self.study.path}: sets {', '.join(sorted(unknown))}, which the map does not know")

@@ -19,13 +19,14 @@ from .verdicts import VERDICTS
 
 FILES = ("README.md", "results/README.md", "results/benchmarks/README.md")
 PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
-POCKET = Path("reference", "pocket")  # the committed results
+POCKET, REAL, LONG = (Path("reference", preset) for preset in ("pocket", "smollm2-short", "smollm2-long"))  # committed
+LAST = 2  # iteration of SmolLM2's presets
 FLOAT32 = "cpu-float32"  # a benchmark's folder
 
 
-def average(results: Path, method: str, iteration: int | None = None) -> str:
+def average(results: Path, method: str, iteration: int | None = None, preset: Path = POCKET) -> str:
     """The average of a method at an iteration with its interval, such as 40.8 [39.7, 41.9]."""
-    table = pd.read_csv(results / POCKET / "intervals.csv", dtype={"iteration": "Int64"})
+    table = pd.read_csv(results / preset / "intervals.csv", dtype={"iteration": "Int64"})
     table = table[(table["benchmark"] == "Avg") & (table["method"] == method)]
     row = table[table["iteration"].isna() if iteration is None else table["iteration"] == iteration].iloc[0]
     return f"{row['mean']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
@@ -55,9 +56,9 @@ def difference(results: Path) -> str:
     return found[1].replace("-", "−")
 
 
-def verdicts(results: Path) -> str:
+def verdicts(results: Path, preset: Path = POCKET) -> str:
     """How many parts of the claims have which verdict, in words."""
-    claims = pd.read_json(results / POCKET / "claims.json")["claims"]
+    claims = pd.read_json(results / preset / "claims.json")["claims"]
     parts = [part for claim in claims for part in claim["parts"] if part in VERDICTS]
     counts = ", ".join(f"{parts.count(verdict)} {verdict}" for verdict in VERDICTS)
     return f"of {len(parts)} parts {counts}"
@@ -72,11 +73,12 @@ def misaligned_spin(results: Path) -> str:
     return f"{share[1]} %"
 
 
-def contrast(results: Path, words: str, start: str) -> str:
-    """A contrast of the map after the last iteration, y′ sampled; with its interval where the seeds are ENOUGH."""
-    contrasts = map_of(results / POCKET).contrasts()
-    (each,) = (each for each in contrasts if (each.contrast.words, each.place) == (words, Place(start, 1.0)))
-    found = each.difference
+def contrast(results: Path, words: str, place: Place, preset: Path = POCKET) -> str:
+    """A contrast of the map after the last iteration; with its interval where the seeds are ENOUGH."""
+    contrasts = map_of(results / preset).contrasts()
+    found = next((each.difference for each in contrasts if (each.contrast.words, each.place) == (words, place)), None)
+    if found is None:
+        return "not run"
     text = f"{found:+.1f}" if found.seeds >= ENOUGH else f"{found.mean:+.1f}"
     return f"{text} ({found.seeds} seed{'s' if found.seeds > 1 else ''})".replace("-", "−")
 
@@ -120,12 +122,21 @@ def example(results: Path) -> str:
 
 CONTRASTS_TOLD = {
     "papers": "T-SPIN − SPIN, the papers' scales: α 1, λ 0.1",
+    "low": "T-SPIN − SPIN, both scales 0.1",
     "like": "T-SPIN − SPIN, both scales 1",
     "released": "T-SPIN − SPIN, SPIN as released",
     "history": "T-SPIN − T-SPIN w/o H-A, α 1",
     "reference": "T-SPIN_ref − T-SPIN, α 1",
     "alpha": "T-SPIN, α 1 − α 0.1",
     "lam": "SPIN, λ 1 − λ 0.1",
+}
+CHOSEN, GREEDY, AT_TEN_TIMES = Place("pocket", 1.0), Place("pocket", 0.0), Place(FAST, 1.0)
+COLUMNS = {  # of the map as results/README.md tells it
+    "chosen": (CHOSEN, POCKET),
+    "greedy": (GREEDY, POCKET),
+    "fast": (AT_TEN_TIMES, POCKET),
+    "real": (CHOSEN, REAL),
+    "long": (CHOSEN, LONG),
 }
 PLACES: dict[str, Callable[[Path], str]] = {
     "times": times,
@@ -149,11 +160,18 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "over_live_float32": lambda results: f"{steps(results, 'tspin shared', 'SPIN, live reference', FLOAT32):.2f}",
     "faults": faults,
     **{
-        f"{rate}_{name}": partial(contrast, words=words, start=start)
+        f"{column}_{name}": partial(contrast, words=words, place=place, preset=preset)
         for name, words in CONTRASTS_TOLD.items()
-        for rate, start in (("chosen", "pocket"), ("fast", FAST))
-        if (name, start) != ("released", FAST)  # which is not of that study
+        for column, (place, preset) in COLUMNS.items()
     },
+    **{
+        f"{column}_{method}": partial(average, method=method, iteration=iteration, preset=preset)
+        for column, preset in (("real", REAL), ("long", LONG))
+        for method, iteration in (("base", None), ("sft", None), ("spin", LAST), ("tspin", LAST))
+    },
+    "real_tspin_reference": partial(average, method="tspin_reference", iteration=LAST, preset=REAL),
+    "real_verdicts": partial(verdicts, preset=REAL),
+    "long_verdicts": partial(verdicts, preset=LONG),
 }
 
 

@@ -33,6 +33,7 @@ from .cells import Absent, Cell, Cells, sentence
 from .claims import scorecard
 from .curves import CURVES, average_by_iteration
 from .figures import FIGURES
+from .map import study_of
 from .map_text import map_text
 from .reading import COMMITTED, read_scores, read_suite
 from .responses import response_caption, response_cells, response_table
@@ -349,7 +350,7 @@ def _studies(folder: Path) -> dict[str, str]:
 
 
 def _has_map(folder: Path) -> bool:
-    return (folder / "studies" / "map.csv").is_file()
+    return study_of(folder).is_file()
 
 
 def _figures(gathered: Gathered, titles: dict[str, str]) -> list[Picture]:

@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +30,7 @@ from experiments.checks.benchmark.workload import (
     DEVICE,
     EVEN,
     FULL,
+    LARGE,
     MIXES,
     SHAPES,
     TINY,
@@ -56,7 +58,10 @@ def step_rows(shape: str, sizes: Sizes, rate: float) -> list[dict]:
     rows = []
     for mix, share in MIXES.items():
         batch = triplets(sizes.batch, sizes.tokens, share)
-        contenders = {k: v for k, v in installed().items() if mix == EVEN or k not in sizes.even_alone}
+        left_out = [] if mix == EVEN else sizes.even_alone
+        contenders = {k: v for k, v in installed().items() if k not in left_out}
+        if shape == LARGE:
+            contenders = {k: v for k, v in contenders.items() if k in sizes.large_alone}
         steps = {name: contender.make(build(shape), batch) for name, contender in contenders.items()}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(sizes.rounds + 1):
@@ -144,21 +149,24 @@ def main() -> None:
         parser.error("--tiny needs --out FOLDER: results/ is for real measurements")
     start = time.monotonic()
     first, options = sizes.shapes[0], ["--tiny"] if arguments.tiny else []
-    tables = {"memory": [row for shape in sizes.shapes for row in memory_rows(shape, sizes, options)]}
     rate = matmul_rate(sizes.matrix)
     print(f"matrix product in {str(ARITHMETIC).removeprefix('torch.')}: {rate / 1e9:.0f} GFLOP/s", flush=True)
-    tables["steps"] = [row for shape in sizes.shapes for row in step_rows(shape, sizes, rate)]
-    tables["growth"] = growth_rows(first, sizes)
-    tables["attention"] = attention_rows(first, sizes)
-    tables["balance"] = balance_rows(sizes)
-    tables["heads"] = head_rows(*sizes.head)
-    tables["sampling"] = sampling_rows(sizes.prompts)
-    tables["profile"] = profile_rows(first, sizes)
+    tables: dict[str, Callable[[], list[dict]]] = {
+        "memory": lambda: [row for shape in sizes.shapes for row in memory_rows(shape, sizes, options)],
+        "steps": lambda: [row for shape in sizes.shapes for row in step_rows(shape, sizes, rate)],
+        "growth": lambda: growth_rows(first, sizes),
+        "attention": lambda: attention_rows(first, sizes),
+        "balance": lambda: balance_rows(sizes),
+        "heads": lambda: head_rows(*sizes.head),
+        "sampling": lambda: sampling_rows(sizes.prompts),
+        "profile": lambda: profile_rows(first, sizes),
+    }
     kind = "gpu" if DEVICE == "cuda" else "cpu" if ARITHMETIC == torch.bfloat16 else "cpu-float32"
     folder = (arguments.out or Path("results/benchmarks")) / kind
     facts = {"matmul_flops_per_second": round(rate), "micro_batch_tokens": MICRO_BATCH_TOKENS, "rounds": sizes.rounds}
     facts["arithmetic"] = str(ARITHMETIC).removeprefix("torch.")
-    write_evidence(folder, {name: pd.DataFrame(rows) for name, rows in tables.items()}, start, **facts)
+    for name, measure in tables.items():  # each is written when it is there: what ends early leaves them
+        write_evidence(folder, {name: pd.DataFrame(measure())}, start, **facts)
 
 
 if __name__ == "__main__":

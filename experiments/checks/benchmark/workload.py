@@ -23,12 +23,13 @@ EVEN = "even 1:1"
 MIXES = {"prompt-heavy 4:1": 0.8, EVEN: 0.5, "response-heavy 1:4": 0.2}  # the prompt's share of prompt + response
 VOCABULARY = 700  # ids drawn: in every model's vocabulary
 
+LARGE = "Mistral-7B, 4 layers"  # 16 GB with gradients and the optimizer's state
 SHAPES = {
     "SmolLM2-135M": LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
     ),
-    "Mistral-7B, 4 layers": MistralConfig(num_hidden_layers=4, sliding_window=None),
+    LARGE: MistralConfig(num_hidden_layers=4, sliding_window=None),
     "tiny": LlamaConfig(
         vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True,
@@ -46,6 +47,7 @@ class Sizes:
     batch: int = 8
     memory_batch: int = 16
     even_alone: tuple[str, ...] = ("tspin concatenated", "spin padded", "SPIN, live reference")  # not in other mixes
+    large_alone: tuple[str, ...] = ("tspin shared", "tspin padded", "TRL DPO")  # of LARGE: a GPU holds three at once
     weighed: tuple[str, ...] = ("tspin shared", "tspin padded", "tspin concatenated", "TRL DPO", "SPIN, live reference")
     rounds: int = 3
     batches: tuple[int, ...] = (1, 4, 16, 64)
@@ -59,8 +61,10 @@ class Sizes:
 
 
 ARITHMETIC = torch.bfloat16 if multiplies_bfloat16() else torch.float32  # of every step
-FULL = Sizes(shapes=tuple(name for name in SHAPES if name != "tiny" and (DEVICE == "cuda" or "Mistral" not in name)))
-if ARITHMETIC == torch.float32:  # three times as slow, in twice the memory
+FULL = Sizes(shapes=tuple(name for name in SHAPES if name != "tiny" and (DEVICE == "cuda" or name != LARGE)))
+if DEVICE == "cuda":  # a step of 8 short prompts is all launches of kernels there, whoever makes it
+    FULL = replace(FULL, batch=32, memory_batch=32, tokens=256)
+elif ARITHMETIC == torch.float32:  # three times as slow, in twice the memory
     FULL = replace(FULL, batch=4, memory_batch=8, batches=(1, 4, 16), lengths=(256, 1024, 4096))
 TINY = Sizes(
     shapes=("tiny",), matrix=256, tokens=16, batch=2, memory_batch=2, weighed=("tspin shared", "TRL DPO"), rounds=1,
