@@ -80,7 +80,7 @@ def contrast(results: Path, words: str, place: Place, preset: Path = POCKET) -> 
     if found is None:
         return "not run"
     text = f"{found:+.1f}" if found.seeds >= ENOUGH else f"{found.mean:+.1f}"
-    return f"{text} ({found.seeds} seed{'s' if found.seeds > 1 else ''})".replace("-", "−")
+    return f"{text} (n={found.seeds})".replace("-", "−")
 
 
 def steps(results: Path, step: str, over: str = "tspin shared", machine: str = "cpu") -> float:

@@ -331,6 +331,7 @@ def test_the_rule_of_choice(choice, expected):
 
 
 SWEEPS = ("sweep-rate", "sweep-scale")
+SMOLLM2_SWEEP = "smollm2-rate"
 REAL_MODELS = ("smollm2-short", "smollm2-long", "zephyr-7b")  # drawn as `tspin run`'s results are
 
 
@@ -357,14 +358,15 @@ def test_every_committed_study_is_whole(path):
     assert load_sweep(path, None, Path("runs"), Path("results")).cells
 
 
-def test_the_sweeps_have_the_same_budget_for_every_method():
-    cells = [cell for name in SWEEPS for cell in load_sweep(Path(name), None, Path("runs"), Path("results")).cells]
+@pytest.mark.parametrize("names", [SWEEPS, (SMOLLM2_SWEEP,)], ids=["pocket", "smollm2"])
+def test_the_sweeps_have_the_same_budget_for_every_method(names):
+    cells = [cell for name in names for cell in load_sweep(Path(name), None, Path("runs"), Path("results")).cells]
     counts = Counter(cell.method for cell in cells)
     assert set(counts) == {"spin", "tspin", "sft"} and len(set(counts.values())) == 1
 
 
 def test_studies_are_drawn():
-    assert {path.stem for path in FILES} == figures.STUDIES | {*SWEEPS, *REAL_MODELS}
+    assert {path.stem for path in FILES} == figures.STUDIES | {*SWEEPS, SMOLLM2_SWEEP, *REAL_MODELS}
 
 
 @pytest.mark.parametrize(

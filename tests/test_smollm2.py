@@ -91,10 +91,11 @@ def test_the_study_starts_from_what_it_prepares(name):
     assert words[words.index("--out") + 1] == folder and words[words.index("--preset") + 1] == name
     assert words[words.index("--start") + 1] == SMOLLM2
     assert f"model.revision={load_config('smollm2').model.revision}" in words
-    assert min(sweep.study.seeds) >= 10 and {cell.method for cell in sweep.cells} == {"base", *config.methods}
-    # What the preset says is trained where `tspin run` trains it; the other scale of the reward is the study's own.
+    assert min(sweep.study.seeds) >= 10 and {cell.method for cell in sweep.cells} >= {"base", *config.methods}
+    # What the preset says is trained where `tspin run` trains it; the other scales of the rewards are the study's own.
     own = {(cell.method, *cell.setting): cell.runs == "runs" for cell in sweep.cells}
-    assert [key for key, there in own.items() if not there] == [("tspin", ("alpha", "0.1"))]
+    scales = [("spin", ("lam", "1.0")), ("tspin", ("alpha", "0.1"))]
+    assert [key for key, there in own.items() if not there] == [key for key in scales if key in own]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,6 +120,7 @@ def test_a_study_from_its_start_to_its_numbers(name, tmp_path, start, few_soluti
     overrides = [*TINY, f"model.path={start}"]
     given = yaml.safe_load((REPOSITORY / "experiments" / "studies" / f"{name}.yaml").read_text())
     given |= {"methods": ["base", "sft", "tspin"], "seeds": [10], "overrides": overrides, "prepare": {}}
+    given["grids"].pop("spin", None)
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(given))
     sweep = load_sweep(tmp_path / f"{name}.yaml", None, tmp_path / "runs", tmp_path / "results")
     states = run_sweep(sweep, "local", 1, False, True, lambda shown: None)
