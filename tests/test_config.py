@@ -237,7 +237,7 @@ def test_the_committed_results_can_be_added_to():
     assert found == json.loads(json.dumps(wanted, default=str))
 
 
-@pytest.mark.parametrize("preset", ["pocket", "smollm2"])
+@pytest.mark.parametrize("preset", ["pocket", "smollm2-short", "smollm2-long"])
 def test_the_committed_results_are_those_of_their_preset(preset):
     recorded = load_recorded(REPOSITORY / "results" / "reference" / preset / "provenance.json", None, None, None)
     assert recorded.config.tree() == load_config(preset).tree()
@@ -284,3 +284,23 @@ def test_the_papers_presets_are_its_set_up(name):
     for silent in ("learning_rate", "lr_scheduler_type", "num_train_epochs", "temperature", "max_new_tokens"):
         lines = [line.strip() for line in text.splitlines() if line.strip().startswith(f"{silent}:")]
         assert lines and all("ours" in line or line == stated for line in lines), silent
+
+
+def test_a_preset_starts_from_another(tmp_path):
+    """Section by section; its own keys come on top, and a circle ends in a line."""
+    greedy, pocket = load_config("pocket-greedy"), load_config("pocket")
+    assert (greedy.training.temperature, pocket.training.temperature) == (0.0, 1.0)
+    assert greedy == load_config("pocket", ["temperature=0.0"])
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: pocket-greedy\nmethods: {tspin: {alpha: 0.1}}\ndata: {labels: 8}\n")
+    config = load_config(str(mine))
+    assert config.methods["tspin"] == {"alpha": 0.1, "beta": 0.1} and config.methods["spin"] == {"lam": 0.1}
+    assert (config.data.path, config.data.labels, config.training.temperature) == ("pocket", 8, 0.0)
+    for text, said in {
+        "extends: mine.yaml": "in no circle", "extends: [pocket]": "is the name of another preset",
+        "extends: pockett": "did you mean 'pocket'", "extends: list.yaml": "which holds no settings",
+    }.items():  # fmt: skip
+        (tmp_path / "list.yaml").write_text("- 1")
+        mine.write_text(text.replace("mine.yaml", str(mine)).replace("list.yaml", str(tmp_path / "list.yaml")))
+        with pytest.raises(UserError, match=said):
+            load_config(str(mine))

@@ -17,7 +17,7 @@ from tspin.errors import UserError, unknown
 from tspin.objectives import METHODS, find_method
 from tspin.schema import BASE
 from tspin.sections import Section, check_names, mapping, read
-from tspin.yaml_files import find_yaml, overridden, read_yaml
+from tspin.yaml_files import find_yaml, overridden, read_extended
 
 PRESETS, SUITES = "experiments/presets", "experiments/suites"
 COEFFICIENTS = {coefficient.name: coefficient for method in METHODS.values() for coefficient in method.coefficients}
@@ -56,9 +56,12 @@ def check_preset(name_or_path: str, overrides: Iterable[str] = ()) -> dict[str, 
 
 
 def read_preset(name_or_path: str) -> tuple[Mapping[str, Any], str]:
-    """What a preset of experiments/ or a YAML file says, and what messages on it begin with. Raises UserError."""
+    """What a preset of experiments/ or a YAML file says, and what messages on it begin with. Raises UserError.
+
+    `extends: <name>` starts from another preset; what the file says itself comes on top, section by section.
+    """
     path = find_yaml(name_or_path, PRESETS, "preset")
-    return mapping(read_yaml(path), str(path)), f"{path.name}: "
+    return mapping(read_extended(path, PRESETS, "preset"), str(path)), f"{path.name}: "
 
 
 def check_config(tree: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "") -> dict[str, Any]:

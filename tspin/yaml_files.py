@@ -59,6 +59,29 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
 
 
+def read_extended(path: Path, folder: str, what: str, extended: tuple[Path, ...] = ()) -> Any:
+    """What a YAML file holds, on top of what the file holds that it `extends`: a name of `folder`, or a path.
+
+    Mappings are merged key by key; all else replaces what was there. Raises UserError, also for a circle of files.
+    """
+    tree = read_yaml(path)
+    if not isinstance(tree, dict) or "extends" not in tree:
+        return tree
+    base = tree.pop("extends")
+    if path.resolve() in extended or not isinstance(base, str):
+        raise UserError(f"{path}: `extends` is the name of another {what}, in no circle (got {base!r})")
+    below = read_extended(find_yaml(base, folder, what), folder, what, (*extended, path.resolve()))
+    if not isinstance(below, dict):
+        raise UserError(f"{path}: extends {base}, which holds no settings")
+    return _merged(below, tree)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(below[key], value) for key, value in above.items()
+            if isinstance(value, dict) and isinstance(below.get(key), dict)}  # fmt: skip
+    return {**below, **above, **both}
+
+
 def overridden(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `tree` with `key.path=value` overrides, in their order. Raises UserError."""
     changed = copy.deepcopy(dict(tree))

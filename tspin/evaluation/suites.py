@@ -17,7 +17,7 @@ from tspin.errors import UserError
 from tspin.names import SUITES
 from tspin.runs.files import fingerprint
 from tspin.sections import Section, read
-from tspin.yaml_files import find_yaml, read_yaml
+from tspin.yaml_files import find_yaml, read_extended
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,11 +124,14 @@ def check_chat_template(suite: Suite, tokenizer: "PreTrainedTokenizerBase") -> N
 def load_suite(name_or_path: str | Path) -> Suite:
     """The suite in a YAML file, or of that name in `experiments/suites`.
 
-    `extends: <name>` at the top of a file starts from another suite; its other keys replace that one's.
+    `extends: <name>` at the top of a file starts from another suite; what it says itself comes on top.
     Raises UserError for an unknown name and for a file with unknown keys or bad values.
     """
     path = find_yaml(str(name_or_path), SUITES, "suite")
-    return read(Suite, _settings(path), f"{path}: ")
+    settings = read_extended(path, SUITES, "suite")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: a suite is a mapping with the key `columns`")
+    return read(Suite, settings, f"{path}: ")
 
 
 def tabulated(scores: pd.DataFrame, suite: Suite) -> pd.DataFrame:
@@ -143,16 +146,3 @@ def tabulated(scores: pd.DataFrame, suite: Suite) -> pd.DataFrame:
             raise UserError(f"{column.benchmark} has no metric {column.metric!r}; lm-eval reported: {metrics}")
     order = pd.DataFrame([{"benchmark": column.benchmark, "metric": column.metric} for column in suite.columns])
     return order.merge(scores, on=["benchmark", "metric"], how="left")[list(scores.columns)]
-
-
-def _settings(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A suite file's settings on top of those of the suites that it extends. Raises UserError."""
-    settings = read_yaml(path)
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: a suite is a mapping with the key `columns`")
-    base = settings.pop("extends", None)
-    if base is None:
-        return settings
-    if path.resolve() in extended or not isinstance(base, str):
-        raise UserError(f"{path}: `extends` is the name of another suite, in no circle (got {base!r})")
-    return {**_settings(find_yaml(base, SUITES, "suite"), (*extended, path.resolve())), **settings}
