@@ -25,7 +25,7 @@ from tspin.errors import UserError, tell
 from tspin.objectives import find_method
 from tspin.runs.files import atomic_path, json_text, read_json
 from tspin.schema import BASE, unit
-from tspin.yaml_files import find_yaml
+from tspin.yaml_files import find_yaml, lineage
 
 from . import benchmarks
 from .agreement import beside
@@ -60,6 +60,7 @@ MAP = {
     "map_course": "Average by iteration",
     "map_entropy": "What changes on the way",
 }
+PRESETS = "experiments/presets"
 OURS = re.compile(r"( *)(\w+):.*?(?:#\s*ours\b[:,]?\s*(.*))?")
 ESTIMATE = re.compile(r": ([+−-]?[\d.]+%? \[.*?\])")
 
@@ -216,7 +217,9 @@ def settings_of(gathered: Gathered) -> list[Setting]:
     config = gathered.files.get("config.json", {}).get("config", {})
     name = gathered.folder.name
     try:
-        marks = ours_of(find_yaml(name, "experiments/presets", "preset").read_text(encoding="utf-8"))
+        preset = find_yaml(name, PRESETS, "preset")
+        texts = [file.read_text(encoding="utf-8") for file in lineage(preset, PRESETS, "preset")]
+        marks = {key: mark for text in texts for key, mark in ours_of(text).items()}
     except UserError:
         marks = {}
         gathered.left_out.append(f"no preset {name} is here: which of the settings are ours is not said")

@@ -59,21 +59,30 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
 
 
-def read_extended(path: Path, folder: str, what: str, extended: tuple[Path, ...] = ()) -> Any:
-    """What a YAML file holds, on top of what the file holds that it `extends`: a name of `folder`, or a path.
+def lineage(path: Path, folder: str, what: str) -> list[Path]:
+    """A YAML file and, before it, those that it `extends`, each by a name of `folder` or a path. Raises UserError."""
+    files = [path]
+    while isinstance(tree := read_yaml(files[0]), dict) and "extends" in tree:
+        base = tree["extends"]
+        below = find_yaml(base, folder, what) if isinstance(base, str) else None
+        if below is None or any(below.samefile(file) for file in files):
+            raise UserError(f"{files[0]}: `extends` is the name of another {what}, in no circle (got {base!r})")
+        files.insert(0, below)
+    return files
 
-    Mappings are merged key by key; all else replaces what was there. Raises UserError, also for a circle of files.
+
+def read_extended(path: Path, folder: str, what: str) -> Any:
+    """What a YAML file holds, on top of what it extends: mappings are merged key by key, all else is replaced.
+
+    Raises UserError.
     """
-    tree = read_yaml(path)
-    if not isinstance(tree, dict) or "extends" not in tree:
-        return tree
-    base = tree.pop("extends")
-    if path.resolve() in extended or not isinstance(base, str):
-        raise UserError(f"{path}: `extends` is the name of another {what}, in no circle (got {base!r})")
-    below = read_extended(find_yaml(base, folder, what), folder, what, (*extended, path.resolve()))
-    if not isinstance(below, dict):
-        raise UserError(f"{path}: extends {base}, which holds no settings")
-    return _merged(below, tree)
+    files = lineage(path, folder, what)
+    whole, *above = [read_yaml(file) for file in files]
+    for file, tree in zip(files[1:], above, strict=True):
+        if not isinstance(whole, dict):
+            raise UserError(f"{file}: extends {tree['extends']}, which holds no settings")
+        whole = _merged(whole, {key: value for key, value in tree.items() if key != "extends"})
+    return whole
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
