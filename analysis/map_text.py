@@ -87,7 +87,8 @@ def _avg(known: Map, rows: pd.DataFrame) -> str:
     if rows.empty:
         return MISSING
     mean = known.study.averaged(["method"], rows).iloc[0]
-    return f"{mean['avg']:.1f} [{mean['avg'] - mean['half']:.1f}, {mean['avg'] + mean['half']:.1f}]"
+    low, high = max(mean["avg"] - mean["half"], 0), min(mean["avg"] + mean["half"], 100)  # of shares, in percent
+    return f"{mean['avg']:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _course(rows: pd.DataFrame, column: str, form: str) -> str:
