@@ -3,7 +3,7 @@
 Its table, results/<preset>/studies/map.csv, has the settings path (the start: the initial policy), temperature, lam,
 history and alpha; where an arm leaves one empty, the preset's own holds (OWN). Beside it stand, where they were run,
 the studies `proto` (proto_model: y0 of another model) and `rate` (learning_rate): a rate is a start of its own here.
-Of another preset the study of its own name is its map (`smollm2-short`): of one start, which its preset names.
+Of another preset the study of its own name is its map (`smollm2-short`): of one start and decoding, its preset's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ from tspin.errors import UserError
 from tspin.schema import BASE, ONCE
 
 from .intervals import ENOUGH, Estimate, corrected, estimate, fields_of
+from .reading import read_settings
 from .studies import NO_SETTINGS, Study
 from .style import METHODS, Arm, arm_look, look, scale_of
 
@@ -122,7 +123,8 @@ class Map:
         table = self.study.table
         if unknown := {str(name) for name in table} - NO_SETTINGS - {*OWN, RATE}:
             raise UserError(f"{self.study.path}: sets {', '.join(sorted(unknown))}, which the map does not know")
-        table = table.reindex(columns=[*table, *(name for name in OWN if name not in table)]).fillna(OWN)
+        own = OWN | {name: value for name, value in read_settings(folder).items() if name == "temperature"}
+        table = table.reindex(columns=[*table, *(name for name in OWN if name not in table)]).fillna(own)
         if RATE in table:
             rates = [f" at {rate:g}" if rate > 0 else "" for rate in table[RATE]]
             table["path"] = table["path"] + pd.Series(rates, dtype=str)

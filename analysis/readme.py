@@ -19,7 +19,8 @@ from .verdicts import VERDICTS
 
 FILES = ("README.md", "results/README.md", "results/benchmarks/README.md")
 PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
-POCKET, REAL, LONG = (Path("reference", preset) for preset in ("pocket", "smollm2-short", "smollm2-long"))  # committed
+PRESETS = ("pocket", "pocket-greedy", "smollm2-short", "smollm2-long")
+POCKET, MODES, REAL, LONG = (Path("reference", preset) for preset in PRESETS)  # the committed results
 LAST = 2  # iteration of SmolLM2's presets
 FLOAT32 = "cpu-float32"  # a benchmark's folder
 
@@ -64,9 +65,9 @@ def verdicts(results: Path, preset: Path = POCKET) -> str:
     return f"of {len(parts)} parts {counts}"
 
 
-def misaligned_spin(results: Path) -> str:
+def misaligned_spin(results: Path, preset: Path = POCKET) -> str:
     """The share of SPIN's samples at iteration 1 that have the higher reward and the lower likelihood."""
-    claims = pd.read_json(results / POCKET / "claims.json")["claims"]
+    claims = pd.read_json(results / preset / "claims.json")["claims"]
     ours = next(claim["ours"][0] for claim in claims if claim["claim"] == "C3")
     share = re.search(r"share: ([\d.]+)%", ours)
     assert share is not None, ours
@@ -147,6 +148,8 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "difference": difference,
     "verdicts": verdicts,
     "misaligned_spin": misaligned_spin,
+    "misaligned_greedy": partial(misaligned_spin, preset=MODES),
+    "greedy_verdicts": partial(verdicts, preset=MODES),
     "example": example,
     "step_ratio": lambda results: f"{steps(results, 'tspin shared', 'TRL DPO'):.2f}",
     "memory_ratio": memory_ratio,

@@ -274,3 +274,10 @@ def test_a_map_without_an_arm_yet_is_told(tmp_path):
     )
     with pytest.raises(UserError, match="no arm of self-play was run yet; make it with: make study STUDY=map"):
         Map(tmp_path)
+
+
+@pytest.mark.parametrize(("preset", "decoding"), [("smollm2-short", "temperature 1"), ("pocket-greedy", "greedy")])
+def test_the_map_of_another_preset_is_the_study_of_its_name(preset, decoding):
+    known = Map(Path(__file__).parents[1] / "results" / "reference" / preset)
+    assert [(place.start_name, place.decoding) for place in known.places] == [("fine-tuned", decoding)]
+    assert known.difference(TSPIN, SPIN, known.places[0]).seeds >= 3
