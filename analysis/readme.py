@@ -15,6 +15,7 @@ import pandas as pd
 
 from .intervals import ENOUGH
 from .map import FAST, Place, map_of
+from .scores import Scores
 from .verdicts import VERDICTS
 
 FILES = ("README.md", "results/README.md", "results/benchmarks/README.md")
@@ -55,6 +56,12 @@ def difference(results: Path) -> str:
     found = re.search(r": ([+−-][\d.]+ \[.*?\])", ours)
     assert found is not None, ours
     return found[1].replace("-", "−")
+
+
+def lead(results: Path, iteration: int) -> str:
+    """T-SPIN − SPIN after an iteration with its interval, in points."""
+    scores = Scores(results / POCKET)
+    return f"{scores.difference(('tspin', iteration), ('spin', iteration)):+.2f}".replace("-", "−")
 
 
 def verdicts(results: Path, preset: Path = POCKET) -> str:
@@ -146,6 +153,7 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "averages": averages,
     "seeds": seeds,
     "difference": difference,
+    **{f"lead_{iteration}": partial(lead, iteration=iteration) for iteration in (1, 2, 3)},
     "verdicts": verdicts,
     "misaligned_spin": misaligned_spin,
     "misaligned_greedy": partial(misaligned_spin, preset=MODES),

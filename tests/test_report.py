@@ -139,7 +139,7 @@ def test_what_the_committed_page_says(committed: str) -> None:
     assert "learning_rate 3e-06 ours: the best of the sweep" in words
     claims = json.loads((POCKET / "claims.json").read_text())["claims"]
     assert all(part in words for claim in claims for part in (" ".join(text.split()) for text in claim["ours"]))
-    assert committed.count("<figure>") >= 5 and "not run: tspin_reference" in words
+    assert committed.count("<figure>") >= 5 and "not run: the α × β grid" in words
     assert "Not in this report" not in words
 
 
