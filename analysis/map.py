@@ -123,7 +123,7 @@ class Map:
         table = self.study.table
         if unknown := {str(name) for name in table} - NO_SETTINGS - {*OWN, RATE}:
             raise UserError(f"{self.study.path}: sets {', '.join(sorted(unknown))}, which the map does not know")
-        own = OWN | {name: value for name, value in read_settings(folder).items() if name == "temperature"}
+        own = {**OWN, "temperature": read_settings(folder).get("temperature", OWN["temperature"])}
         table = table.reindex(columns=[*table, *(name for name in OWN if name not in table)]).fillna(own)
         if RATE in table:
             rates = [f" at {rate:g}" if rate > 0 else "" for rate in table[RATE]]
