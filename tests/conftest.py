@@ -19,7 +19,7 @@ quiet_libraries()
 # Whole runs in processes of their own, half of all the time: `make test ALL=1` has them, and so has CI.
 SLOW = ["test_processes", "test_scripts", "test_slurm", "test_faults", "test_stranger"]
 # What takes longest comes first, so that no process is left with minutes of work when the others have ended.
-LONGEST = [*SLOW, "test_grid", "test_reuse", "test_asking", "test_selfplay", "test_notebooks"]
+LONGEST = [*SLOW, "test_grid", "test_reuse", "test_asking", "test_turn_ends", "test_selfplay", "test_notebooks"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,6 +50,14 @@ def much_memory(tmp_path_factory) -> Iterator[None]:
     shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # each worker's folder is in one of all
     with FileLock(shared / "much_memory.lock"):
         yield
+
+
+@pytest.fixture
+def tasks(tmp_path) -> Path:
+    """lm-eval tasks, of which an evaluation's tests make suites (asking.py)."""
+    from asking import make_tasks
+
+    return make_tasks(tmp_path)
 
 
 @pytest.fixture(scope="session")

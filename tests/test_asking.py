@@ -1,107 +1,38 @@
-"""How a suite's tasks are asked: as lm-eval's own command asks them, as training writes prompts, to the turn's end."""
+"""How a suite's tasks are asked: as lm-eval's own command asks them, as training writes prompts."""
 
 import json
 import math
 import shutil
 import subprocess
 import sys
-import types
-from functools import cache
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import sacrebleu
 import torch
 import yaml
-from lm_eval.api.instance import Instance
+from asking import (
+    ROWS,
+    asked_of,
+    beginning,
+    ending,
+    ids,
+    suite_of,
+    tiny,
+    writing,
+)
 from lm_eval.models.huggingface import HFLM
 from test_cli import call
-from test_turns import DATED, GEMMA, IM, QWEN_2_5, QWEN_3, TURN, byte_level
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from test_turns import DATED, GEMMA, IM, QWEN_2_5, QWEN_3, byte_level
 
-from tspin.config import EngineSettings, load_config
-from tspin.engines import vllm_worker
-from tspin.engines.vllm import Served, evaluate_folder
+from tspin.config import load_config
 from tspin.errors import UserError
 from tspin.evaluation.backend import SegmentedLM
 from tspin.evaluation.harness import evaluate
-from tspin.evaluation.suites import Column, Suite, load_suite
+from tspin.evaluation.suites import Suite, load_suite
 from tspin.experiment.preset import Evaluator
 from tspin.models import POCKET_MODEL
 from tspin.schema import is_share, unit
-
-ROWS = [{"q": f"How many apples are in basket {n}?", "a": a} for n, a in enumerate(["five", "twelve", "two", "ten"])]
-POCKET_TASKS = POCKET_MODEL.parent / "lm_eval"
-
-
-def tiny(tokenizer, **generation) -> LlamaForCausalLM:
-    """Random weights, far from uniform."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, initializer_range=0.3,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    model.generation_config = GenerationConfig(**generation)
-    return model
-
-
-def writing(tokenizer, text: str, *, chat: bool = True, **generation) -> LlamaForCausalLM:
-    """A model that has learned to write a text after each of the questions, and goes on after it."""
-    prompts = [f"{row['q']}\n" for row in ROWS]
-    if chat:
-        messages = [[{"role": "user", "content": row["q"]}] for row in ROWS]
-        prompts = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in messages]
-    contexts = [ids(tokenizer, prompt.rstrip(" ")) for prompt in prompts]
-    tokens = torch.tensor([ids(tokenizer, f"{prompt}{text} user") for prompt in prompts])
-    first = len(contexts[0]) - 1
-    model = tiny(tokenizer, **generation)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        logits = model(tokens).logits[:, first:-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, first + 1 :].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.01
-    return model
-
-
-def ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def task_file(folder: Path, name: str, kind: str, text: str, target: str, metrics: list[str], **settings) -> None:
-    """A task on folder/rows.jsonl, as others write theirs."""
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}}
-    task = {
-        "task": name, **data, "test_split": "test", "output_type": kind, "doc_to_text": text, "doc_to_target": target,
-        "metric_list": [{"metric": metric} for metric in metrics], "num_fewshot": 0, **settings,
-    }  # fmt: skip
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
-
-
-def suite_of(folder: Path, *names: str, **settings) -> Suite:
-    columns = [Column(benchmark=name, label=name, group="g", metric="m") for name in names]
-    return Suite(columns=tuple(columns), include_path=folder, **settings)
-
-
-@pytest.fixture
-def tasks(tmp_path):
-    """Two rows, and tasks that generate, compare, and measure whole texts."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    until = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
-    counts = {"generation_kwargs": until}
-    task_file(tmp_path, "counts", "generate_until", "{{q}}", "{{a}}", ["exact_match"], **counts)
-    task_file(tmp_path, "told", "generate_until", "{{q}}", "{{a}}", ["exact_match"], **counts, description="Well.")
-    task_file(tmp_path, "translates", "generate_until", "{{q}}", "{{a}}", ["bleu", "chrf"], **counts)
-    task_file(tmp_path, "texts", "loglikelihood_rolling", "", "{{q}} The answer is {{a}}.",
-              ["word_perplexity", "byte_perplexity", "bits_per_byte"])  # fmt: skip
-    task_file(tmp_path, "chooses", "multiple_choice", "{{q}}", "{{a}}", ["acc", "acc_norm"],
-              doc_to_choice=["five", "twelve", "two", "ten"])  # fmt: skip
-    return tmp_path
-
 
 # The suite's keys
 
@@ -245,160 +176,6 @@ def test_templates_are_told_the_runs_date(tasks):
     assert all("Today: 04 Mar 2021" in prompt for prompt in prompts)
 
 
-def asked_of(model, tokenizer, suite) -> tuple[list[str], list[list[int]]]:
-    """What is asked of a model in an evaluation: texts, and the token ids that reach it."""
-    seen = []
-    inner = model.generate
-
-    def generate(input_ids, *, attention_mask, **settings):
-        if settings.get("past_key_values") is None:
-            rows = zip(input_ids, attention_mask, strict=True)
-            seen.extend(row[mask.bool()].tolist() for row, mask in rows)
-        return inner(input_ids, attention_mask=attention_mask, **settings)
-
-    model.generate = generate
-    try:
-        evaluate(model, tokenizer, suite, batch_size=3)
-    finally:
-        del model.generate
-    return tokenizer.batch_decode(seen), seen
-
-
-# The turn's end, on both back ends
-
-PAPER = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}"
-    "{{ '### Instruction: ' + m.content + '\n\n### Response: ' }}{% endif %}{% endfor %}"
-)
-AS_ADDED = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n<|done|>\n' }}{% endfor %}" + (
-    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
-)
-
-
-def with_added(template: str):
-    """A tokenizer whose turns end by a token that was added, but is not special: decoding does not leave it out."""
-    tokenizer = byte_level(["<|endoftext|>"], "<|endoftext|>", template=template)
-    tokenizer.add_tokens(["<|done|>"])
-    return tokenizer
-
-
-ENDS = {
-    "gemma": (byte_level(TURN, "<eos>", "<bos>", "<pad>", GEMMA), "five", "<end_of_turn>", {"eos_token_id": 1}),
-    "chatml, no tokens": (byte_level(["<|endoftext|>"], "<|endoftext|>", template=QWEN_2_5), "five", "<|im_end|>", {}),
-    "added, not special": (with_added(AS_ADDED), "five", "\n<|done|>", {}),
-    "the model's": (byte_level(IM, "<|im_end|>", template=QWEN_2_5), "five", "<|endoftext|>", {"eos_token_id": [0]}),
-}  # fmt: skip
-
-
-@cache
-def ending(name: str, chat: bool = True):
-    """(model, tokenizer, response): the model writes the response, the turn's end and more."""
-    tokenizer, response, end, generation = ENDS[name]
-    return writing(tokenizer, f"{response}{end}\n", chat=chat, **generation), tokenizer, response
-
-
-@pytest.mark.parametrize("chat", [True, False])
-@pytest.mark.parametrize("name", ENDS)
-@pytest.mark.parametrize("sampled", [False, True])
-def test_a_response_ends_where_responses_end_in_training(tasks, monkeypatch, name, sampled, chat):
-    model, tokenizer, response = ending(name, chat)
-    drawn = {"do_sample": True, "temperature": 0.01} if sampled else {}
-    suite = suite_of(tasks, "counts", apply_chat_template=chat, gen_kwargs={"max_gen_toks": 300, "until": [], **drawn})
-    if not chat:
-        task = (tasks / "counts.yaml").read_text()
-        (tasks / "counts.yaml").write_text(task.replace("'{{q}}'", '"{{q}}\\n"'))
-    steps = []
-    inner = model.forward
-    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: steps.append(1) or inner(*args, **kwargs))
-    found = evaluate(model, tokenizer, suite, batch_size=4)
-    assert set(found.samples.response) == {response} and len(steps) < 40
-    assert found.scores.value[0] == 25.0
-
-
-def test_a_suite_may_name_another_end(tasks):
-    model, tokenizer, response = ending("chatml, no tokens")
-    suite = suite_of(tasks, "counts", apply_chat_template=True, turn_end="ive")
-    assert set(evaluate(model, tokenizer, suite, batch_size=4).samples.response) == {"f"}
-    token = {"eos_token_id": ids(tokenizer, response)[0]}
-    suite = suite_of(tasks, "counts", apply_chat_template=True, gen_kwargs=token)
-    assert set(evaluate(model, tokenizer, suite, batch_size=4).samples.response) == {""}
-
-
-def test_prompts_that_leave_no_room_are_counted(tasks, capsys):
-    model, tokenizer, _ = ending("gemma")
-    suite = suite_of(tasks, "counts", apply_chat_template=True, gen_kwargs={"max_gen_toks": 500})
-    evaluate(model, tokenizer, suite, batch_size=3)
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert said.startswith("note: 4 of 4 prompts were asked without their beginnings: the model's context of 512 ")
-
-
-def test_a_prompts_last_space_belongs_to_the_response(tasks):
-    """A byte-level tokenizer's "Ġ" before "five" is no way to ask for "Ġfive"."""
-    tokenizer = byte_level(["<|endoftext|>"], "<|endoftext|>", template=PAPER)
-    model = writing(tokenizer, "The answer<|endoftext|>")
-    suite = suite_of(tasks, "counts", apply_chat_template=True)
-    prompts, _ = asked_of(model, tokenizer, suite)
-    assert all(prompt.endswith("### Response:") for prompt in prompts)
-    assert set(evaluate(model, tokenizer, suite, batch_size=4).samples.response) == {"The answer"}
-
-
-# The begin token, once
-
-WITHOUT = GEMMA.replace("{{ bos_token }}", "")
-CHATS = {"with": GEMMA, "without": WITHOUT, "both": GEMMA.replace(
-    "{{ bos_token }}", "{% if '1' in messages[0].content %}{{ bos_token }}{% endif %}")}  # fmt: skip
-
-
-def beginning(template: str):
-    """A tokenizer that puts a begin token before each text, and a random model."""
-    tokenizer = byte_level(TURN, "<eos>", "<bos>", "<pad>", template)
-    return tiny(tokenizer), tokenizer
-
-
-def assert_begun(rows: list[list[int]], tokenizer) -> None:
-    assert rows
-    for row in rows:
-        assert row[0] == tokenizer.bos_token_id and row.count(tokenizer.bos_token_id) == 1, row
-
-
-@pytest.mark.parametrize("name", CHATS)
-@pytest.mark.parametrize("chat", [True, False])
-def test_generation_begins_once(tasks, name, chat):
-    model, tokenizer = beginning(CHATS[name])
-    prompts, rows = asked_of(model, tokenizer, suite_of(tasks, "counts", apply_chat_template=chat))
-    assert_begun(rows, tokenizer)
-    lm = SegmentedLM(model, tokenizer=tokenizer, batch_size=2)
-    for texts in (["<bos>one", "one", "<bos>one two"], ["one", "<bos>one"]):  # lm-eval asks the first one alone
-        tokens, mask = lm.tok_batch_encode(texts)
-        assert_begun([row[keep.bool()].tolist() for row, keep in zip(tokens, mask, strict=True)], tokenizer)
-
-
-@pytest.mark.parametrize("name", CHATS)
-@pytest.mark.parametrize("chat", [True, False])
-@pytest.mark.parametrize("task", ["chooses", "texts"])
-def test_likelihoods_begin_once(tasks, monkeypatch, name, chat, task):
-    model, tokenizer = beginning(CHATS[name])
-    rows = []
-    inner = SegmentedLM._loglikelihood_tokens
-
-    def tokens_of(self, requests, *args, **kwargs):
-        rows.extend([*context, *continuation] for _, context, continuation in requests)
-        return inner(self, requests, *args, **kwargs)
-
-    monkeypatch.setattr(SegmentedLM, "_loglikelihood_tokens", tokens_of)
-    evaluate(model, tokenizer, suite_of(tasks, task, apply_chat_template=chat), batch_size=3)
-    assert_begun(rows, tokenizer)
-    assert len(rows) == {"chooses": 16, "texts": 4}[task]
-
-
-def test_a_text_that_spells_the_begin_token_begins_once(tasks):
-    model, tokenizer = beginning(GEMMA)
-    lm = SegmentedLM(model, tokenizer=tokenizer, batch_size=2)
-    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("one", "<bos>one")]
-    found = lm.loglikelihood_rolling(requests)
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
-
-
 # Units
 
 
@@ -447,119 +224,6 @@ def test_shares_are_told_from_others():
     assert unit([("a", "acc,none", "A"), ("b", "bleu,none", "B")]) == "percent, but B in lm-eval's units"
 
 
-# vLLM's engines, for which one stands in: the same model, the rules of its sampling settings
-
-
-class Engine:
-    """What tspin.engines.vllm_worker asks of vllm.LLM. model, tokenizer, seen: set from outside."""
-
-    model = tokenizer = None
-    seen: list[list[int]] = []
-
-    def generate(self, prompts, sampling_params, use_tqdm):
-        return [self._answer(prompt, settings) for prompt, settings in zip(prompts, sampling_params, strict=True)]
-
-    @torch.no_grad()
-    def _answer(self, prompt, settings):
-        prompt = prompt["prompt_token_ids"]
-        self.seen.append(prompt)
-        request = types.SimpleNamespace(prompt_token_ids=prompt, num_cached_tokens=0)
-        logps = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
-        if "prompt_logprobs" in settings:
-            ranks = [(row > row[t]).sum() + 1 for t, row in zip(prompt[1:], logps, strict=False)]
-            request.prompt_logprobs = [None] + [
-                {t: types.SimpleNamespace(logprob=float(row[t]), rank=int(rank))}
-                for t, row, rank in zip(prompt[1:], logps, ranks, strict=False)
-            ]
-            return request
-        if "logprob_token_ids" in settings:
-            found = {t: types.SimpleNamespace(logprob=float(logps[-1, t])) for t in settings["logprob_token_ids"]}
-            request.outputs = [types.SimpleNamespace(token_ids=[int(logps[-1].argmax())], logprobs=[found])]
-            return request
-        drawn = []
-        while len(drawn) < settings["max_tokens"]:
-            drawn.append(int(self.model(torch.tensor([[*prompt, *drawn]])).logits[0, -1].argmax()))
-            text = self.tokenizer.decode(drawn, skip_special_tokens=settings["skip_special_tokens"])
-            ended = drawn[-1] in [*settings["stop_token_ids"], self.tokenizer.eos_token_id]
-            if ended or any(stop in text for stop in settings["stop"]):
-                break
-        request.outputs = [types.SimpleNamespace(token_ids=drawn)]
-        return request
-
-
-class Engines:
-    """tspin.engines.serving.Engines without processes."""
-
-    def __init__(self, command, environments, job):
-        self.job = job
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def ask(self, task, pieces, sizes):
-        answer = {"score": vllm_worker._score, "draw": vllm_worker._draw}[task]
-        return answer(Engine(), pieces)[0]
-
-
-@pytest.fixture
-def vllm(monkeypatch, tmp_path):
-    """(model, tokenizer, suite) → scores, samples, and the token ids that reach the engine."""
-    stand_in = types.ModuleType("vllm")
-    stand_in.SamplingParams = stand_in.TokensPrompt = dict
-    monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    monkeypatch.setattr("tspin.engines.vllm.Engines", Engines)
-
-    def run(model, tokenizer, suite):
-        folder = tmp_path / "served"
-        for part in (model, tokenizer):
-            part.save_pretrained(folder)
-        for name, value in {"model": model, "tokenizer": tokenizer, "seen": []}.items():
-            monkeypatch.setattr(Engine, name, value)
-        evaluation = evaluate_folder(Served(str(folder), "float32", EngineSettings()), suite, limit=None)
-        return evaluation.scores, evaluation.samples, Engine.seen
-
-    return run
-
-
-@pytest.mark.parametrize("name", ENDS)
-def test_vllm_ends_responses_there_too(tasks, vllm, name):
-    model, tokenizer, response = ending(name)
-    suite = suite_of(tasks, "counts", apply_chat_template=True, gen_kwargs={"max_gen_toks": 30})
-    scores, samples, _ = vllm(model, tokenizer, suite)
-    assert set(samples.response) == {response} and scores.value[0] == 25.0
-
-
-@pytest.mark.parametrize("name", CHATS)
-@pytest.mark.parametrize("chat", [True, False])
-def test_vllm_is_asked_the_same_tokens(tasks, vllm, name, chat):
-    """And answers the same, what generates, compares and measures."""
-    model, tokenizer = beginning(CHATS[name])
-    suite = suite_of(tasks, "counts", "told", "chooses", "texts", apply_chat_template=chat)
-    scores, samples, seen = vllm(model, tokenizer, suite)
-    assert_begun(seen, tokenizer)
-    ours = evaluate(model, tokenizer, suite, batch_size=3)
-    assert list(samples.response.dropna()) == list(ours.samples.response.dropna())
-    pd.testing.assert_frame_equal(scores, ours.scores, rtol=1e-4, check_dtype=False)
-
-
-def test_vllm_has_a_suites_other_keys(tasks, vllm):
-    tokenizer = byte_level([*IM, "</think>"], "<|im_end|>")
-    tokenizer.chat_template = {"default": "no", "dated": "{{ word }} {{ strftime_now('%Y') }}" + QWEN_2_5}
-    number = tokenizer.convert_tokens_to_ids("</think>")
-    suite = suite_of(tasks, "counts", apply_chat_template="dated", chat_template_args={"word": "now"},
-                     date="2021-01-01", system_instruction="Be brief.", enable_thinking=True,
-                     think_end_token=number)  # fmt: skip
-    template = "now 2021" + QWEN_2_5.replace("You are Qwen", "Be brief")
-    same = byte_level([*IM, "</think>"], "<|im_end|>", template=template)
-    _, samples, seen = vllm(writing(same, "Yes,</think>five<|im_end|>"), tokenizer, suite)
-    assert set(samples.response) == {"five"}
-    begins = "now 2021<|im_start|>system\nBe brief.<|im_end|>"
-    assert all(text.startswith(begins) for text in tokenizer.batch_decode(seen))
-
-
 # lm-eval's own command
 
 
@@ -576,7 +240,9 @@ def test_scores_are_those_of_lm_evals_command(tmp_path, keys, options):
     """`python -m lm_eval run` and `tspin evaluate` on the pocket model: the same responses, the same scores."""
     names, limit = ["pocket_gcd", "pocket_chain_sum", "pocket_choice"], 12
     folder = tmp_path / "tasks"
-    shutil.copytree(POCKET_TASKS, folder, ignore=lambda _, found: {name for name in found if name not in KEPT})
+    shutil.copytree(
+        POCKET_MODEL.parent / "lm_eval", folder, ignore=lambda _, found: {name for name in found if name not in KEPT}
+    )
     shots = keys.get("shots", 0)
     shared = folder / "_pocket_yaml"
     shared.write_text(shared.read_text().replace("num_fewshot: 0", f"num_fewshot: {shots}"))

@@ -1,0 +1,125 @@
+"""The same tasks asked by vLLM's engines, for which one stands in: the same model, the rules of its settings."""
+
+import sys
+import types
+
+import pandas as pd
+import pytest
+import torch
+from asking import CHATS, ENDS, assert_begun, beginning, ending, suite_of, writing
+from test_turns import IM, QWEN_2_5, byte_level
+
+from tspin.config import EngineSettings
+from tspin.engines import vllm_worker
+from tspin.engines.vllm import Served, evaluate_folder
+from tspin.evaluation.harness import evaluate
+
+
+class Engine:
+    """What tspin.engines.vllm_worker asks of vllm.LLM. model, tokenizer, seen: set from outside."""
+
+    model = tokenizer = None
+    seen: list[list[int]] = []
+
+    def generate(self, prompts, sampling_params, use_tqdm):
+        return [self._answer(prompt, settings) for prompt, settings in zip(prompts, sampling_params, strict=True)]
+
+    @torch.no_grad()
+    def _answer(self, prompt, settings):
+        prompt = prompt["prompt_token_ids"]
+        self.seen.append(prompt)
+        request = types.SimpleNamespace(prompt_token_ids=prompt, num_cached_tokens=0)
+        logps = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        if "prompt_logprobs" in settings:
+            ranks = [(row > row[t]).sum() + 1 for t, row in zip(prompt[1:], logps, strict=False)]
+            request.prompt_logprobs = [None] + [
+                {t: types.SimpleNamespace(logprob=float(row[t]), rank=int(rank))}
+                for t, row, rank in zip(prompt[1:], logps, ranks, strict=False)
+            ]
+            return request
+        if "logprob_token_ids" in settings:
+            found = {t: types.SimpleNamespace(logprob=float(logps[-1, t])) for t in settings["logprob_token_ids"]}
+            request.outputs = [types.SimpleNamespace(token_ids=[int(logps[-1].argmax())], logprobs=[found])]
+            return request
+        drawn = []
+        while len(drawn) < settings["max_tokens"]:
+            drawn.append(int(self.model(torch.tensor([[*prompt, *drawn]])).logits[0, -1].argmax()))
+            text = self.tokenizer.decode(drawn, skip_special_tokens=settings["skip_special_tokens"])
+            ended = drawn[-1] in [*settings["stop_token_ids"], self.tokenizer.eos_token_id]
+            if ended or any(stop in text for stop in settings["stop"]):
+                break
+        request.outputs = [types.SimpleNamespace(token_ids=drawn)]
+        return request
+
+
+class Engines:
+    """tspin.engines.serving.Engines without processes."""
+
+    def __init__(self, command, environments, job):
+        self.job = job
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, task, pieces, sizes):
+        answer = {"score": vllm_worker._score, "draw": vllm_worker._draw}[task]
+        return answer(Engine(), pieces)[0]
+
+
+@pytest.fixture
+def vllm(monkeypatch, tmp_path):
+    """(model, tokenizer, suite) → scores, samples, and the token ids that reach the engine."""
+    stand_in = types.ModuleType("vllm")
+    stand_in.SamplingParams = stand_in.TokensPrompt = dict
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setattr("tspin.engines.vllm.Engines", Engines)
+
+    def run(model, tokenizer, suite):
+        folder = tmp_path / "served"
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
+        for name, value in {"model": model, "tokenizer": tokenizer, "seen": []}.items():
+            monkeypatch.setattr(Engine, name, value)
+        evaluation = evaluate_folder(Served(str(folder), "float32", EngineSettings()), suite, limit=None)
+        return evaluation.scores, evaluation.samples, Engine.seen
+
+    return run
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_vllm_ends_responses_there_too(tasks, vllm, name):
+    model, tokenizer, response = ending(name)
+    suite = suite_of(tasks, "counts", apply_chat_template=True, gen_kwargs={"max_gen_toks": 30})
+    scores, samples, _ = vllm(model, tokenizer, suite)
+    assert set(samples.response) == {response} and scores.value[0] == 25.0
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("chat", [True, False])
+def test_vllm_is_asked_the_same_tokens(tasks, vllm, name, chat):
+    """And answers the same, what generates, compares and measures."""
+    model, tokenizer = beginning(CHATS[name])
+    suite = suite_of(tasks, "counts", "told", "chooses", "texts", apply_chat_template=chat)
+    scores, samples, seen = vllm(model, tokenizer, suite)
+    assert_begun(seen, tokenizer)
+    ours = evaluate(model, tokenizer, suite, batch_size=3)
+    assert list(samples.response.dropna()) == list(ours.samples.response.dropna())
+    pd.testing.assert_frame_equal(scores, ours.scores, rtol=1e-4, check_dtype=False)
+
+
+def test_vllm_has_a_suites_other_keys(tasks, vllm):
+    tokenizer = byte_level([*IM, "</think>"], "<|im_end|>")
+    tokenizer.chat_template = {"default": "no", "dated": "{{ word }} {{ strftime_now('%Y') }}" + QWEN_2_5}
+    number = tokenizer.convert_tokens_to_ids("</think>")
+    suite = suite_of(tasks, "counts", apply_chat_template="dated", chat_template_args={"word": "now"},
+                     date="2021-01-01", system_instruction="Be brief.", enable_thinking=True,
+                     think_end_token=number)  # fmt: skip
+    template = "now 2021" + QWEN_2_5.replace("You are Qwen", "Be brief")
+    same = byte_level([*IM, "</think>"], "<|im_end|>", template=template)
+    _, samples, seen = vllm(writing(same, "Yes,</think>five<|im_end|>"), tokenizer, suite)
+    assert set(samples.response) == {"five"}
+    begins = "now 2021<|im_start|>system\nBe brief.<|im_end|>"
+    assert all(text.startswith(begins) for text in tokenizer.batch_decode(seen))
