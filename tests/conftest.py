@@ -19,7 +19,16 @@ quiet_libraries()
 # Whole runs in processes of their own, half of all the time: `make test ALL=1` has them, and so has CI.
 SLOW = ["test_processes", "test_scripts", "test_slurm", "test_faults", "test_stranger"]
 # What takes longest comes first, so that no process is left with minutes of work when the others have ended.
-LONGEST = [*SLOW, "test_grid", "test_reuse", "test_asking", "test_turn_ends", "test_selfplay", "test_notebooks"]
+LONGEST = [
+    *SLOW,
+    "test_grid",
+    "test_reuse",
+    "test_asking",
+    "test_turn_ends",
+    "test_selfplay",
+    "test_continued",
+    "test_notebooks",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

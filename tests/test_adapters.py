@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_selfplay import SETTINGS, SignalAt, assert_same_run
+from test_continued import SignalAt
+from test_selfplay import SETTINGS, assert_same_run
 from transformers import AutoModelForCausalLM
 
 from tspin import SelfPlayConfig, SelfPlayTrainer

@@ -1,12 +1,9 @@
-"""Algorithm 1 on a real, tiny run: what it leaves, what it repeats, what it survives."""
+"""Algorithm 1 on a real, tiny run: what it leaves and what it repeats."""
 
 import copy
 import gc
 import json
-import os
-import signal
 from pathlib import Path
-from shutil import rmtree
 
 import numpy as np
 import pandas as pd
@@ -16,14 +13,9 @@ from safetensors.numpy import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    LlamaConfig,
-    OPTConfig,
-    PhimoeConfig,
     PreTrainedModel,
     TrainerCallback,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tspin import SelfPlayConfig, SelfPlayTrainer, triplets
 from tspin import trainer as trainer_module
@@ -32,7 +24,6 @@ from tspin.devices import give_back
 from tspin.errors import UserError
 from tspin.models import load_model
 from tspin.objectives import METHODS
-from tspin.runs.signals import Stopped
 
 SETTINGS = {
     "iterations": 2,
@@ -44,6 +35,7 @@ SETTINGS = {
     "disable_tqdm": True,
     "seed": 3,
 }
+LORA = {"rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "down_proj"]}
 TIMES = ["tokens_per_second"]
 
 
@@ -253,123 +245,6 @@ def test_a_layout_that_the_model_cannot_take_is_refused(tmp_path, tiny_model, ro
         ).train()  # fmt: skip
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def test_a_run_stopped_in_training_continues(tmp_path, model_folder, rows):
-    play(tmp_path / "whole", model_folder, rows)
-    args = SelfPlayConfig(output_dir=str(tmp_path / "stopped"), **SETTINGS)
-    stopped = SelfPlayTrainer(model_folder, args=args, train_dataset=rows, callbacks=[StopAt(1)])
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
-    assert not (tmp_path / "stopped" / "iteration-0" / "model").exists()
-    play(tmp_path / "stopped", model_folder, rows)
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped", iterations=2)
-
-
-FAMILIES = {  # dropout that is a number of a layer, of a decoder, of attention alone, a module; noise in a router
-    "opt": (OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.2, "layerdrop": 0.2}),
-    "llama": (LlamaConfig, {"intermediate_size": 48, "attention_dropout": 0.3}),
-    "gpt2": (GPT2Config, {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}),
-    "phimoe": (
-        PhimoeConfig,
-        {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4, "router_jitter_noise": 0.1,
-         "input_jitter_noise": 0.1},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_is_left_to_chance_in_training(tmp_path, tokenizer, rows, monkeypatch, family, checkpointing):
-    """SPIN's rewards are 0 and its loss is log 2 until a step has moved the policy; the config keeps its dropout."""
-    kind, own = FAMILIES[family]
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        kind(
-            vocab_size=len(tokenizer),
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=0,
-            **sizes,
-            **own,
-        )
-    )
-    for saved in (model, tokenizer):
-        saved.save_pretrained(tmp_path / "model")
-    layer = next(type(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
-    modes, forward = [], layer.forward
-
-    def counted(self, *arguments, **options):
-        if torch.is_grad_enabled():
-            modes.append(self.training)
-        return forward(self, *arguments, **options)
-
-    monkeypatch.setattr(layer, "forward", counted)
-    settings = {"method": "spin", "iterations": 1, "batch_size": 4, "gradient_checkpointing": checkpointing}
-    _, (result,) = play(tmp_path / "run", tmp_path / "model", rows, diagnostics=False, **settings)
-    steps = steps_of(tmp_path / "run", 0)
-    assert steps["loss"][0] == pytest.approx(np.log(2), abs=1e-6)
-    assert abs(steps["reward/labelled"][0]) < 1e-6 and abs(steps["reward/synthetic"][0]) < 1e-6
-    assert steps["loss"][1] < 0.68
-    # Two layers in three steps of one micro-batch, each once more where it is checkpointed.
-    assert modes == [False] * (12 if checkpointing else 6)
-    before, after = (
-        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "model", result.model_path)
-    )
-    assert {name: before[name] for name in own} == {name: after[name] for name in own}
-    assert {name for name in before if before[name] != after.get(name)} <= {"use_cache"}
-
-
-class SignalAt(TrainerCallback):
-    def __init__(self, step, number):
-        self.step = step
-        self.number = number
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step - 1:
-            os.kill(os.getpid(), self.number)
-
-
-LORA = {"rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "down_proj"]}
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"lora": LORA},
-        {"logging_steps": 3},
-        {"optim": "adamw_torch"},
-        {"logging_steps": 10},
-        {"logging_strategy": "no"},
-    ],
-)
-def test_a_signal_in_training_keeps_its_steps(tmp_path, model_folder, rows, number, settings):
-    """Weights, optimizer, schedule, order of the data and half a logging interval go on where they were."""
-    settings = {"num_train_epochs": 3, "method": "spin", "iterations": 1, **settings}  # 6 steps
-    play(tmp_path / "whole", model_folder, rows, **settings)
-    for step in (3, 6):
-        args = SelfPlayConfig(output_dir=str(tmp_path / "stopped"), **{**SETTINGS, **settings})
-        callbacks = [SignalAt(step, number)]
-        with pytest.raises(Stopped, match=signal.Signals(number).name) as stopped:
-            SelfPlayTrainer(model_folder, args=args, train_dataset=rows, callbacks=callbacks).train()
-        assert stopped.value.number == number and f"step {step} of 6" in stopped.value.saved
-        (state,) = (tmp_path / "stopped" / "iteration-0" / "unfinished").glob("step-*[0-9]")
-        assert state.name == f"step-{step}" and not list(state.rglob("training_args.bin"))
-    play(tmp_path / "stopped", model_folder, rows, **settings)
-    assert not (tmp_path / "stopped" / "iteration-0" / "unfinished").exists()
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped", iterations=1)
-
-
 @pytest.mark.parametrize(
     ("settings", "logged"),
     [({"logging_steps": 2}, [2, 3]), ({"logging_steps": 10}, [3]), ({"logging_strategy": "no"}, [3]),
@@ -406,50 +281,6 @@ def test_a_training_that_a_callback_ends_is_logged_to_its_end(tmp_path, model_fo
     )
     (result,) = SelfPlayTrainer(str(model_folder), args=args, train_dataset=rows, callbacks=[StopEarly()]).train()
     assert steps_of(tmp_path / "run", 0)["step"].tolist() == [2] and result.training["steps"] == 2
-
-
-def test_how_often_states_are_kept_is_no_part_of_a_run(tmp_path, model_folder, rows):
-    play(tmp_path / "run", model_folder, rows, iterations=1)
-    play(tmp_path / "run", model_folder, rows, iterations=1, checkpoint_steps=1)
-    assert "checkpoint_steps" not in SelfPlayConfig().computed()
-
-
-def test_a_damaged_checkpoint_is_made_again(tmp_path, model_folder, rows, capsys):
-    """When it is about to be read, and not before: here by the next iteration."""
-    play(tmp_path / "whole", model_folder, rows)
-    play(tmp_path / "run", model_folder, rows, iterations=1)
-    weights = tmp_path / "run" / "iteration-0" / "model" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    play(tmp_path / "run", model_folder, rows)
-    assert capsys.readouterr().err.count("is damaged") == 1
-    assert (tmp_path / "run" / "iteration-0" / "model.damaged" / "model.safetensors").read_bytes() == content
-    rmtree(tmp_path / "run" / "iteration-0" / "model.damaged")
-    assert_same_run(tmp_path / "whole", tmp_path / "run", iterations=2)
-
-
-def test_another_config_or_other_data_do_not_continue_it(tmp_path, model_folder, rows):
-    play(tmp_path / "run", model_folder, rows, iterations=1)
-    with pytest.raises(UserError, match="settings.learning_rate is 0.001 there, 0.002 here"):
-        play(tmp_path / "run", model_folder, rows, iterations=1, learning_rate=2e-3)
-    with pytest.raises(UserError, match="data is"):
-        play(tmp_path / "run", model_folder, rows[:-1], iterations=1)
-    # More iterations of the same run go on where it ended.
-    first = tmp_path / "run" / "iteration-0" / "model" / "model.safetensors"
-    written = first.stat().st_mtime_ns
-    assert len(play(tmp_path / "run", model_folder, rows, iterations=2)[1]) == 2
-    assert first.stat().st_mtime_ns == written
-
-
-def test_a_loaded_model_does_not_replace_another_ones_files(tmp_path, rows, tiny_model, tokenizer):
-    play(tmp_path / "run", tiny_model, rows, tokenizer=tokenizer, iterations=1)
-    before = (tmp_path / "run" / "initial" / "model.safetensors").read_bytes()
-    with torch.no_grad():
-        tiny_model.lm_head.weight += 1
-    with pytest.raises(UserError, match="holds a run of another config"):
-        play(tmp_path / "run", tiny_model, rows, tokenizer=tokenizer, iterations=1)
-    assert (tmp_path / "run" / "initial" / "model.safetensors").read_bytes() == before
 
 
 def test_bf16_and_gradient_checkpointing_are_switches(tmp_path, model_folder, rows):
