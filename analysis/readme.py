@@ -137,11 +137,15 @@ CONTRASTS_TOLD = {
     "reference": "T-SPIN_ref − T-SPIN, α 1",
     "alpha": "T-SPIN, α 1 − α 0.1",
     "lam": "SPIN, λ 1 − λ 0.1",
+    "y0": "T-SPIN with them − without",
 }
 CHOSEN, GREEDY, AT_TEN_TIMES = Place("pocket", 1.0), Place("pocket", 0.0), Place(FAST, 1.0)
+HALF, COLD = Place("runs/pocket-starts/half", 1.0), Place("pocket-cold", 1.0)
 COLUMNS = {  # of the map as results/README.md tells it
     "chosen": (CHOSEN, POCKET),
     "greedy": (GREEDY, POCKET),
+    "half": (HALF, POCKET),
+    "cold": (COLD, POCKET),
     "fast": (AT_TEN_TIMES, POCKET),
     "real": (CHOSEN, REAL),
     "long": (CHOSEN, LONG),
