@@ -58,12 +58,13 @@ report: $(if $(PDF),$(VENV)/.report,$(READY))
 FIGURES_map := map map_sft map_course map_entropy
 FIGURES_proto := $(FIGURES_map)
 FIGURES_rate := $(FIGURES_map)
+FIGURES_epochs := $(FIGURES_map)
 study: $(READY)
 	$(TSPIN) sweep experiments/studies/$(STUDY).yaml --results $(RESULTS)
 	set -e; for name in $(or $(FIGURE),$(FIGURES_$(STUDY)),$(STUDY)); do $(TSPIN) figure $$name $(OF); done
 
 studies: $(READY)
-	set -e; for name in map proto rate ten; do $(MAKE) study STUDY=$$name; done
+	set -e; for name in map proto rate epochs ten; do $(MAKE) study STUDY=$$name; done
 
 notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab

@@ -2,7 +2,8 @@
 
 Its table, results/<preset>/studies/map.csv, has the settings path (the start: the initial policy), temperature, lam,
 history and alpha; where an arm leaves one empty, the preset's own holds (OWN). Beside it stand, where they were run,
-the studies `proto` (proto_model: y0 of another model) and `rate` (learning_rate): a rate is a start of its own here.
+the studies `proto` (proto_model: y0 of another model), `rate` (learning_rate) and `epochs` (num_train_epochs): another
+rate or number of epochs is a start of its own here.
 Of another preset the study of its own name is its map (`smollm2-short`): of one start and decoding, its preset's.
 """
 
@@ -23,14 +24,15 @@ from .reading import read_settings
 from .studies import NO_SETTINGS, Study
 from .style import METHODS, Arm, arm_look, look, scale_of
 
-BESIDE = ("proto", "rate")
+BESIDE = ("proto", "rate", "epochs")
 FAST = "pocket at 3e-05"  # the start `pocket`, trained at ten times the preset's rate
-STARTS = {"pocket": "fine-tuned", FAST: "rate × 10", "runs/pocket-starts/half": "half fine-tuned",
+LONGER = "pocket, 3 epochs"  # the start `pocket`, trained for three epochs an iteration in place of one
+STARTS = {"pocket": "fine-tuned", LONGER: "3 epochs", FAST: "rate × 10", "runs/pocket-starts/half": "half fine-tuned",
           "pocket-cold": "cold"}  # fmt: skip
 DECODINGS = {1.0: "temperature 1", 0.0: "greedy"}
 OWN: dict[str, Any] = {"path": "pocket", "temperature": 1.0, "lam": 0.1, "history": 0.0, "alpha": 1.0,
                        "proto_model": ""}  # fmt: skip
-RATE = "learning_rate"
+TRAINED = {"learning_rate": " at {:g}", "num_train_epochs": ", {:g} epochs"}  # what it adds to a start
 SCALE = {"λ": "lam", "α": "alpha"}  # the column that holds a method's scale
 
 SFT, START = Arm("sft"), Arm(BASE)
@@ -121,13 +123,15 @@ class Map:
     def __init__(self, folder: Path):
         self.study = Study(folder, study_of(folder).stem, BESIDE)
         table = self.study.table
-        if unknown := {str(name) for name in table} - NO_SETTINGS - {*OWN, RATE}:
+        if unknown := {str(name) for name in table} - NO_SETTINGS - {*OWN, *TRAINED}:
             raise UserError(f"{self.study.path}: sets {', '.join(sorted(unknown))}, which the map does not know")
         own = {**OWN, "temperature": read_settings(folder).get("temperature", OWN["temperature"])}
         table = table.reindex(columns=[*table, *(name for name in OWN if name not in table)]).fillna(own)
-        if RATE in table:
-            rates = [f" at {rate:g}" if rate > 0 else "" for rate in table[RATE]]
-            table["path"] = table["path"] + pd.Series(rates, dtype=str)
+        table["model"] = table["path"]
+        for name in TRAINED.keys() & set(table):
+            added = [TRAINED[name].format(value) if value > 0 else "" for value in table[name]]
+            table["path"] = table["path"] + pd.Series(added, dtype=str)
+        self._model = dict(zip(table["path"], table["model"], strict=True))  # of each start
         self.table = table.assign(arm=pd.Series([_arm_of(row) for row in table.to_dict("records")], dtype=object))
         self._last = self.table.groupby("cell")["iteration"].transform("max")
         if not self.arms:
@@ -159,7 +163,7 @@ class Map:
 
     def rows(self, arm: Arm, place: Place) -> pd.DataFrame:
         """Every iteration of an arm at a place. How y′ is decoded is nothing to the start and to SFT."""
-        start = place.start.split(" at ")[0] if arm == START else place.start  # whatever the rate
+        start = self._model.get(place.start) if arm == START else place.start  # however it is trained
         here = self.table[(self.table["arm"] == arm) & (self.table["path"] == start)]
         if arm.method not in ONCE:
             here = here[here["temperature"] == place.temperature]
@@ -210,8 +214,9 @@ class Map:
 
     def left_out(self, what: str) -> str:
         """What a reader of a figure misses, and what a start's name means, in words."""
-        fast = " Rate × 10: fine-tuned, trained at ten times the preset's rate." if FAST in self.starts else ""
-        return f"{what} were not run (map.md has which).{fast}"
+        trained = [STARTS[start] for start in (LONGER, FAST) if start in self.starts]
+        other = f" {' and '.join(trained)}: fine-tuned, but for this trained as the preset says." if trained else ""
+        return f"{what} were not run (map.md has which).{other}"
 
 
 @lru_cache(maxsize=4)

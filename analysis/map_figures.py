@@ -18,7 +18,7 @@ from .style import Look, arm_look
 
 ROW = 0.135  # inches
 # The starts in their order, apart without colour too.
-COLOURS = [("#332288", "o"), ("#882255", "^"), ("#117A65", "s"), ("#AA4400", "D"), ("#555555", "v")]
+COLOURS = [("#332288", "o"), ("#0F6CA8", "P"), ("#882255", "^"), ("#117A65", "s"), ("#AA4400", "D"), ("#555555", "v")]
 INTERVALS = "95 % intervals, paired by seed and problem"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .intervals import ENOUGH
-from .map import FAST, Place, map_of
+from .map import FAST, LONGER, Place, map_of
 from .scores import Scores
 from .verdicts import VERDICTS
 
@@ -140,10 +140,12 @@ CONTRASTS_TOLD = {
     "y0": "T-SPIN with them − without",
 }
 CHOSEN, GREEDY, AT_TEN_TIMES = Place("pocket", 1.0), Place("pocket", 0.0), Place(FAST, 1.0)
+FOR_THREE_EPOCHS = Place(LONGER, 1.0)
 HALF, COLD = Place("runs/pocket-starts/half", 1.0), Place("pocket-cold", 1.0)
 COLUMNS = {  # of the map as results/README.md tells it
     "chosen": (CHOSEN, POCKET),
     "greedy": (GREEDY, POCKET),
+    "longer": (FOR_THREE_EPOCHS, POCKET),
     "half": (HALF, POCKET),
     "cold": (COLD, POCKET),
     "fast": (AT_TEN_TIMES, POCKET),
