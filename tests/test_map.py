@@ -17,6 +17,7 @@ from tspin_analysis.map import (
     COLD_TSPIN,
     CONTRASTS,
     FAST,
+    LONGER,
     RELEASED,
     SFT,
     SPIN,
@@ -74,6 +75,7 @@ def table() -> pd.DataFrame:
     for method, gain in (("spin", -2.0), ("tspin", -8.0)):
         for seed in (10, 11):
             add("pocket", method, seed, [50.0, 50 + gain], learning_rate=3e-5)
+            add("pocket", method, seed, [50.0, 50 + gain / 2], num_train_epochs=3)
     return pd.DataFrame(rows).astype({"iteration": "Int64"})
 
 
@@ -82,10 +84,10 @@ def write(root: Path, rows: pd.DataFrame) -> Path:
     map_of.cache_clear()
     folder = root / "pocket" / "studies"
     folder.mkdir(parents=True, exist_ok=True)
-    other = rows["proto_model"].notna(), rows["learning_rate"].notna()
-    write_study(folder, "proto", rows[other[0]].dropna(axis="columns", how="all"))
-    write_study(folder, "rate", rows[other[1]].dropna(axis="columns", how="all"))
-    write_study(folder, "map", rows[~other[0] & ~other[1]].drop(columns=["proto_model", "learning_rate"]))
+    beside = {"proto": "proto_model", "rate": "learning_rate", "epochs": "num_train_epochs"}
+    for study, column in beside.items():
+        write_study(folder, study, rows[rows[column].notna()].dropna(axis="columns", how="all"))
+    write_study(folder, "map", rows[rows[[*beside.values()]].isna().all(axis="columns")].drop(columns=beside.values()))
     (root / "pocket" / "config.json").write_text(json.dumps({"config": {"data": {"labels": 1000}}}))
     return root / "pocket"
 
@@ -106,23 +108,29 @@ def folder(tmp_path: Path) -> Path:
 
 
 SAMPLED, GREEDY, HALF_WAY = Place("pocket", 1.0), Place("pocket", 0.0), Place(HALF, 1.0)
-FASTER = Place(FAST, 1.0)
+FOR_LONGER, FASTER = Place(LONGER, 1.0), Place(FAST, 1.0)
 
 
 def test_arms_at_their_places(folder):
     known = Map(folder)
-    assert known.places == [SAMPLED, GREEDY, FASTER, Place(FAST, 0.0), HALF_WAY, Place(HALF, 0.0)]
-    assert [str(place) for place in known.places[1:3]] == ["fine-tuned, greedy", "rate × 10, temperature 1"]
+    assert known.places == [
+        Place(start, temperature) for start in ("pocket", LONGER, FAST, HALF) for temperature in (1.0, 0.0)
+    ]
+    assert [str(place) for place in known.places[1:5:3]] == ["fine-tuned, greedy", "rate × 10, temperature 1"]
     assert known.arms == [SPIN, SPIN_AT_1, RELEASED, TSPIN, TSPIN_AT_01, COLD_TSPIN, Arm("tspin_no_history", 1.0),
                           Arm("tspin_reference", 1.0), Arm("space")]  # fmt: skip
     assert known.last(SPIN, SAMPLED)["avg"].tolist() == [52, 52, 52]
     assert known.last(TSPIN, HALF_WAY)["seed"].tolist() == [10, 11] and known.last(TSPIN, Place(HALF, 0.0)).empty
     assert known.last(SFT, GREEDY)["avg"].tolist() == known.last(SFT, SAMPLED)["avg"].tolist() == [53, 53]
     assert known.last(START, FASTER)["avg"].tolist() == [50] and known.last(TSPIN, FASTER)["avg"].tolist() == [42, 42]
-    nothing = "Not run: anything (rate × 10, greedy), anything (half fine-tuned, greedy)"
+    assert known.last(START, FOR_LONGER)["avg"].tolist() == [50] and known.last(SPIN, FOR_LONGER)["avg"].tolist() == [
+        49,
+        49,
+    ]
+    nothing = "Not run: anything (3 epochs, greedy), anything (rate × 10, greedy), anything (half fine-tuned, greedy)"
     assert known.absent([SPIN, TSPIN]) == f"{nothing}."
     assert known.absent([TSPIN, Arm("dpo", 0.1)]) == f"{nothing}, DPO λ 0.1 (anywhere)."
-    assert known.absent([Arm("space")]) == f"{nothing}, SPACE (rate × 10, temperature 1)."
+    assert known.absent([Arm("space")]) == f"{nothing}, SPACE (3 epochs, temperature 1; rate × 10, temperature 1)."
 
 
 def test_differences_are_paired(folder):
@@ -176,7 +184,7 @@ def test_too_few_seeds_have_no_p(folder, monkeypatch):
 
 
 def test_the_map_without_the_studies_beside_it(folder):
-    for path in (folder / "studies").glob("[pr]*"):
+    for path in (folder / "studies").glob("[epr]*"):
         path.unlink()
     known = Map(folder)
     assert known.places == [SAMPLED, GREEDY, HALF_WAY, Place(HALF, 0.0)] and COLD_TSPIN not in known.arms
@@ -222,12 +230,13 @@ def test_the_map_says_seeds_and_what_was_not_run(folder):
     figure = map_figures.differences(folder)
     sampled, greedy = figure.axes
     texts = [text.get_text() for text in sampled.texts]
-    assert texts.count("n 2") == 2 * (len(CONTRASTS) - ABSENT) + 1 and "not run" not in texts
-    assert [text.get_text() for text in greedy.texts].count("not run") == len(CONTRASTS) - ABSENT + 1
+    assert texts.count("n 2") == 2 * (len(CONTRASTS) - ABSENT) + 2 and "not run" not in texts
+    assert [text.get_text() for text in greedy.texts].count("not run") == len(CONTRASTS) - ABSENT + 2
     note = " ".join(figure.get_supxlabel().split())
     assert "20 problems of 2 benchmarks" in note and "Rows that are not there were not run" in note
-    assert [label.get_text() for label in sampled.get_yticklabels()][:3] == [
+    assert [label.get_text() for label in sampled.get_yticklabels()][:4] == [
         "fine-tuned",
+        "3 epochs",
         "rate × 10",
         "half fine-tuned",
     ]
@@ -242,7 +251,7 @@ def test_a_course_begins_at_the_start(folder):
 
 def test_scales_of_like_measures_and_shares_of_none(folder):
     figure = map_curves.entropy(folder)
-    rows = [figure.axes[3 * row : 3 * row + 3] for row in range(len(map_curves.MEASURES))]
+    rows = [figure.axes[4 * row : 4 * row + 4] for row in range(len(map_curves.MEASURES))]
     assert len({axes.get_ylim() for row in rows[-3:] for axes in row}) == 1  # the three shares of misaligned prompts
     band = rows[3][0].collections[0].get_paths()[0].vertices[:, 1]  # y′ = y: 0 of 1,000 for every seed
     assert band.max() == pytest.approx(3.8415 / 1003.8415, rel=1e-4) and band.min() == 0
@@ -251,13 +260,13 @@ def test_scales_of_like_measures_and_shares_of_none(folder):
 def test_the_table(folder):
     text = map_text(folder)
     arms, contrasts = (text.split("## ")[part].split("\n| ")[2:] for part in (0, 1))
-    assert len(arms) == 2 + 3 * len(ARMS) + 2 and len(contrasts) == 3 * (len(CONTRASTS) - ABSENT) + 1
+    assert len(arms) == 2 + 3 * len(ARMS) + 4 and len(contrasts) == 3 * (len(CONTRASTS) - ABSENT) + 2
     (row,) = (row for row in arms if row.startswith("T-SPIN α 1 ") and " fine-tuned |" in row and "greedy" in row)
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == "2" and cells[4].startswith("50.0 [") and cells[5].startswith("55.5 [")
     assert cells[6].startswith("+5.5 [") and cells[7:12] == ["3.0 → 3.0", "0% → 0%", "60% → 60%", "0.30 → 0.30",
                                                              "7.0% → 7.0%"]  # fmt: skip
-    assert "Not run: anything (rate × 10, greedy), anything (half fine-tuned, greedy), SFT (rate × 10" in text
+    assert "Not run: anything (3 epochs, greedy), anything (rate × 10, greedy), anything (half fine-tuned" in text
 
 
 def test_every_figure_has_a_place():
