@@ -162,8 +162,8 @@ class Map:
         )
 
     def rows(self, arm: Arm, place: Place) -> pd.DataFrame:
-        """Every iteration of an arm at a place. How y′ is decoded is nothing to the start and to SFT."""
-        start = self._model.get(place.start) if arm == START else place.start  # however it is trained
+        """Every iteration of an arm at a place. How self-play decodes and trains is nothing to the start and to SFT."""
+        start = self._model.get(place.start) if arm.method in ONCE else place.start
         here = self.table[(self.table["arm"] == arm) & (self.table["path"] == start)]
         if arm.method not in ONCE:
             here = here[here["temperature"] == place.temperature]

@@ -122,6 +122,7 @@ def test_arms_at_their_places(folder):
     assert known.last(SPIN, SAMPLED)["avg"].tolist() == [52, 52, 52]
     assert known.last(TSPIN, HALF_WAY)["seed"].tolist() == [10, 11] and known.last(TSPIN, Place(HALF, 0.0)).empty
     assert known.last(SFT, GREEDY)["avg"].tolist() == known.last(SFT, SAMPLED)["avg"].tolist() == [53, 53]
+    assert known.last(SFT, FASTER)["avg"].tolist() == [53, 53]
     assert known.last(START, FASTER)["avg"].tolist() == [50] and known.last(TSPIN, FASTER)["avg"].tolist() == [42, 42]
     assert known.last(START, FOR_LONGER)["avg"].tolist() == [50] and known.last(SPIN, FOR_LONGER)["avg"].tolist() == [
         49,
@@ -260,7 +261,7 @@ def test_scales_of_like_measures_and_shares_of_none(folder):
 def test_the_table(folder):
     text = map_text(folder)
     arms, contrasts = (text.split("## ")[part].split("\n| ")[2:] for part in (0, 1))
-    assert len(arms) == 2 + 3 * len(ARMS) + 4 and len(contrasts) == 3 * (len(CONTRASTS) - ABSENT) + 2
+    assert len(arms) == 4 + 3 * len(ARMS) + 4 and len(contrasts) == 3 * (len(CONTRASTS) - ABSENT) + 2
     (row,) = (row for row in arms if row.startswith("T-SPIN α 1 ") and " fine-tuned |" in row and "greedy" in row)
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == "2" and cells[4].startswith("50.0 [") and cells[5].startswith("55.5 [")
