@@ -175,12 +175,18 @@ class Map:
         ends = rows["iteration"].isna() | (rows["iteration"] == self._last[rows.index])
         return rows[ends].sort_values("seed")
 
-    def difference(self, first: Arm, second: Arm, place: Place) -> Paired | None:
-        """first − second after their last iterations, paired by seed and problem; None where they share no seed.
+    def _at(self, arm: Arm, place: Place, iteration: int | None) -> pd.DataFrame:
+        if iteration is None:
+            return self.last(arm, place)
+        rows = self.rows(arm, place)
+        return rows[rows["iteration"] == iteration].sort_values("seed")
 
-        The start is one policy, whatever the seed.
+    def difference(self, first: Arm, second: Arm, place: Place, iteration: int | None = None) -> Paired | None:
+        """first − second, paired by seed and problem; None where they share no seed.
+
+        iteration: of both; the last of each when left out. The start is one policy, whatever the seed.
         """
-        one, other = self.last(first, place), self.last(second, place)
+        one, other = (self._at(arm, place, iteration) for arm in (first, second))
         if second == START and len(other):
             return _paired(self.study.values(one) - self.study.values(other)[:1]) if len(one) else None
         one, other = one[one["seed"].isin(other["seed"])], other[other["seed"].isin(one["seed"])]

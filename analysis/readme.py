@@ -14,8 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 from .intervals import ENOUGH
-from .map import FAST, LONGER, Place, map_of
+from .map import FAST, LONGER, SPIN, TSPIN, Place, map_of
 from .scores import Scores
+from .style import look
 from .verdicts import VERDICTS
 
 FILES = ("README.md", "results/README.md", "results/benchmarks/README.md")
@@ -91,6 +92,29 @@ def contrast(results: Path, words: str, place: Place, preset: Path = POCKET) -> 
     return f"{text} (n={found.seeds})".replace("-", "−")
 
 
+def tuned(results: Path) -> str:
+    """The sweep of rates and epochs: its last average, the mean over seeds, of every setting, as a table."""
+    table = pd.read_csv(results / POCKET / "studies" / "sweep-rate.csv", dtype={"iteration": "Int64"})
+    last = table[table["iteration"].isna() | (table["iteration"] == table["iteration"].max())]
+    cells = last.pivot_table("avg", ["method", "num_train_epochs"], "learning_rate").loc[["spin", "tspin", "sft"]]
+    rows = [
+        [f"{look(method).label}, {epochs:g}", *("–" if pd.isna(avg) else f"{avg:.2f}" for avg in averages)]
+        for (method, epochs), averages in zip(cells.index, cells.to_numpy(), strict=True)
+    ]
+    return _table(["method, epochs", *(f"{rate:.0e}".replace("e-0", "e-") for rate in cells)], rows)
+
+
+def leads(results: Path) -> str:
+    """T-SPIN − SPIN at the papers' scales by iteration, wherever both ran on pocket, as a table."""
+    known = map_of(results / POCKET)
+    rows = []
+    for label, place in LED.items():
+        found = [known.difference(TSPIN, SPIN, place, iteration) for iteration in range(5)]
+        texts = [f"{each:+.2f}".replace("-", "−") if each else "not run" for each in found]
+        rows.append([label + (f", n={found[-1].seeds}" if found[-1] else ""), *texts])
+    return _table(["iteration", *map(str, range(5))], rows)
+
+
 def steps(results: Path, step: str, over: str = "tspin shared", machine: str = "cpu") -> float:
     """Seconds of a training step of the benchmark's even mix, as a multiple of another's."""
     table = pd.read_csv(results / "benchmarks" / machine / "steps.csv")
@@ -142,6 +166,12 @@ CONTRASTS_TOLD = {
 CHOSEN, GREEDY, AT_TEN_TIMES = Place("pocket", 1.0), Place("pocket", 0.0), Place(FAST, 1.0)
 FOR_THREE_EPOCHS = Place(LONGER, 1.0)
 HALF, COLD = Place("runs/pocket-starts/half", 1.0), Place("pocket-cold", 1.0)
+LED = {
+    "one epoch": CHOSEN,
+    "three epochs": FOR_THREE_EPOCHS,
+    "one epoch, greedy": GREEDY,
+    "ten times the rate": AT_TEN_TIMES,
+}
 COLUMNS = {  # of the map as results/README.md tells it
     "chosen": (CHOSEN, POCKET),
     "greedy": (GREEDY, POCKET),
@@ -176,6 +206,8 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "over_concatenated_float32": lambda results: f"{steps(results, 'tspin concatenated', machine=FLOAT32):.1f}",
     "over_live_float32": lambda results: f"{steps(results, 'tspin shared', 'SPIN, live reference', FLOAT32):.2f}",
     "faults": faults,
+    "tuned": tuned,
+    "leads": leads,
     **{
         f"{column}_{name}": partial(contrast, words=words, place=place, preset=preset)
         for name, words in CONTRASTS_TOLD.items()
