@@ -335,20 +335,22 @@ SMOLLM2_SWEEP = "smollm2-rate"
 AS_RUN = ("pocket-greedy", "smollm2-short", "smollm2-long", "zephyr-7b")  # drawn as `tspin run`'s results are
 
 
-def test_the_pocket_sweeps_rule_chooses_what_the_preset_has():
+def test_the_preset_has_what_the_pocket_sweep_says():
+    """The rate that it chooses for self-play, away from the edges; nothing is a point above what the preset has."""
     sweep = load_sweep(Path("sweep-rate"), None, Path("runs"), REPOSITORY / "results" / "reference")
     table = pd.read_csv(sweep.target.with_suffix(".csv"))
-    names = ["learning_rate", "num_train_epochs"]
-    scores = gathering.scores_of(table, names)
-    marked = scores[gathering.chosen(scores, sweep.study.choose)]
-    assert set(table["cell"]) == {cell.name for cell in sweep.cells}
+    assert set(table["cell"]) <= {cell.name for cell in sweep.cells}
+    scores = gathering.scores_of(table, ["learning_rate", "num_train_epochs"])
+    marks = gathering.chosen(scores, sweep.study.choose)
     config = load_config("pocket")
-    for method, values in marked.groupby("method"):
+    for method, rows in scores.groupby("method"):
         training = config.for_method(str(method)).training
-        assert training.learning_rate in set(values["learning_rate"])
-        assert method != "sft" or training.num_train_epochs in set(values["num_train_epochs"])
-        tried = sorted(set(scores.loc[scores["method"] == method, "learning_rate"]))
-        assert training.learning_rate not in (tried[0], tried[-1])  # no choice at the edge of what was tried
+        rates, epochs = rows["learning_rate"], rows["num_train_epochs"]
+        own = rows.loc[(rates == training.learning_rate) & (epochs == training.num_train_epochs), "score"]
+        assert rows["score"].max() - own.item() < 1  # point: within the noise of two seeds
+        if method != "sft":
+            assert training.learning_rate in set(rates[marks[rows.index]])
+            assert rates.min() < training.learning_rate < rates.max()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
