@@ -2,7 +2,8 @@
 
 A change that moves one of these on purpose writes them anew (TSPIN_FREEZE=1 python -m pytest tests/test_frozen.py) and
 says in its commit which ones moved and why. Numbers are compared to the bit on the kind of CPU that wrote them; other
-kinds add up in another order, and there they are compared to four digits.
+kinds add up in another order, and there they are compared to four digits at iteration 0, to two after it: RMSprop takes
+steps of one size however small a gradient is, and so makes much of the last digit (seen: 0.002 of a weights' sum).
 """
 
 import json
@@ -62,7 +63,7 @@ def processor() -> str:
 
 
 def assert_frozen(name: str, found: dict) -> None:
-    """`found` equals tests/frozen/<name>.json: to the bit on the CPU that wrote it, to four digits elsewhere."""
+    """`found` equals tests/frozen/<name>.json: to the bit on the CPU that wrote it, about that elsewhere."""
     path = FROZEN / f"{name}.json"
     found = json.loads(json.dumps(found))
     if FREEZE:
@@ -71,7 +72,8 @@ def assert_frozen(name: str, found: dict) -> None:
     exact = kept.pop("processor") == processor()
     assert kept.keys() == found.keys()
     for key, value in kept.items():
-        wanted = value if exact or not isinstance(value, list | float) else pytest.approx(value, rel=1e-4, abs=1e-5)
+        rel, abs_ = (1e-2, 3e-3) if key.startswith("1/") else (1e-4, 1e-5)
+        wanted = value if exact or not isinstance(value, list | float) else pytest.approx(value, rel=rel, abs=abs_)
         assert found[key] == wanted, key
 
 
