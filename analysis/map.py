@@ -128,7 +128,7 @@ class Map:
         own = {**OWN, "temperature": read_settings(folder).get("temperature", OWN["temperature"])}
         table = table.reindex(columns=[*table, *(name for name in OWN if name not in table)]).fillna(own)
         table["model"] = table["path"]
-        for name in TRAINED.keys() & set(table):
+        for name in [name for name in TRAINED if name in table]:
             added = [TRAINED[name].format(value) if value > 0 else "" for value in table[name]]
             table["path"] = table["path"] + pd.Series(added, dtype=str)
         self._model = dict(zip(table["path"], table["model"], strict=True))  # of each start

@@ -165,7 +165,6 @@ CONTRASTS_TOLD = {
 }
 CHOSEN, GREEDY, AT_TEN_TIMES = Place("pocket", 1.0), Place("pocket", 0.0), Place(FAST, 1.0)
 FOR_THREE_EPOCHS = Place(LONGER, 1.0)
-HALF, COLD = Place("runs/pocket-starts/half", 1.0), Place("pocket-cold", 1.0)
 LED = {
     "one epoch": CHOSEN,
     "three epochs": FOR_THREE_EPOCHS,
@@ -176,8 +175,6 @@ COLUMNS = {  # of the map as results/README.md tells it
     "chosen": (CHOSEN, POCKET),
     "greedy": (GREEDY, POCKET),
     "longer": (FOR_THREE_EPOCHS, POCKET),
-    "half": (HALF, POCKET),
-    "cold": (COLD, POCKET),
     "fast": (AT_TEN_TIMES, POCKET),
     "real": (CHOSEN, REAL),
     "long": (CHOSEN, LONG),
