@@ -87,7 +87,7 @@ CONTRASTS = [
     _contrast(REFERENCE, Arm("tspin_reference", 0.1), TSPIN_AT_01, "α 0.1"),
     Contrast(SCALE_ALONE, "T-SPIN, α 1 − α 0.1", TSPIN, TSPIN_AT_01),
     Contrast(SCALE_ALONE, "SPIN, λ 1 − λ 0.1", SPIN_AT_1, SPIN),
-    Contrast(OTHER_Y0, "T-SPIN with them − without", COLD_TSPIN, TSPIN),
+    Contrast(OTHER_Y0, "T-SPIN, y0 of the cold base − of its own start", COLD_TSPIN, TSPIN),
 ]
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .intervals import ENOUGH
-from .map import FAST, LONGER, SPIN, TSPIN, Place, map_of
+from .intervals import ENOUGH, Estimate
+from .map import FAST, LONGER, SPIN, TSPIN, Found, Place, map_of
 from .scores import Scores
 from .style import look
 from .verdicts import VERDICTS
@@ -24,6 +24,7 @@ PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
 PRESETS = ("pocket", "pocket-greedy", "smollm2-short", "smollm2-long")
 POCKET, MODES, REAL, LONG = (Path("reference", preset) for preset in PRESETS)  # the committed results
 LAST = 2  # iteration of SmolLM2's presets
+SURE = 0.05  # corrected p below which a difference is set in bold
 FLOAT32 = "cpu-float32"  # a benchmark's folder
 
 
@@ -88,8 +89,26 @@ def contrast(results: Path, words: str, place: Place, preset: Path = POCKET) -> 
     found = next((each.difference for each in contrasts if (each.contrast.words, each.place) == (words, place)), None)
     if found is None:
         return "not run"
-    text = f"{found:+.1f}" if found.seeds >= ENOUGH else f"{found.mean:+.1f}"
-    return f"{text} (n={found.seeds})".replace("-", "−")
+    return f"{_points(found)} (n={found.seeds})"
+
+
+def differences(results: Path) -> str:
+    """Every contrast of pocket's map wherever it ran, as a table; bold where its corrected p is below 0.05."""
+    known = map_of(results / POCKET)
+    found = {(each.contrast.words, each.place): each for each in known.contrasts()}
+    places = [place for place in known.places if any(place == there for _, there in found)]
+
+    def cell(each: Found | None) -> str:
+        if each is None:
+            return "–"
+        text = f"{_points(each.difference)}, {each.difference.seeds}"
+        return f"**{text}**" if each.corrected < SURE else text
+
+    rows = [
+        [words, *(cell(found.get((words, place))) for place in places)]
+        for words in dict.fromkeys(words for words, _ in found)
+    ]
+    return _table(["", *map(str, places)], rows)
 
 
 def tuned(results: Path) -> str:
@@ -108,10 +127,11 @@ def leads(results: Path) -> str:
     """T-SPIN − SPIN at the papers' scales by iteration, wherever both ran on pocket, as a table."""
     known = map_of(results / POCKET)
     rows = []
-    for label, place in LED.items():
+    for place in known.places:
         found = [known.difference(TSPIN, SPIN, place, iteration) for iteration in range(5)]
-        texts = [f"{each:+.2f}".replace("-", "−") if each else "not run" for each in found]
-        rows.append([label + (f", n={found[-1].seeds}" if found[-1] else ""), *texts])
+        if found[-1]:
+            texts = [f"{each:+.2f}".replace("-", "−") if each else "–" for each in found]
+            rows.append([f"{place}, n={found[-1].seeds}", *texts])
     return _table(["iteration", *map(str, range(5))], rows)
 
 
@@ -152,28 +172,15 @@ def example(results: Path) -> str:
     return f"```console\n{(results / 'example' / 'transcript.txt').read_text(encoding='utf-8').rstrip()}\n```"
 
 
-CONTRASTS_TOLD = {
+CONTRASTS_TOLD = {  # one by one; all of them stand in `differences`
     "papers": "T-SPIN − SPIN, the papers' scales: α 1, λ 0.1",
     "low": "T-SPIN − SPIN, both scales 0.1",
-    "like": "T-SPIN − SPIN, both scales 1",
-    "released": "T-SPIN − SPIN, SPIN as released",
-    "history": "T-SPIN − T-SPIN w/o H-A, α 1",
     "reference": "T-SPIN_ref − T-SPIN, α 1",
-    "alpha": "T-SPIN, α 1 − α 0.1",
-    "lam": "SPIN, λ 1 − λ 0.1",
-    "y0": "T-SPIN with them − without",
 }
-CHOSEN, GREEDY, AT_TEN_TIMES = Place("pocket", 1.0), Place("pocket", 0.0), Place(FAST, 1.0)
+CHOSEN, AT_TEN_TIMES = Place("pocket", 1.0), Place(FAST, 1.0)
 FOR_THREE_EPOCHS = Place(LONGER, 1.0)
-LED = {
-    "one epoch": CHOSEN,
-    "three epochs": FOR_THREE_EPOCHS,
-    "one epoch, greedy": GREEDY,
-    "ten times the rate": AT_TEN_TIMES,
-}
-COLUMNS = {  # of the map as results/README.md tells it
+COLUMNS = {
     "chosen": (CHOSEN, POCKET),
-    "greedy": (GREEDY, POCKET),
     "longer": (FOR_THREE_EPOCHS, POCKET),
     "fast": (AT_TEN_TIMES, POCKET),
     "real": (CHOSEN, REAL),
@@ -204,6 +211,7 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "over_live_float32": lambda results: f"{steps(results, 'tspin shared', 'SPIN, live reference', FLOAT32):.2f}",
     "faults": faults,
     "tuned": tuned,
+    "differences": differences,
     "leads": leads,
     **{
         f"{column}_{name}": partial(contrast, words=words, place=place, preset=preset)
@@ -235,6 +243,11 @@ def filled(text: str, results: Path) -> str:
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def _points(found: Estimate) -> str:
+    """In points; with its interval where the seeds are ENOUGH."""
+    return (f"{found:+.1f}" if found.seeds >= ENOUGH else f"{found.mean:+.1f}").replace("-", "−")
 
 
 def _minutes(seconds: float | None) -> str:

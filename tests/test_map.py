@@ -161,7 +161,7 @@ def test_contrasts(folder, monkeypatch):
         "T-SPIN_ref − T-SPIN, α 1": -1.0,
         "T-SPIN, α 1 − α 0.1": 4.0,
         "SPIN, λ 1 − λ 0.1": 2.0,
-        "T-SPIN with them − without": 0.25,
+        "T-SPIN, y0 of the cold base − of its own start": 0.25,
     }
     assert all(each.corrected >= each.p == each.difference.p for each in found.values())
     assert [words for words, place in found if place == FASTER] == ["T-SPIN − SPIN, the papers' scales: α 1, λ 0.1"]
