@@ -41,6 +41,12 @@ TSPIN, TSPIN_AT_01 = Arm("tspin", 1.0), Arm("tspin", 0.1)
 COLD_TSPIN = Arm("tspin", 1.0, proto="cold")
 
 
+def known_start(start: str) -> str:
+    """That of STARTS which a start is, or is trained in another way from; itself where it is neither."""
+    of = [known for known in STARTS if start.startswith((f"{known} at ", f"{known}, "))]
+    return start if start in STARTS else max(of, key=len, default=start)
+
+
 class Place(NamedTuple):
     """Where an arm ran: a start (a path of STARTS, or another) and the temperature of y′ and y0."""
 
@@ -50,7 +56,8 @@ class Place(NamedTuple):
     @property
     def start_name(self) -> str:
         """The start in words."""
-        return STARTS.get(self.start, self.start)
+        known = known_start(self.start)
+        return STARTS.get(known, known) + self.start.removeprefix(known)
 
     @property
     def decoding(self) -> str:
@@ -139,9 +146,10 @@ class Map:
 
     @property
     def starts(self) -> list[str]:
-        """The starts, in the order of STARTS and then by name."""
+        """The starts of self-play, in the order of STARTS and then by name."""
         order = {start: number for number, start in enumerate(STARTS)}
-        return sorted(set(self.table["path"]), key=lambda start: (order.get(start, len(order)), start))
+        there = set(self.table.loc[~self.table["method"].isin(ONCE), "path"])
+        return sorted(there, key=lambda start: (order.get(known_start(start), len(order)), start))
 
     @property
     def temperatures(self) -> list[float]:

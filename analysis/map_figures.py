@@ -13,7 +13,7 @@ from .drawing import (
     put_note,
 )
 from .intervals import ENOUGH
-from .map import CONTRASTS, SFT, STARTS, Map, Paired, Place, map_of
+from .map import CONTRASTS, SFT, STARTS, Map, Paired, Place, known_start, map_of
 from .style import Look, arm_look
 
 ROW = 0.135  # inches
@@ -85,7 +85,7 @@ def _forest(known: Map, sections: list[Section], title: str) -> Figure:
                                   zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
                 head.set_in_layout(False)
                 continue
-            names[y] = STARTS.get(start, start)
+            names[y] = Place(start, 1.0).start_name
             for axes, temperature in zip(panels, known.temperatures, strict=True):
                 _draw_row(axes, y, section.found.get(Place(start, temperature)), _start_look(start))
         first.set_yticks(list(names), list(names.values()), fontsize=7)
@@ -107,8 +107,9 @@ def _draw_row(axes: Axes, y: float, found: Paired | None, of: Look) -> None:
 
 
 def _start_look(start: str) -> Look:
-    position = list(STARTS).index(start) if start in STARTS else len(STARTS)
-    return Look(STARTS.get(start, start), *COLOURS[position])
+    known = known_start(start)
+    position = list(STARTS).index(known) if known in STARTS else len(STARTS)
+    return Look(start, *COLOURS[position])
 
 
 FIGURES: dict[str, Callable[[Path], Figure]] = {"map": differences, "map_sft": over_sft}

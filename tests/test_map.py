@@ -277,6 +277,25 @@ def test_every_figure_has_a_place():
     assert set(figures.FIGURES["4a"].texts) == {"studies/data.md"}
 
 
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [(HALF, "half fine-tuned"), (f"{HALF} at 3e-05", "half fine-tuned at 3e-05"), (FAST, "rate × 10"),
+     ("pocket at 1e-05, 6 epochs", "fine-tuned at 1e-05, 6 epochs"), ("pockets", "pockets")],
+)  # fmt: skip
+def test_a_start_that_is_trained_in_another_way_is_named_for_both(start, name):
+    assert Place(start, 1.0).start_name == name
+
+
+def test_a_start_that_only_sft_went_on_from_is_no_place_of_self_play(tmp_path):
+    rows = table()
+    rows.loc[(rows["path"] == HALF) & ~rows["method"].isin(["base", "sft"]), "learning_rate"] = 1e-5
+    known = Map(write(tmp_path, rows))
+    there = Place(f"{HALF} at 1e-05", 1.0)
+    assert known.places[-2:] == [there, there._replace(temperature=0.0)] and HALF not in known.starts
+    assert known.last(SFT, there)["avg"].tolist() == [43, 43]
+    assert known.difference(SPIN, START, there).mean == pytest.approx(2)
+
+
 def test_a_map_without_an_arm_yet_is_told(tmp_path):
     folder = tmp_path / "studies"
     folder.mkdir()
