@@ -331,6 +331,7 @@ def test_the_rule_of_choice(choice, expected):
 
 
 SWEEPS = ("sweep-rate", "sweep-scale")
+SWEEPS_OF_STARTS = ("sweep-half", "sweep-cold")  # of self-play alone
 SMOLLM2_SWEEP = "smollm2-rate"
 AS_RUN = ("pocket-greedy", "smollm2-short", "smollm2-long", "zephyr-7b")  # drawn as `tspin run`'s results are
 
@@ -359,15 +360,20 @@ def test_every_committed_study_is_whole(path):
     assert load_sweep(path, None, Path("runs"), Path("results")).cells
 
 
-@pytest.mark.parametrize("names", [SWEEPS, (SMOLLM2_SWEEP,)], ids=["pocket", "smollm2"])
-def test_the_sweeps_have_the_same_budget_for_every_method(names):
+@pytest.mark.parametrize(
+    ("names", "methods"),
+    [(SWEEPS, {"spin", "tspin", "sft"}), ((SMOLLM2_SWEEP,), {"spin", "tspin", "sft"}),
+     *(((name,), {"spin", "tspin"}) for name in SWEEPS_OF_STARTS)],
+    ids=["pocket", "smollm2", *SWEEPS_OF_STARTS],
+)  # fmt: skip
+def test_the_sweeps_have_the_same_budget_for_every_method(names, methods):
     cells = [cell for name in names for cell in load_sweep(Path(name), None, Path("runs"), Path("results")).cells]
     counts = Counter(cell.method for cell in cells)
-    assert set(counts) == {"spin", "tspin", "sft"} and len(set(counts.values())) == 1
+    assert set(counts) == methods and len(set(counts.values())) == 1
 
 
 def test_studies_are_drawn():
-    assert {path.stem for path in FILES} == figures.STUDIES | {*SWEEPS, SMOLLM2_SWEEP, *AS_RUN}
+    assert {path.stem for path in FILES} == figures.STUDIES | {*SWEEPS, *SWEEPS_OF_STARTS, SMOLLM2_SWEEP, *AS_RUN}
 
 
 @pytest.mark.parametrize(
