@@ -55,7 +55,7 @@ report: $(if $(PDF),$(VENV)/.report,$(READY))
 	$(TSPIN) report $(OF) --out $(or $(OUT),report.html) $(if $(PDF),--pdf $(PDF))
 
 # STUDY: a file of experiments/studies/, drawn as the figure of its name (or FIGURE).
-FIGURES_map := map map_sft map_course map_entropy
+FIGURES_map := map map_benchmarks map_sft map_course map_entropy
 FIGURES_proto := $(FIGURES_map)
 FIGURES_rate := $(FIGURES_map)
 FIGURES_epochs := $(FIGURES_map)

@@ -56,22 +56,25 @@ def _draw_pair(axes: Axes, scores: Scores, pair: tuple[Policy, Policy]) -> None:
     found = {label: scores.difference(*pair, [label]) for label in scores.labels}
     whole = scores.difference(*pair)
     for row, (label, difference) in enumerate(found.items()):
-        _draw_interval(axes, row, difference, "#999999" if label in still else look(pair[0][0]).colour, pair[0][0])
+        draw_interval(axes, row, difference, "#999999" if label in still else look(pair[0][0]).colour, pair[0][0])
     bottom = len(found)
     axes.axhline(bottom - 0.5, color="black", linewidth=0.6)
     if whole.wide is not None:
-        _draw_interval(axes, bottom, whole.wide, "black", pair[0][0], elinewidth=0.6, capsize=2)
-    _draw_interval(axes, bottom, whole, "black", pair[0][0], elinewidth=2.2)
+        draw_interval(axes, bottom, whole.wide, "black", pair[0][0], elinewidth=0.6, capsize=2)
+    draw_interval(axes, bottom, whole, "black", pair[0][0], elinewidth=2.2)
     axes.axvline(0, color="black", linewidth=0.6)
     axes.grid(axis="x")
     axes.set_title(f"{_name(pair[0])} − {_name(pair[1])}", loc="left")
 
 
-def _draw_interval(
-    axes: Axes, row: int, found: Estimate, colour: str, method: str, elinewidth: float = 1.2, capsize: float = 0
-) -> None:
-    axes.errorbar(found.mean, row, xerr=found.half, color=colour, marker=look(method).marker, markersize=3.5,
-                  elinewidth=elinewidth, capsize=capsize)  # fmt: skip
+def draw_interval(
+    axes: Axes, row: int, found: Estimate, colour: str, method: str, *, bare: bool = False, elinewidth: float = 1.2,
+    capsize: float = 0,
+) -> None:  # fmt: skip
+    """A difference and its interval in a row. bare: without it, its mark hollow."""
+    axes.errorbar(found.mean, row, xerr=None if bare else found.half, color=colour, marker=look(method).marker,
+                  markersize=3.5, elinewidth=elinewidth, capsize=capsize,
+                  markerfacecolor="white" if bare else colour)  # fmt: skip
 
 
 def _name(policy: Policy) -> str:

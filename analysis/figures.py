@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from tspin.errors import UserError
 
-from . import benchmarks, curves, dynamics, entropy, map_curves, map_figures, map_text, studies
+from . import benchmarks, curves, dynamics, entropy, map_benchmarks, map_curves, map_figures, map_text, studies
 from .map import BESIDE
 
 
@@ -39,10 +39,11 @@ def _of_study(number: str, draw: Callable[[Path], Figure]) -> Drawn:
 
 
 OF_RESULTS = {**curves.FIGURES, **dynamics.FIGURES, **entropy.FIGURES, **benchmarks.FIGURES}
+OF_MAP = {**map_figures.FIGURES, **map_curves.FIGURES, **map_benchmarks.FIGURES}
 FIGURES = {
     **{number: Drawn(draw, _numbered(number)) for number, draw in OF_RESULTS.items()},
     **{number: _of_study(number, draw) for number, draw in studies.FIGURES.items()},
-    **{name: Drawn(draw, f"studies/{name}") for name, draw in (map_figures.FIGURES | map_curves.FIGURES).items()},
+    **{name: Drawn(draw, f"studies/{name}") for name, draw in OF_MAP.items()},
     "map": Drawn(map_figures.FIGURES["map"], "studies/map", {"studies/map.md": map_text.map_text}),
 }
 STUDIES = {*studies.STUDY_OF.values(), "map", *BESIDE}  # those that are drawn

@@ -189,16 +189,21 @@ class Map:
         rows = self.rows(arm, place)
         return rows[rows["iteration"] == iteration].sort_values("seed")
 
-    def difference(self, first: Arm, second: Arm, place: Place, iteration: int | None = None) -> Paired | None:
-        """first − second, paired by seed and problem; None where they share no seed.
+    def values(self, first: Arm, second: Arm, place: Place, iteration: int | None = None) -> np.ndarray | None:
+        """(seeds, benchmarks, problems), in percent: first − second; None where they share no seed.
 
         iteration: of both; the last of each when left out. The start is one policy, whatever the seed.
         """
         one, other = (self._at(arm, place, iteration) for arm in (first, second))
         if second == START and len(other):
-            return _paired(self.study.values(one) - self.study.values(other)[:1]) if len(one) else None
+            return self.study.values(one) - self.study.values(other)[:1] if len(one) else None
         one, other = one[one["seed"].isin(other["seed"])], other[other["seed"].isin(one["seed"])]
-        return _paired(self.study.values(one) - self.study.values(other)) if len(one) else None
+        return self.study.values(one) - self.study.values(other) if len(one) else None
+
+    def difference(self, first: Arm, second: Arm, place: Place, iteration: int | None = None) -> Paired | None:
+        """The mean of `values`, paired by seed and problem; None where there are none."""
+        values = self.values(first, second, place, iteration)
+        return None if values is None else _paired(values)
 
     def contrasts(self) -> list[Found]:
         """Every contrast of CONTRASTS wherever both of its arms ran; p corrected (Holm) within each question."""

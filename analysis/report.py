@@ -56,6 +56,7 @@ DYNAMICS = {
 STUDIES = {"4a": "The share of labels", "4c": "α against β", "ten": "Ten iterations"}
 MAP = {
     "map": "Differences after the last iteration",
+    "map_benchmarks": "Differences benchmark by benchmark",
     "map_sft": "Against SFT going on",
     "map_course": "Average by iteration",
     "map_entropy": "What changes on the way",

@@ -34,6 +34,7 @@ INTERVALS = "95 % intervals, seeds and problems crossed"
 class Study:
     """A study's results: `table` (cell, settings, RUN and STUDY_MEASURES of tspin.schema) and its cells' outcomes.
 
+    benchmarks: their names, in the order of the outcomes.
     beside: studies whose cells are added, where they were run. Raises UserError where a file is missing, or lacks a
     column or a cell.
     """
@@ -44,7 +45,9 @@ class Study:
         more = [path for path in (self.path.with_stem(other) for other in beside) if path.is_file()]
         read = [_read(path) for path in (self.path, *more)]
         self.table, rows = (pd.concat(tables, ignore_index=True) for tables in zip(*read, strict=True))
-        self._outcomes = outcomes(rows.assign(benchmark=pd.factorize(rows["benchmark"])[0]), ["cell", "iteration"])
+        numbers, names = pd.factorize(rows["benchmark"])
+        self.benchmarks = [str(name) for name in names]
+        self._outcomes = outcomes(rows.assign(benchmark=numbers), ["cell", "iteration"])
 
     def values(self, rows: pd.DataFrame) -> np.ndarray:
         """(seeds, benchmarks, problems) in percent of some rows of `table`, each of another seed."""

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tspin.cli import app
 from tspin.errors import UserError
-from tspin_analysis import figures, map_curves, map_figures
+from tspin_analysis import figures, map_benchmarks, map_curves, map_figures
 from tspin_analysis import map as of_map
 from tspin_analysis.map import (
     COLD_TSPIN,
@@ -220,7 +220,7 @@ def test_looks_of_arms():
     assert [look.filled for look in looks] == [True, False, False, True, False, False, True, True, False]
 
 
-@pytest.mark.parametrize("name", [*map_figures.FIGURES, *map_curves.FIGURES])
+@pytest.mark.parametrize("name", sorted(figures.OF_MAP))
 def test_drawn(folder, name):
     result = CliRunner().invoke(app, ["figure", name, "--results", str(folder.parent)])
     assert result.exit_code == 0, result.output
@@ -243,6 +243,28 @@ def test_the_map_says_seeds_and_what_was_not_run(folder):
         "half fine-tuned",
     ]
     assert sampled.get_xlim() == greedy.get_xlim()
+
+
+def test_benchmarks_stand_by_the_length_of_their_labels(folder):
+    tasks = pd.DataFrame({"prompt_id": ["p0", "p1", "p2"], "task": ["0", "1", "1"]})
+    tasks.to_parquet(folder / "prompts.parquet")
+    samples = tasks[["prompt_id"]].assign(role="labelled", tokens=[9, 3, 5])
+    pd.concat([samples, samples.assign(role="synthetic", tokens=1)]).to_parquet(folder / "diagnostics.parquet")
+    figure = map_benchmarks.by_benchmark(folder)
+    first, *others = figure.axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["b1 (4)", "b0 (9)", "Avg"]
+    titles = [axes.get_title("left") for axes in (first, *others)]
+    assert titles[:2] == ["fine-tuned,\ntemperature 1, n 2", "fine-tuned,\ngreedy, n 2"] and sum(map(bool, titles)) == 5
+    assert [container.lines[0].get_xdata()[0] for container in first.containers[:2]] == pytest.approx([3.5, 3.5])
+    assert "Hollow: fewer than 3 seeds" in " ".join(figure.get_supxlabel().split())
+    (folder / "prompts.parquet").unlink()
+    assert map_benchmarks.by_benchmark(folder).axes[0].get_yticklabels()[0].get_text() == "b0"
+
+
+def test_benchmarks_need_both_methods(tmp_path):
+    folder = write(tmp_path, table().query("method != 'spin' or lam == 1"))
+    with pytest.raises(UserError, match="no seed of both spin and tspin"):
+        map_benchmarks.by_benchmark(folder)
 
 
 def test_a_course_begins_at_the_start(folder):

@@ -1,0 +1,107 @@
+"""Figure map_benchmarks: what an average of the study `map` is made of, benchmark by benchmark, short answers first."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tspin.errors import UserError
+from tspin.schema import LABELLED
+
+from .benchmarks import draw_interval
+from .drawing import new_figure, put_note
+from .intervals import ENOUGH, estimates
+from .map import CONTRASTS, SPIN, TSPIN, map_of
+from .reading import read_suite
+from .scores import AVG
+from .style import look
+
+ABREAST = 4  # panels in a row
+ROW = 0.15  # inches
+
+
+def by_benchmark(folder: Path) -> Figure:
+    """T-SPIN − SPIN at the papers' scales after the last iteration: a panel per place, a row per benchmark; Avg below.
+
+    Avg has two intervals: of these benchmarks, and thin that of benchmarks drawn like these. Raises UserError where
+    both ran nowhere.
+    """
+    known = map_of(folder)
+    tried = {place: known.values(TSPIN, SPIN, place) for place in known.places}
+    found = {place: values for place, values in tried.items() if values is not None}
+    if not found:
+        raise UserError(
+            f"{known.study.path}: no seed of both spin and tspin at the papers' scales; {known.study.again}"
+        )
+    columns = read_suite(folder) if (folder / "suite.json").is_file() else []  # a study alone leaves none
+    labels = {column.benchmark: column.label for column in columns}
+    tokens = answer_tokens(folder, list(known.study.benchmarks))
+    order = sorted(range(len(known.study.benchmarks)), key=lambda k: (tokens.get(known.study.benchmarks[k], 0), k))
+    rows = [_named(labels, tokens, known.study.benchmarks[k]) for k in order] + [AVG]
+    abreast = min(len(found), ABREAST)
+    lines = -(-len(found) // abreast)
+    with new_figure(0.35 + 0.3 * max(abreast, 2), 0.8 + lines * (0.4 + ROW * len(rows))) as figure:
+        grid = figure.subplots(lines, abreast, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(found) :]:
+            axes.set_axis_off()
+        for axes, (place, values) in zip(grid.flat, found.items(), strict=False):
+            _draw_place(axes, values[:, order])
+            axes.set_title(f"{place.start_name},\n{place.decoding}, n {len(values)}", loc="left", fontsize=7)
+            axes.tick_params(axis="x", labelbottom=True)
+        grid[0, 0].set_yticks(range(len(rows)), rows, fontsize=7)
+        grid[0, 0].set_ylim(len(rows) - 0.5, -0.6)
+        few = f" Hollow: fewer than {ENOUGH} seeds, without interval." if min(map(len, found.values())) < ENOUGH else ""
+        length = " In brackets: the mean length of its labels, tokens." if tokens else ""
+        put_note(figure, f"{folder.name}: final {CONTRASTS[0].words} (points), 95 % intervals, paired by seed and "
+                         f"problem, not corrected for their number; n: seeds. {known.study.size}. Avg, thin: "
+                         f"benchmarks drawn too.{few}{length}")  # fmt: skip
+        return figure
+
+
+def answer_tokens(folder: Path, benchmarks: list[str]) -> dict[str, float]:
+    """The mean length of a benchmark's labels in tokens, by benchmark; none where the results do not have every one's.
+
+    A benchmark is a task's when its name ends with the task's.
+    """
+    prompts, samples = folder / "prompts.parquet", folder / "diagnostics.parquet"
+    if not (prompts.is_file() and samples.is_file()):
+        return {}
+    tasks = pd.read_parquet(prompts).drop_duplicates("prompt_id")
+    if "task" not in tasks:
+        return {}
+    every = pd.read_parquet(samples, columns=["prompt_id", "role", "tokens"])
+    labels = every[every["role"] == LABELLED].drop_duplicates("prompt_id")
+    lengths = tasks.merge(labels, on="prompt_id").groupby("task")["tokens"].mean()
+    found = {
+        benchmark: float(length)
+        for benchmark in benchmarks
+        for task, length in lengths.items()
+        if benchmark.endswith(str(task))
+    }
+    return found if len(found) == len(benchmarks) else {}
+
+
+def _named(labels: dict[str, str], tokens: dict[str, float], benchmark: str) -> str:
+    length = f" ({tokens[benchmark]:.0f})" if tokens else ""
+    return labels.get(benchmark, benchmark) + length
+
+
+def _draw_place(axes: Axes, values: np.ndarray) -> None:
+    """values: (seeds, benchmarks, problems), of a difference in percent."""
+    *each, whole = estimates(values)
+    enough = len(values) >= ENOUGH
+    for row, found in enumerate(each):
+        draw_interval(axes, row, found, look(TSPIN.method).colour, TSPIN.method, bare=not enough)
+    bottom = len(each)
+    axes.axhline(bottom - 0.5, color="black", linewidth=0.6)
+    if whole.wide is not None and enough:
+        draw_interval(axes, bottom, whole.wide, "black", TSPIN.method, elinewidth=0.6, capsize=2)
+    draw_interval(axes, bottom, whole, "black", TSPIN.method, bare=not enough, elinewidth=2.2)
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.grid(axis="x")
+
+
+FIGURES: dict[str, Callable[[Path], Figure]] = {"map_benchmarks": by_benchmark}
