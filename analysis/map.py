@@ -100,9 +100,10 @@ CONTRASTS = [
 
 @dataclass(frozen=True)
 class Paired(Estimate):
-    """A mean difference, and that of each seed, in their order, in points."""
+    """A mean difference, and that of each seed and of each benchmark, in their order, in points."""
 
     by_seed: tuple[float, ...] = ()
+    by_benchmark: tuple[float, ...] = ()
 
 
 class Found(NamedTuple):
@@ -252,7 +253,9 @@ def papers(method: str) -> Arm:
 
 def _paired(values: np.ndarray) -> Paired:
     """values: differences (seeds, benchmarks, problems)."""
-    return Paired(**fields_of(estimate(values)), by_seed=tuple(np.nanmean(values, -1).mean(-1).tolist()))
+    means = np.nanmean(values, -1)
+    by_seed, by_benchmark = (tuple(means.mean(axis).tolist()) for axis in (1, 0))
+    return Paired(**fields_of(estimate(values)), by_seed=by_seed, by_benchmark=by_benchmark)
 
 
 def _arm_of(row: Mapping[Any, Any]) -> Arm:

@@ -15,7 +15,6 @@ from .benchmarks import draw_interval
 from .drawing import new_figure, put_note
 from .intervals import ENOUGH, estimates
 from .map import CONTRASTS, SPIN, TSPIN, map_of
-from .reading import read_suite
 from .scores import AVG
 from .style import look
 
@@ -36,11 +35,9 @@ def by_benchmark(folder: Path) -> Figure:
         raise UserError(
             f"{known.study.path}: no seed of both spin and tspin at the papers' scales; {known.study.again}"
         )
-    columns = read_suite(folder) if (folder / "suite.json").is_file() else []  # a study alone leaves none
-    labels = {column.benchmark: column.label for column in columns}
-    tokens = answer_tokens(folder, list(known.study.benchmarks))
-    order = sorted(range(len(known.study.benchmarks)), key=lambda k: (tokens.get(known.study.benchmarks[k], 0), k))
-    rows = [_named(labels, tokens, known.study.benchmarks[k]) for k in order] + [AVG]
+    tokens = answer_tokens(folder, known.study.benchmarks)
+    order = sorted(range(len(known.study.labels)), key=lambda k: (tokens[k], k) if tokens else (0, k))
+    rows = [known.study.labels[k] + (f" ({tokens[k]:.0f})" if tokens else "") for k in order] + [AVG]
     abreast = min(len(found), ABREAST)
     lines = -(-len(found) // abreast)
     with new_figure(0.35 + 0.3 * max(abreast, 2), 0.8 + lines * (0.4 + ROW * len(rows))) as figure:
@@ -61,32 +58,22 @@ def by_benchmark(folder: Path) -> Figure:
         return figure
 
 
-def answer_tokens(folder: Path, benchmarks: list[str]) -> dict[str, float]:
-    """The mean length of a benchmark's labels in tokens, by benchmark; none where the results do not have every one's.
+def answer_tokens(folder: Path, benchmarks: list[str]) -> list[float]:
+    """The mean length of each benchmark's labels in tokens; empty where the results do not have every one's.
 
     A benchmark is a task's when its name ends with the task's.
     """
     prompts, samples = folder / "prompts.parquet", folder / "diagnostics.parquet"
     if not (prompts.is_file() and samples.is_file()):
-        return {}
+        return []
     tasks = pd.read_parquet(prompts).drop_duplicates("prompt_id")
     if "task" not in tasks:
-        return {}
+        return []
     every = pd.read_parquet(samples, columns=["prompt_id", "role", "tokens"])
     labels = every[every["role"] == LABELLED].drop_duplicates("prompt_id")
     lengths = tasks.merge(labels, on="prompt_id").groupby("task")["tokens"].mean()
-    found = {
-        benchmark: float(length)
-        for benchmark in benchmarks
-        for task, length in lengths.items()
-        if benchmark.endswith(str(task))
-    }
-    return found if len(found) == len(benchmarks) else {}
-
-
-def _named(labels: dict[str, str], tokens: dict[str, float], benchmark: str) -> str:
-    length = f" ({tokens[benchmark]:.0f})" if tokens else ""
-    return labels.get(benchmark, benchmark) + length
+    found = [[float(mean) for task, mean in lengths.items() if name.endswith(str(task))] for name in benchmarks]
+    return [means[0] for means in found] if all(found) else []
 
 
 def _draw_place(axes: Axes, values: np.ndarray) -> None:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from .map import CONTRASTS, SFT, START, Map, Place, map_of
+from .map import CONTRASTS, SFT, START, Map, Paired, Place, map_of
 from .style import MISSING, Arm, arm_look
 from .writing import markdown, number
 
@@ -26,7 +27,7 @@ EXPLAINED = (
 COMPARED = (
     "Paired by seed and problem. Corrected: for the differences that answer the same question (Holm). Fewer than three "
     "seeds say too little of the spread between seeds: they have no p, and of one seed the interval is that of its "
-    "problems alone."
+    "problems alone. Largest part: the benchmark whose difference is largest; the rest: the average of the others."
 )
 
 
@@ -46,6 +47,7 @@ def map_text(folder: Path) -> str:
             "seeds": str(each.difference.seeds),
             "difference, points": f"{each.difference:+.2f}",
             "by seed": " ".join(number(seed, "+.1f") for seed in each.difference.by_seed),
+            "largest part; the rest": _largest(known, each.difference),
             "p": number(each.p, ".2g"),
             "p, corrected": number(each.corrected, ".2g"),
         }
@@ -81,6 +83,15 @@ def _arm_row(known: Map, arm: Arm, place: Place) -> dict[str, str]:
         "change": f"{change:+.1f}" if change else MISSING,
     }
     return cells | {name: _course(rows, column, form) for column, (name, form) in SHOWN.items()}
+
+
+def _largest(known: Map, found: Paired) -> str:
+    """The benchmark that differs most, its difference, and the mean of the others, in points."""
+    parts = np.array(found.by_benchmark)
+    if len(parts) < 2:
+        return MISSING
+    k = int(np.abs(parts).argmax())
+    return f"{known.study.labels[k]} {parts[k]:+.1f}; {np.delete(parts, k).mean():+.1f}"
 
 
 def _avg(known: Map, rows: pd.DataFrame) -> str:

@@ -21,7 +21,7 @@ from .drawing import (
     put_note,
 )
 from .intervals import estimate
-from .reading import PAPER
+from .reading import PAPER, read_suite
 from .scores import outcomes
 from .style import in_order, look
 from .writing import markdown
@@ -34,7 +34,7 @@ INTERVALS = "95 % intervals, seeds and problems crossed"
 class Study:
     """A study's results: `table` (cell, settings, RUN and STUDY_MEASURES of tspin.schema) and its cells' outcomes.
 
-    benchmarks: their names, in the order of the outcomes.
+    benchmarks, labels: their names in the order of the outcomes, and what tables call them.
     beside: studies whose cells are added, where they were run. Raises UserError where a file is missing, or lacks a
     column or a cell.
     """
@@ -47,6 +47,9 @@ class Study:
         self.table, rows = (pd.concat(tables, ignore_index=True) for tables in zip(*read, strict=True))
         numbers, names = pd.factorize(rows["benchmark"])
         self.benchmarks = [str(name) for name in names]
+        columns = read_suite(folder) if (folder / "suite.json").is_file() else []  # a study alone leaves none
+        called = {column.benchmark: column.label for column in columns}
+        self.labels = [called.get(name, name) for name in self.benchmarks]
         self._outcomes = outcomes(rows.assign(benchmark=numbers), ["cell", "iteration"])
 
     def values(self, rows: pd.DataFrame) -> np.ndarray:

@@ -142,6 +142,7 @@ def test_differences_are_paired(folder):
     assert found.by_seed == pytest.approx((3, 4))
     assert found.error == pytest.approx(0.5)  # of two seeds, half a point apart from their mean each
     assert known.difference(TSPIN, SPIN, SAMPLED, 0).by_seed == pytest.approx((0, 0))  # where both begin
+    assert found.by_benchmark == pytest.approx((3.5, 3.5))
     assert known.difference(SPIN, START, SAMPLED).mean == pytest.approx(2)
     assert known.difference(SPIN, SFT, GREEDY).seeds == 2
     assert known.difference(SPIN, Arm("dpo", 0.1), SAMPLED) is None
