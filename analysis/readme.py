@@ -113,14 +113,28 @@ def differences(results: Path) -> str:
 
 def tuned(results: Path) -> str:
     """The sweep of rates and epochs: its last average, the mean over seeds, of every setting, as a table."""
-    table = pd.read_csv(results / POCKET / "studies" / "sweep-rate.csv", dtype={"iteration": "Int64"})
+    cells = _swept(results, "sweep-rate", ["method", "num_train_epochs"]).loc[["spin", "tspin", "sft"]]
+    return _by_rate("method, epochs", [f"{look(method).label}, {epochs:g}" for method, epochs in cells.index], cells)
+
+
+def tuned_starts(results: Path) -> str:
+    """The sweeps of the rate from other starts than the preset's, one epoch an iteration, as a table."""
+    of = {start: _swept(results, f"sweep-{start}", ["method"]) for start in ("half", "cold")}
+    labels = [f"{look(method).label}, {start}" for start, cells in of.items() for method in cells.index]
+    return _by_rate("method, start", labels, pd.concat(of.values()).sort_index(axis="columns"))
+
+
+def _swept(results: Path, sweep: str, rows: list[str]) -> pd.DataFrame:
+    """The last average of a sweep's settings, the mean over seeds: a column per rate."""
+    table = pd.read_csv(results / POCKET / "studies" / f"{sweep}.csv", dtype={"iteration": "Int64"})
     last = table[table["iteration"].isna() | (table["iteration"] == table["iteration"].max())]
-    cells = last.pivot_table("avg", ["method", "num_train_epochs"], "learning_rate").loc[["spin", "tspin", "sft"]]
-    rows = [
-        [f"{look(method).label}, {epochs:g}", *("–" if pd.isna(avg) else f"{avg:.2f}" for avg in averages)]
-        for (method, epochs), averages in zip(cells.index, cells.to_numpy(), strict=True)
-    ]
-    return _table(["method, epochs", *(f"{rate:.0e}".replace("e-0", "e-") for rate in cells)], rows)
+    return last.pivot_table("avg", rows, "learning_rate")
+
+
+def _by_rate(title: str, labels: list[str], cells: pd.DataFrame) -> str:
+    rates = [f"{rate:.0e}".replace("e-0", "e-") for rate in cells]
+    texts = [["–" if pd.isna(avg) else f"{avg:.2f}" for avg in row] for row in cells.to_numpy()]
+    return _table([title, *rates], [[label, *row] for label, row in zip(labels, texts, strict=True)])
 
 
 def leads(results: Path) -> str:
@@ -211,6 +225,7 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "over_live_float32": lambda results: f"{steps(results, 'tspin shared', 'SPIN, live reference', FLOAT32):.2f}",
     "faults": faults,
     "tuned": tuned,
+    "tuned_starts": tuned_starts,
     "differences": differences,
     "leads": leads,
     **{
