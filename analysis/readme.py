@@ -192,11 +192,12 @@ CONTRASTS_TOLD = {  # one by one; all of them stand in `differences`
     "reference": "T-SPIN_ref − T-SPIN, α 1",
 }
 CHOSEN, AT_TEN_TIMES = Place("pocket", 1.0), Place(FAST, 1.0)
-FOR_THREE_EPOCHS = Place(LONGER, 1.0)
+FOR_THREE_EPOCHS, COLD = Place(LONGER, 1.0), Place("pocket-cold at 3e-05", 1.0)
 COLUMNS = {
     "chosen": (CHOSEN, POCKET),
     "longer": (FOR_THREE_EPOCHS, POCKET),
     "fast": (AT_TEN_TIMES, POCKET),
+    "cold": (COLD, POCKET),
     "real": (CHOSEN, REAL),
     "long": (CHOSEN, LONG),
 }
