@@ -94,14 +94,14 @@ def entropy(folder: Path) -> Figure:
     places = [place for place in known.places if place.temperature == 1]
     measures = [measure for measure in MEASURES if measure.column in known.table]
     prompts = labels_of(folder)
-    with new_figure(1.3, 0.9 + 0.92 * len(measures)) as figure:
+    with new_figure(max(1.3, 0.32 * len(places)), 0.9 + 0.92 * len(measures)) as figure:
         grid = figure.subplots(len(measures), max(len(places), 1), sharex=True, sharey="row", squeeze=False)
         for row, measure in zip(grid, measures, strict=True):
             for axes, place in zip(row, places, strict=True):
                 for arm in known.arms:
                     _draw_measure(axes, known.rows(arm, place), measure, arm_look(arm), prompts)
-                if measure.share:
-                    axes.set_ylim(bottom=0)
+            if measure.share:  # once all are drawn: limits that are set are kept, and the row has one
+                row[0].set_ylim(bottom=0)
             row[0].set_title(measure.title, loc="left", fontsize=7.5)
         _share_limits(grid, measures)
         for axes, place in zip(grid[0], places, strict=True):

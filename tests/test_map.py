@@ -282,6 +282,15 @@ def test_scales_of_like_measures_and_shares_of_none(folder):
     assert band.max() == pytest.approx(3.8415 / 1003.8415, rel=1e-4) and band.min() == 0
 
 
+def test_a_share_that_is_largest_at_the_last_start_is_inside(tmp_path):
+    rows = table()
+    rows.loc[(rows["path"] == HALF) & rows["equal_share"].notna(), "equal_share"] = 0.5
+    figure = map_curves.entropy(write(tmp_path, rows))
+    shares = next(row for row, measure in enumerate(map_curves.MEASURES) if measure.column == "equal_share")
+    low, high = figure.axes[4 * shares].get_ylim()
+    assert low == 0 and high > 0.5
+
+
 def test_the_table(folder):
     text = map_text(folder)
     arms, contrasts = (text.split("## ")[part].split("\n| ")[2:] for part in (0, 1))
