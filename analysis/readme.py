@@ -189,6 +189,7 @@ def example(results: Path) -> str:
 CONTRASTS_TOLD = {  # one by one; all of them stand in `differences`
     "papers": "T-SPIN − SPIN, the papers' scales: α 1, λ 0.1",
     "low": "T-SPIN − SPIN, both scales 0.1",
+    "history": "T-SPIN − T-SPIN w/o H-A, α 1",
     "reference": "T-SPIN_ref − T-SPIN, α 1",
 }
 CHOSEN, AT_TEN_TIMES = Place("pocket", 1.0), Place(FAST, 1.0)
