@@ -90,6 +90,7 @@ CONTRASTS = [
     _contrast("T-SPIN − SPIN", TSPIN, RELEASED, "SPIN as released"),
     _contrast(HISTORY, TSPIN, Arm("tspin_no_history", 1.0), "α 1"),
     _contrast(HISTORY, TSPIN_AT_01, Arm("tspin_no_history", 0.1), "α 0.1"),
+    _contrast(HISTORY, Arm("tspin_reference", 1.0), SPIN_AT_1, "both scales 1"),  # SPIN is T-SPIN_ref with β = 0
     _contrast(REFERENCE, Arm("tspin_reference", 1.0), TSPIN, "α 1"),
     _contrast(REFERENCE, Arm("tspin_reference", 0.1), TSPIN_AT_01, "α 0.1"),
     Contrast(SCALE_ALONE, "T-SPIN, α 1 − α 0.1", TSPIN, TSPIN_AT_01),

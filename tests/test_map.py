@@ -159,6 +159,7 @@ def test_contrasts(folder, monkeypatch):
         "T-SPIN − SPIN, both scales 1": 1.5,
         "T-SPIN − SPIN, SPIN as released": 2.5,
         "T-SPIN − T-SPIN w/o H-A, α 1": 0.0,
+        "T-SPIN_ref − SPIN, both scales 1": 0.5,
         "T-SPIN_ref − T-SPIN, α 1": -1.0,
         "T-SPIN, α 1 − α 0.1": 4.0,
         "SPIN, λ 1 − λ 0.1": 2.0,
@@ -176,7 +177,7 @@ def test_too_few_seeds_have_no_p(folder, monkeypatch):
     table[(table["method"] != "tspin_reference") | (table["seed"] == table["seed"].min())].to_csv(path, index=False)
     before = Map(folder).contrasts()
     alone = [each for each in before if each.difference.seeds == 1]
-    assert {each.contrast.question for each in alone} == {"What a reference adds"}
+    assert {each.contrast.question for each in alone} == {"What a reference adds", "What the history adds"}
     assert all(isnan(each.p) and isnan(each.corrected) for each in alone)
     assert all(each.corrected >= each.p for each in before if each not in alone)
     text = map_text(folder)
