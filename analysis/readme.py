@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .intervals import ENOUGH, Estimate
-from .map import FAST, LONGER, SPIN, TSPIN, Found, Place, map_of
+from .map import SPIN, TSPIN, Found, Place, map_of
 from .scores import Scores
 from .style import look
 from .verdicts import VERDICTS
@@ -192,12 +192,9 @@ CONTRASTS_TOLD = {  # one by one; all of them stand in `differences`
     "history": "T-SPIN − T-SPIN w/o H-A, α 1",
     "reference": "T-SPIN_ref − T-SPIN, α 1",
 }
-CHOSEN, AT_TEN_TIMES = Place("pocket", 1.0), Place(FAST, 1.0)
-FOR_THREE_EPOCHS, COLD = Place(LONGER, 1.0), Place("pocket-cold at 3e-05", 1.0)
+CHOSEN, COLD = Place("pocket", 1.0), Place("pocket-cold at 3e-05", 1.0)
 COLUMNS = {
     "chosen": (CHOSEN, POCKET),
-    "longer": (FOR_THREE_EPOCHS, POCKET),
-    "fast": (AT_TEN_TIMES, POCKET),
     "cold": (COLD, POCKET),
     "real": (CHOSEN, REAL),
     "long": (CHOSEN, LONG),
