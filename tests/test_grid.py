@@ -136,6 +136,11 @@ def test_a_grid_from_its_file_to_its_report(tmp_path, data_file, model_folder):
     report = sweep.target.with_suffix(".md").read_text()
     assert "Settings per method: sft 1, spin 4." in report and "The best." in report
     assert report.count("**") >= 2 * 2 and "after the last iteration" in report
+    # Lines of cells that have just ended are written as those that were read back.
+    text = sweep.target.with_suffix(".csv").read_text()
+    sweep.target.with_suffix(".csv").unlink()
+    gathering.gather(sweep, sweep.cells)
+    assert sweep.target.with_suffix(".csv").read_text() == text
     # Called again, nothing runs; nor on another machine, which has what was gathered and not the runs.
     assert "cell 1 of" not in run(sweep)[1]
     shutil.rmtree(sweep.folder)

@@ -99,9 +99,7 @@ def _write(sweep: Sweep, parts: Sequence[Gathered]) -> str:
     problems = _in_order(_together([part.problems for part in parts]), order)
     measures = _in_order(_together([part.measures for part in parts]), order)
     settings = dict.fromkeys(name for cell in sweep.cells for name, _ in cell.setting)
-    buffer = io.StringIO()
     measures = measures.reindex(columns=[CELL, *settings, *RUN, *STUDY_MEASURES])
-    measures.to_csv(buffer, index=False, float_format="%.6g", lineterminator="\n")
     missing = [cell.title for cell in sweep.cells if cell.name not in made]
     cells = {"finished": len(made), "missing": missing}
     facts = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": sum(w["seconds"] for w in made.values())}
@@ -109,11 +107,17 @@ def _write(sweep: Sweep, parts: Sequence[Gathered]) -> str:
     record = {**facts, "cells": cells, "provenance": provenance, "made": made}
     write_json(_beside(sweep.target, "_provenance.json"), record)
     path = sweep.target.with_suffix(".csv")
-    write_text(path, buffer.getvalue())  # last: what it lists is there
+    write_text(path, _text_of(measures))  # last: what it lists is there
     if sweep.study.choose is not None:
         write_text(path.with_suffix(".md"), report(sweep.study, path, complete=not missing))
     more = [f"and {len(missing) - FEW} more"] if len(missing) > FEW else []  # the record has all
     return f"wrote {path}" + (f"; missing: {', '.join([*missing[:FEW], *more])}" if missing else "")
+
+
+def _text_of(measures: pd.DataFrame) -> str:
+    """As CSV, the same when it is read and written again: settings are text in new cells, numbers in others."""
+    read = pd.read_csv(io.StringIO(measures.to_csv(index=False)), dtype=KINDS)
+    return str(read.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
 def _together(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
