@@ -20,6 +20,7 @@ from .style import look
 
 ABREAST = 4  # panels in a row
 ROW = 0.15  # inches
+ROOM = 2  # a panel's half width, as a multiple of its farthest mean, or of the end of Avg's interval
 
 
 def by_benchmark(folder: Path) -> Figure:
@@ -41,20 +42,20 @@ def by_benchmark(folder: Path) -> Figure:
     abreast = min(len(found), ABREAST)
     lines = -(-len(found) // abreast)
     with new_figure(0.35 + 0.3 * max(abreast, 2), 0.8 + lines * (0.4 + ROW * len(rows))) as figure:
-        grid = figure.subplots(lines, abreast, sharex=True, sharey=True, squeeze=False)
+        grid = figure.subplots(lines, abreast, sharey=True, squeeze=False)
         for axes in grid.flat[len(found) :]:
             axes.set_axis_off()
         for axes, (place, values) in zip(grid.flat, found.items(), strict=False):
             _draw_place(axes, values[:, order])
             axes.set_title(f"{place.start_name},\n{place.decoding}, n {len(values)}", loc="left", fontsize=7)
-            axes.tick_params(axis="x", labelbottom=True)
         grid[0, 0].set_yticks(range(len(rows)), rows, fontsize=7)
         grid[0, 0].set_ylim(len(rows) - 0.5, -0.6)
         few = f" Hollow: fewer than {ENOUGH} seeds, without interval." if min(map(len, found.values())) < ENOUGH else ""
         length = " In brackets: the mean length of its labels, tokens." if tokens else ""
         put_note(figure, f"{folder.name}: final {CONTRASTS[0].words} (points), 95 % intervals, paired by seed and "
                          f"problem, not corrected for their number; n: seeds. {known.study.size}. Avg, thin: "
-                         f"benchmarks drawn too.{few}{length}")  # fmt: skip
+                         f"benchmarks drawn too. Each panel has a scale of its own, by its means; at a "
+                         f"triangle an interval goes on.{few}{length}")  # fmt: skip
         return figure
 
 
@@ -77,7 +78,10 @@ def answer_tokens(folder: Path, benchmarks: list[str]) -> list[float]:
 
 
 def _draw_place(axes: Axes, values: np.ndarray) -> None:
-    """values: (seeds, benchmarks, problems), of a difference in percent."""
+    """values: (seeds, benchmarks, problems), of a difference in percent.
+
+    A benchmark's interval of a few seeds can be ten times as wide as all means are far: such ones are cut, and marked.
+    """
     *each, whole = estimates(values)
     enough = len(values) >= ENOUGH
     for row, found in enumerate(each):
@@ -87,6 +91,14 @@ def _draw_place(axes: Axes, values: np.ndarray) -> None:
     if whole.wide is not None and enough:
         draw_interval(axes, bottom, whole.wide, "black", TSPIN.method, elinewidth=0.6, capsize=2)
     draw_interval(axes, bottom, whole, "black", TSPIN.method, bare=not enough, elinewidth=2.2)
+    reach = ROOM * max(*(abs(found.mean) for found in each), abs(whole.mean) + whole.half * enough)
+    for row, found in enumerate(each if enough else []):
+        for sign in (-1, 1):
+            if found.half > reach - sign * found.mean:
+                axes.plot(
+                    sign * reach, row, "<>"[sign > 0], color=look(TSPIN.method).colour, markersize=4, clip_on=False
+                )
+    axes.set_xlim(-reach, reach)
     axes.axvline(0, color="black", linewidth=0.6)
     axes.grid(axis="x")
 

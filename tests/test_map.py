@@ -13,6 +13,7 @@ from tspin.cli import app
 from tspin.errors import UserError
 from tspin_analysis import figures, map_benchmarks, map_curves, map_figures
 from tspin_analysis import map as of_map
+from tspin_analysis.drawing import new_figure
 from tspin_analysis.map import (
     COLD_TSPIN,
     CONTRASTS,
@@ -261,6 +262,19 @@ def test_benchmarks_stand_by_the_length_of_their_labels(folder):
     assert "Hollow: fewer than 3 seeds" in " ".join(figure.get_supxlabel().split())
     (folder / "prompts.parquet").unlink()
     assert map_benchmarks.by_benchmark(folder).axes[0].get_yticklabels()[0].get_text() == "b0"
+
+
+def test_an_interval_that_leaves_its_panel_is_marked_there():
+    rng = np.random.default_rng(0)
+    values = 2 + rng.normal(size=(3, 6, 50))
+    values[:, 1] += np.array([-40, 0, 40])[:, None]  # of three seeds: an interval of a hundred points
+    with new_figure(1, 1) as figure:
+        axes = figure.subplots()
+        map_benchmarks._draw_place(axes, values)
+    low, high = axes.get_xlim()
+    marks = [line for line in axes.lines if line.get_marker() in ("<", ">")]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks] == [(low, 1), (high, 1)]
+    assert -low == high > np.abs(values.mean((0, 2))).max()
 
 
 def test_benchmarks_need_both_methods(tmp_path):
