@@ -55,10 +55,10 @@ report: $(if $(PDF),$(VENV)/.report,$(READY))
 	$(TSPIN) report $(OF) --out $(or $(OUT),report.html) $(if $(PDF),--pdf $(PDF))
 
 # STUDY: a file of experiments/studies/, drawn as the figure of its name (or FIGURE).
-FIGURES_map := map map_benchmarks map_sft map_course map_entropy
+FIGURES_rate := map map_benchmarks map_sft map_course map_entropy
+FIGURES_epochs := $(FIGURES_rate)
+FIGURES_map := $(FIGURES_rate) map_greedy
 FIGURES_proto := $(FIGURES_map)
-FIGURES_rate := $(FIGURES_map)
-FIGURES_epochs := $(FIGURES_map)
 study: $(READY)
 	$(TSPIN) sweep experiments/studies/$(STUDY).yaml --results $(RESULTS)
 	set -e; for name in $(or $(FIGURE),$(FIGURES_$(STUDY)),$(STUDY)); do $(TSPIN) figure $$name $(OF); done

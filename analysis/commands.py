@@ -49,7 +49,7 @@ def figure(
         str,
         typer.Argument(
             help="Number in the paper: 2, 3, 4a, 4b, 4c, 5, 6, 7; or a figure of ours: benchmarks, entropy, ten, map, "
-            "map_benchmarks, map_sft, map_course, map_entropy."
+            "map_benchmarks, map_sft, map_course, map_entropy, map_greedy."
         ),
     ],
     preset: AnyPreset = None,

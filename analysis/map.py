@@ -179,6 +179,10 @@ class Map:
             here = here[here["temperature"] == place.temperature]
         return here.drop_duplicates(["seed", "iteration"])
 
+    def ran(self, place: Place) -> bool:
+        """Whether any arm of self-play ran at a place."""
+        return any(len(self.rows(arm, place)) for arm in self.arms)
+
     def last(self, arm: Arm, place: Place) -> pd.DataFrame:
         """The rows after an arm's last iteration, one a seed, in their order; none where it was not run."""
         rows = self.rows(arm, place)
@@ -224,7 +228,7 @@ class Map:
 
     def absent(self, arms: Sequence[Arm]) -> str:
         """What of some arms was not run, in words; nothing where all was."""
-        empty = [place for place in self.places if all(self.rows(arm, place).empty for arm in self.arms)]
+        empty = [place for place in self.places if not self.ran(place)]
         words = [f"anything ({place})" for place in empty]
         places = [place for place in self.places if place not in empty]
         for arm in dict.fromkeys(arms):

@@ -1,6 +1,10 @@
-"""Figures of the study `map` by iteration: Avg of every arm (map_course), and what y′ tell of them (map_entropy)."""
+"""Figures of the study `map` by iteration: Avg of every arm (map_course), and what y′ tell of them.
+
+map_entropy: y′ drawn at temperature 1, whose −log π has the policy's entropy as its mean; map_greedy: the modes.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tspin.errors import UserError
+
 from .drawing import BASE_X, beside, draw_band, draw_level, draw_means, new_figure, put_legend, put_note
 from .entropy import by_iteration
 from .intervals import ENOUGH, Estimate, none_of
-from .map import SFT, START, Map, Place, map_of
+from .map import DECODINGS, SFT, START, Map, Place, map_of
 from .reading import labels_of
 from .style import Look, arm_look
 
@@ -28,8 +34,8 @@ class Measure(NamedTuple):
 
 
 MEASURES = [
-    Measure("nats", "Entropy, nats a response"),
-    Measure("nats_per_token", "Entropy, nats a token"),
+    Measure("nats", "−log π(y′), nats a response"),
+    Measure("nats_per_token", "−log π(y′), nats a token"),
     Measure("held_out_nats", "Held-out −log π(y), nats"),
     Measure("equal_share", "y′ that are y, share", share=True),
     Measure("gradient_signal", "Gradient signal"),
@@ -88,14 +94,19 @@ def _draw_course(axes: Axes, known: Map, place: Place) -> None:
     axes.set_xticks([BASE_X, *range(last + 1)], ["start", *map(str, range(last + 1))])
 
 
-def entropy(folder: Path) -> Figure:
-    """What y′ drawn at temperature 1 tell by iteration: a row per measure of MEASURES, a column per start."""
+def entropy(folder: Path, temperature: float = 1.0) -> Figure:
+    """What y′ of a decoding tell by iteration: a row per measure of MEASURES, a column per start.
+
+    Raises UserError where nothing ran with it.
+    """
     known = map_of(folder)
-    places = [place for place in known.places if place.temperature == 1]
+    places = [place for place in known.places if place.temperature == temperature and known.ran(place)]
+    if not places:
+        raise UserError(f"{known.study.path}: nothing was run with y′ {DECODINGS[temperature]}; {known.study.again}")
     measures = [measure for measure in MEASURES if measure.column in known.table]
     prompts = labels_of(folder)
     with new_figure(max(1.3, 0.32 * len(places)), 0.9 + 0.92 * len(measures)) as figure:
-        grid = figure.subplots(len(measures), max(len(places), 1), sharex=True, sharey="row", squeeze=False)
+        grid = figure.subplots(len(measures), len(places), sharex=True, sharey="row", squeeze=False)
         for row, measure in zip(grid, measures, strict=True):
             for axes, place in zip(row, places, strict=True):
                 for arm in known.arms:
@@ -116,8 +127,9 @@ def entropy(folder: Path) -> Figure:
         low, high = min(filter(None, counts), default=0), max(counts, default=0)
         seeds = f"{low}" if low == high else f"{low} to {high}"
         shares = f" Shares are of {prompts:,} prompts; at 0 and 1 the interval is Wilson's." if prompts else ""
-        put_note(figure, f"{folder.name}, y′ drawn at temperature 1: means over {seeds} seeds, 95 % t intervals of "
-                         f"three at least.{shares} Entropy: mean −log π(y′). Gradient signal: norm of the mean "
+        what = " The mean of −log π(y′) is the policy's entropy." if temperature == 1 else ""
+        put_note(figure, f"{folder.name}, y′ {DECODINGS[temperature]}: means over {seeds} seeds, 95 % t intervals of "
+                         f"three at least.{shares}{what} Gradient signal: norm of the mean "
                          "gradient over a step's noise. Effective sample size: of the pairs, by their weights. "
                          "Misaligned: y has the higher reward, the lower likelihood.")  # fmt: skip
         return figure
@@ -151,4 +163,8 @@ def _share_limits(grid: Any, measures: list[Measure]) -> None:
             row[0].set_ylim(0, top)
 
 
-FIGURES: dict[str, Callable[[Path], Figure]] = {"map_course": course, "map_entropy": entropy}
+FIGURES: dict[str, Callable[[Path], Figure]] = {
+    "map_course": course,
+    "map_entropy": entropy,
+    "map_greedy": partial(entropy, temperature=0.0),
+}

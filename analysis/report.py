@@ -60,6 +60,7 @@ MAP = {
     "map_sft": "Against SFT going on",
     "map_course": "Average by iteration",
     "map_entropy": "What changes on the way",
+    "map_greedy": "What changes on the way, y′ greedy",
 }
 PRESETS = "experiments/presets"
 OURS = re.compile(r"( *)(\w+):.*?(?:#\s*ours\b[:,]?\s*(.*))?")

@@ -297,6 +297,19 @@ def test_scales_of_like_measures_and_shares_of_none(folder):
     assert band.max() == pytest.approx(3.8415 / 1003.8415, rel=1e-4) and band.min() == 0
 
 
+def test_greedy_responses_have_a_figure_of_their_own(folder, tmp_path):
+    drawn, modes = map_curves.entropy(folder), map_curves.FIGURES["map_greedy"](folder)
+    assert [len(figure.axes) // len(map_curves.MEASURES) for figure in (drawn, modes)] == [4, 1]
+    assert (
+        "y′ greedy: means" in modes.get_supxlabel()
+        and "entropy" in drawn.get_supxlabel()
+        and "entropy" not in modes.get_supxlabel()
+    )
+    sampled = write(tmp_path, table().query("temperature != 0"))
+    with pytest.raises(UserError, match="nothing was run with y′ greedy; "):
+        map_curves.FIGURES["map_greedy"](sampled)
+
+
 def test_a_share_that_is_largest_at_the_last_start_is_inside(tmp_path):
     rows = table()
     rows.loc[(rows["path"] == HALF) & rows["equal_share"].notna(), "equal_share"] = 0.5
