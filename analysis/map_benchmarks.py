@@ -91,7 +91,7 @@ def _draw_place(axes: Axes, values: np.ndarray) -> None:
     if whole.wide is not None and enough:
         draw_interval(axes, bottom, whole.wide, "black", TSPIN.method, elinewidth=0.6, capsize=2)
     draw_interval(axes, bottom, whole, "black", TSPIN.method, bare=not enough, elinewidth=2.2)
-    reach = ROOM * max(*(abs(found.mean) for found in each), abs(whole.mean) + whole.half * enough)
+    reach = ROOM * max(*(abs(found.mean) for found in each), abs(whole.mean) + whole.half * enough) or 1.0
     for row, found in enumerate(each if enough else []):
         for sign in (-1, 1):
             if found.half > reach - sign * found.mean:
