@@ -9,7 +9,7 @@ Of another preset the study of its own name is its map (`smollm2-short`): of one
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,27 +143,28 @@ class Map:
         self._model = dict(zip(table["path"], table["model"], strict=True))  # of each start
         self.table = table.assign(arm=pd.Series([_arm_of(row) for row in table.to_dict("records")], dtype=object))
         self._last = self.table.groupby("cell")["iteration"].transform("max")
+        self._rows = self._by_place()
         if not self.arms:
             raise UserError(f"{self.study.path}: no arm of self-play was run yet; {self.study.again}")
 
-    @property
+    @cached_property
     def starts(self) -> list[str]:
         """The starts of self-play, in the order of STARTS and then by name."""
         order = {start: number for number, start in enumerate(STARTS)}
         there = set(self.table.loc[~self.table["method"].isin(ONCE), "path"])
         return sorted(there, key=lambda start: (order.get(known_start(start), len(order)), start))
 
-    @property
+    @cached_property
     def temperatures(self) -> list[float]:
         """How y′ was drawn, sampled before greedy."""
         return sorted(set(self.table.loc[~self.table["method"].isin(ONCE), "temperature"]), reverse=True)
 
-    @property
+    @cached_property
     def places(self) -> list[Place]:
         """Every start with every decoding, whether anything ran there or not."""
         return [Place(start, temperature) for start in self.starts for temperature in self.temperatures]
 
-    @property
+    @cached_property
     def arms(self) -> list[Arm]:
         """The arms of self-play that ran anywhere; at the papers' settings before others."""
         found = {arm for arm in self.table["arm"] if arm.method not in ONCE}
@@ -173,11 +174,17 @@ class Map:
 
     def rows(self, arm: Arm, place: Place) -> pd.DataFrame:
         """Every iteration of an arm at a place. How self-play decodes and trains is nothing to the start and to SFT."""
-        start = self._model.get(place.start) if arm.method in ONCE else place.start
-        here = self.table[(self.table["arm"] == arm) & (self.table["path"] == start)]
-        if arm.method not in ONCE:
-            here = here[here["temperature"] == place.temperature]
-        return here.drop_duplicates(["seed", "iteration"])
+        once = arm.method in ONCE
+        start = self._model.get(place.start) if once else place.start
+        return self._rows.get((arm, start, None if once else place.temperature), self.table.iloc[:0])
+
+    def _by_place(self) -> dict[tuple[Arm, str | None, float | None], pd.DataFrame]:
+        """The table's rows by arm, start and, but for ONCE, temperature; of cells that are there twice, the first."""
+        of: dict[tuple[Arm, str | None, float | None], list[int]] = {}
+        columns = (self.table[name] for name in ("arm", "path", "temperature"))
+        for number, (arm, start, temperature) in enumerate(zip(*columns, strict=True)):
+            of.setdefault((arm, start, None if arm.method in ONCE else temperature), []).append(number)
+        return {key: self.table.iloc[rows].drop_duplicates(["seed", "iteration"]) for key, rows in of.items()}
 
     def ran(self, place: Place) -> bool:
         """Whether any arm of self-play ran at a place."""
@@ -211,6 +218,7 @@ class Map:
         values = self.values(first, second, place, iteration)
         return None if values is None else _paired(values)
 
+    @cached_property
     def contrasts(self) -> list[Found]:
         """Every contrast of CONTRASTS wherever both of its arms ran; p corrected (Holm) within each question."""
         results = []

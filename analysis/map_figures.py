@@ -37,7 +37,7 @@ class Section(NamedTuple):
 def differences(folder: Path) -> Figure:
     """The contrasts of CONTRASTS after the last iteration: a panel per decoding, a row per start."""
     known = map_of(folder)
-    found = known.contrasts()
+    found = known.contrasts
     sections = []
     for contrast in CONTRASTS:
         here = {each.place: each.difference for each in found if each.contrast == contrast}

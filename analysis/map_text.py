@@ -51,7 +51,7 @@ def map_text(folder: Path) -> str:
             "p": number(each.p, ".2g"),
             "p, corrected": number(each.corrected, ".2g"),
         }
-        for each in known.contrasts()
+        for each in known.contrasts
     ])  # fmt: skip
     compared = [arm for contrast in CONTRASTS for arm in (contrast.first, contrast.second)]
     absent = known.absent([SFT, *known.arms, *compared])

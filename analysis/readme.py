@@ -85,7 +85,7 @@ def misaligned_spin(results: Path, preset: Path = POCKET) -> str:
 
 def contrast(results: Path, words: str, place: Place, preset: Path = POCKET) -> str:
     """A contrast of the map after the last iteration; with its interval where the seeds are ENOUGH."""
-    contrasts = map_of(results / preset).contrasts()
+    contrasts = map_of(results / preset).contrasts
     found = next((each.difference for each in contrasts if (each.contrast.words, each.place) == (words, place)), None)
     if found is None:
         return "not run"
@@ -95,7 +95,7 @@ def contrast(results: Path, words: str, place: Place, preset: Path = POCKET) -> 
 def differences(results: Path) -> str:
     """Every contrast of pocket's map wherever it ran, as a table; bold where its corrected p is below 0.05."""
     known = map_of(results / POCKET)
-    found = {(each.contrast.words, each.place): each for each in known.contrasts()}
+    found = {(each.contrast.words, each.place): each for each in known.contrasts}
     places = [place for place in known.places if any(place == there for _, there in found)]
 
     def cell(each: Found | None) -> str:

@@ -13,6 +13,7 @@ from tspin.errors import tell
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads take longer to start than a tiny model to load
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch reads it when it is imported, and so do the processes of a test
 quiet_libraries()
 
@@ -44,6 +45,14 @@ def pytest_collection_finish() -> None:
     """Let the garbage collector pass over all that was imported: a training run looks for garbage several times."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_flushed() -> Iterator[None]:
+    """No test cuts the power: what is written need not reach the disk, a tenth of a small run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

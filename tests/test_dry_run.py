@@ -1,7 +1,7 @@
 """The 7B presets without their weights: everything but the size is real, and the width is real too.
 
 Meta-device models for the counts; rows of UltraChat's shape through the offline folder and a tokenizer of the same
-kind; one step of each method on a layer or two of 7B width (float32 weights as the presets say, short sequences).
+kind; one step of each method on a layer of 7B width (float32 weights as the presets say, short sequences).
 """
 
 import hashlib
@@ -130,14 +130,14 @@ def test_spins_own_rows_bring_its_first_synthetic_responses(tmp_path, stand_in, 
 
 
 @pytest.mark.usefixtures("much_memory")
-@pytest.mark.parametrize(("preset", "method", "layers"), [("zephyr-7b", "tspin", 2), ("mistral-7b", "spin", 1)])
-def test_one_step_at_7b_width(preset, method, layers, offline, stand_in):
+@pytest.mark.parametrize(("preset", "method"), [("zephyr-7b", "tspin"), ("mistral-7b", "spin")])
+def test_one_step_at_7b_width(preset, method, offline, stand_in):
     config = load_config(preset, [*HERE, "data.labels=2", "batch_size=2", "num_train_epochs=1", "warmup_steps=0"])
     settings = config.for_method(method)
     args = training_arguments(settings, offline / "run", seed=0)
     examples = encode_dataset(load_dataset(settings.data), stand_in, args)
     shape = find_config(config.model.path)
-    shape.num_hidden_layers, shape.vocab_size = layers, len(stand_in)
+    shape.num_hidden_layers, shape.vocab_size = 1, len(stand_in)
     assert shape.hidden_size == 4096 and shape.intermediate_size == 14336
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
@@ -159,5 +159,5 @@ def test_one_step_at_7b_width(preset, method, layers, offline, stand_in):
     assert torch.isfinite(torch.tensor(steps[["loss", "grad_norm"]].to_numpy())).all()
     moved = (model.model.layers[-1].mlp.down_proj.weight[:4] - before).abs().max()
     assert 0 < moved < 1e-4  # RMSProp's first step is about ten times the rate, 5e-7
-    assert (folder / "model" / "model.safetensors").stat().st_size > layers * 0.85e9
+    assert (folder / "model" / "model.safetensors").stat().st_size > 0.85e9
     shutil.rmtree(folder / "model")  # pytest would keep it

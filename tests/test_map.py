@@ -151,7 +151,7 @@ def test_differences_are_paired(folder):
 
 def test_contrasts(folder, monkeypatch):
     monkeypatch.setattr(of_map, "ENOUGH", 2)
-    found = {(each.contrast.words, each.place): each for each in Map(folder).contrasts()}
+    found = {(each.contrast.words, each.place): each for each in Map(folder).contrasts}
     assert len({words for words, _ in found}) == len(CONTRASTS) - ABSENT
     means = {words: round(each.difference.mean, 6) for (words, place), each in found.items() if place == SAMPLED}
     assert means == {
@@ -171,12 +171,12 @@ def test_contrasts(folder, monkeypatch):
 
 
 def test_too_few_seeds_have_no_p(folder, monkeypatch):
-    assert all(isnan(each.p) for each in Map(folder).contrasts())  # two seeds
+    assert all(isnan(each.p) for each in Map(folder).contrasts)  # two seeds
     monkeypatch.setattr(of_map, "ENOUGH", 2)
     path = folder / "studies" / "map.csv"
     table = pd.read_csv(path)
     table[(table["method"] != "tspin_reference") | (table["seed"] == table["seed"].min())].to_csv(path, index=False)
-    before = Map(folder).contrasts()
+    before = Map(folder).contrasts
     alone = [each for each in before if each.difference.seeds == 1]
     assert {each.contrast.question for each in alone} == {"What a reference adds", "What the history adds"}
     assert all(isnan(each.p) and isnan(each.corrected) for each in alone)

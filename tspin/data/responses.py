@@ -56,6 +56,7 @@ class Responses(Mapping[int, Response]):
         self.dataset = dataset
         self.prompt_ids = column(dataset, "prompt_id")
         self.index = pd.Index(self.prompt_ids)
+        self._rows = response_rows(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -64,7 +65,7 @@ class Responses(Mapping[int, Response]):
         return iter(self.prompt_ids.tolist())
 
     def __getitem__(self, prompt_id: int) -> Response:
-        return response_rows(self.dataset)[self.index.get_loc(prompt_id)]
+        return self._rows[self.index.get_loc(prompt_id)]
 
     def of(self, prompt_ids: Sequence[int] | np.ndarray) -> TypedRows[Response]:
         """The responses to these prompts, in their order. Raises KeyError where there is none to one of them."""
