@@ -124,9 +124,16 @@ def tuned_starts(results: Path) -> str:
     return _by_rate("method, start", labels, pd.concat(of.values()).sort_index(axis="columns"))
 
 
-def _swept(results: Path, sweep: str, rows: list[str]) -> pd.DataFrame:
+def tuned_real(results: Path) -> str:
+    """The sweep of SmolLM2's rates, one seed, as a table."""
+    cells = _swept(results, "smollm2-rate", ["method"], REAL)
+    cells = cells.loc[[method for method in ("spin", "tspin", "sft") if method in cells.index]]
+    return _by_rate("method", [look(method).label for method in cells.index], cells)
+
+
+def _swept(results: Path, sweep: str, rows: list[str], preset: Path = POCKET) -> pd.DataFrame:
     """The last average of a sweep's settings, the mean over seeds: a column per rate."""
-    table = pd.read_csv(results / POCKET / "studies" / f"{sweep}.csv", dtype={"iteration": "Int64"})
+    table = pd.read_csv(results / preset / "studies" / f"{sweep}.csv", dtype={"iteration": "Int64"})
     last = table[table["iteration"].isna() | (table["iteration"] == table["iteration"].max())]
     return last.pivot_table("avg", rows, "learning_rate")
 
@@ -225,6 +232,7 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "faults": faults,
     "tuned": tuned,
     "tuned_starts": tuned_starts,
+    "tuned_real": tuned_real,
     "differences": differences,
     "leads": leads,
     **{
