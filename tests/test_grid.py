@@ -338,7 +338,7 @@ def test_the_rule_of_choice(choice, expected):
 SWEEPS = ("sweep-rate", "sweep-scale")
 SWEEPS_OF_STARTS = ("sweep-half", "sweep-cold")  # of self-play alone
 SMOLLM2_SWEEP = "smollm2-rate"
-AS_RUN = ("pocket-greedy", "smollm2-short", "smollm2-tuned", "smollm2-long", "zephyr-7b")  # drawn as `tspin run`'s results are
+AS_RUN = ("pocket-greedy", "smollm2-short", "smollm2-tuned", "smollm2-long", "zephyr-7b")  # drawn as `tspin run` is
 
 
 def test_the_preset_has_what_the_pocket_sweep_says():
