@@ -8,14 +8,17 @@ and a test fails when one of them is stale. A place that stands on lines of its 
 import argparse
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pandas as pd
 
-from .intervals import ENOUGH, Estimate
+from .entropy import nats
+from .intervals import ENOUGH, Estimate, estimate, of_seeds
 from .map import SPIN, TSPIN, Found, Place, map_of
+from .reading import read_table
 from .scores import Scores
+from .studies import Study
 from .style import look
 from .verdicts import VERDICTS
 
@@ -126,9 +129,28 @@ def tuned_starts(results: Path) -> str:
 
 def tuned_real(results: Path) -> str:
     """The sweep of SmolLM2's rates, one seed, as a table."""
-    cells = _swept(results, "smollm2-rate", ["method"], REAL)
-    cells = cells.loc[[method for method in ("spin", "tspin", "sft") if method in cells.index]]
+    cells = _swept(results, "smollm2-rate", ["method"], REAL).loc[["spin", "tspin", "sft"]]
     return _by_rate("method", [look(method).label for method in cells.index], cells)
+
+
+def tuned_lead(results: Path) -> str:
+    """T-SPIN − SPIN in the sweep of SmolLM2's rates, each at its best, in points; one seed: the problems' noise."""
+    study = Study(results / REAL, "smollm2-rate")
+    last = study.table[study.table["iteration"] == study.table["iteration"].max()]
+    best = last.loc[last.groupby("method")["avg"].idxmax()].set_index("method")
+    tspin, spin = (study.values(best.loc[[method]]) for method in ("tspin", "spin"))
+    return f"{estimate(tspin - spin):+.1f}".replace("-", "−")
+
+
+def entropy(results: Path, method: str, iteration: int, other: tuple[str, int]) -> str:
+    """How many nats more y′ have, by mean −log π(y′), than another method's or iteration's: t interval over seeds."""
+    table = _nats(results / POCKET).set_index(["method", "iteration", "seed"])["nats"].sort_index()
+    return f"{of_seeds((table[method, iteration] - table[other]).dropna()):+.2f}".replace("-", "−")
+
+
+@lru_cache(maxsize=1)
+def _nats(folder: Path) -> pd.DataFrame:
+    return nats(read_table(folder, "diagnostics"))
 
 
 def _swept(results: Path, sweep: str, rows: list[str], preset: Path = POCKET) -> pd.DataFrame:
@@ -233,6 +255,10 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "tuned": tuned,
     "tuned_starts": tuned_starts,
     "tuned_real": tuned_real,
+    "tuned_lead": tuned_lead,
+    "entropy_tspin": partial(entropy, method="tspin", iteration=4, other=("tspin", 0)),
+    "entropy_spin": partial(entropy, method="spin", iteration=4, other=("spin", 0)),
+    "entropy_lead": partial(entropy, method="tspin", iteration=4, other=("spin", 4)),
     "differences": differences,
     "leads": leads,
     **{

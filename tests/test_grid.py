@@ -359,6 +359,18 @@ def test_the_preset_has_what_the_pocket_sweep_says():
             assert rates.min() < training.learning_rate < rates.max()
 
 
+def test_smollm2_tuned_has_the_rates_that_the_sweep_chose():
+    sweep = load_sweep(Path(SMOLLM2_SWEEP), None, Path("runs"), REPOSITORY / "results" / "reference")
+    table = pd.read_csv(sweep.target.with_suffix(".csv"))
+    assert set(table["cell"]) == {cell.name for cell in sweep.cells}
+    scores = gathering.scores_of(table, ["learning_rate"])
+    best = scores[gathering.chosen(scores, sweep.study.choose)].set_index("method")["learning_rate"].to_dict()
+    config = load_config("smollm2-tuned")
+    assert best == {method: config.for_method(method).training.learning_rate for method in best}
+    ablations = {config.for_method(f"tspin_{name}").training.learning_rate for name in ("no_history", "reference")}
+    assert ablations == {best["tspin"]}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_committed_study_is_whole(path):
     """Loading one checks every setting against the config, and its suite."""
