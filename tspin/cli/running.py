@@ -27,58 +27,62 @@ if TYPE_CHECKING:
     from tspin.cli.asked import Asked
 
 
+PresetName = Annotated[
+    str | None,
+    typer.Option(help="a preset of experiments/, by its name", rich_help_panel=WHAT, autocompletion=complete_presets),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="the run's file: YAML, with the keys of a preset", rich_help_panel=WHAT)
+]
+Model = Annotated[
+    str | None, typer.Option(help="your model folder or hub name; the file's when left out", rich_help_panel=WHAT)
+]
+Data = Annotated[str | None, typer.Option("--data", help=f"{DATA}; the file's when left out", rich_help_panel=WHAT)]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--methods",
+        "--method",
+        help="comma-separated; base is the initial policy",
+        show_default="base,sft,spin,tspin; without a suite: the file's, or tspin",
+        rich_help_panel=WHAT,
+        autocompletion=complete_methods,
+    ),
+]
+Seeds = Annotated[
+    list[str] | None,
+    typer.Option("--seeds", "--seed", help="comma-separated", show_default="0", rich_help_panel=WHAT),
+]
+Iterations = Annotated[
+    int | None, typer.Option(help="T", show_default="the file's, or 5", min=1, max=127, rich_help_panel=WHAT)
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="the run's folder, where nothing is evaluated",
+        show_default="runs/mine, or the file's name in runs",
+        rich_help_panel=WHERE,
+    ),
+]
+Runs = Annotated[
+    Path | None,
+    typer.Option(help="checkpoints, responses, logs of what is evaluated", show_default="runs", rich_help_panel=WHERE),
+]
+Results = Annotated[Path | None, typer.Option(help="tidy numbers of it", show_default="results", rich_help_panel=WHERE)]
+
+
 def run(
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="a preset of experiments/, by its name", rich_help_panel=WHAT, autocompletion=complete_presets
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="the run's file: YAML, with the keys of a preset", rich_help_panel=WHAT)
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="your model folder or hub name; the file's when left out", rich_help_panel=WHAT)
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option("--data", help=f"{DATA}; the file's when left out", rich_help_panel=WHAT)
-    ] = None,
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--methods",
-            "--method",
-            help="comma-separated; base is the initial policy",
-            show_default="base,sft,spin,tspin; without a suite: the file's, or tspin",
-            rich_help_panel=WHAT,
-            autocompletion=complete_methods,
-        ),
-    ] = None,
-    seeds: Annotated[
-        list[str] | None,
-        typer.Option("--seeds", "--seed", help="comma-separated", show_default="0", rich_help_panel=WHAT),
-    ] = None,
-    iterations: Annotated[
-        int | None, typer.Option(help="T", show_default="the file's, or 5", min=1, max=127, rich_help_panel=WHAT)
-    ] = None,
+    preset: PresetName = None,
+    config: ConfigFile = None,
+    model: Model = None,
+    dataset: Data = None,
+    methods: Methods = None,
+    seeds: Seeds = None,
+    iterations: Iterations = None,
     settings: Set = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="the run's folder, where nothing is evaluated",
-            show_default="runs/mine, or the file's name in runs",
-            rich_help_panel=WHERE,
-        ),
-    ] = None,
-    runs: Annotated[
-        Path | None,
-        typer.Option(
-            help="checkpoints, responses, logs of what is evaluated", show_default="runs", rich_help_panel=WHERE
-        ),
-    ] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="tidy numbers of it", show_default="results", rich_help_panel=WHERE)
-    ] = None,
+    out: Out = None,
+    runs: Runs = None,
+    results: Results = None,
     launcher: Launcher = None,
     launcher_config: LauncherConfig = None,
     offline: Offline = None,
