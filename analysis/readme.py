@@ -8,26 +8,23 @@ and a test fails when one of them is stale. A place that stands on lines of its 
 import argparse
 import re
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from .entropy import nats
-from .intervals import ENOUGH, Estimate, estimate, of_seeds
-from .map import SPIN, TSPIN, Found, Place, map_of
-from .reading import read_table
+from .map import Place
+from .readme_map import contrast, differences, ends, entropy, leads
+from .readme_sweeps import tuned, tuned_lead, tuned_real, tuned_starts
 from .scores import Scores
-from .studies import Study
-from .style import look
 from .verdicts import VERDICTS
+from .writing import pipes
 
 FILES = ("README.md", "results/README.md", "results/benchmarks/README.md")
 PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
 PRESETS = ("pocket", "pocket-greedy", "smollm2-short", "smollm2-long")
 POCKET, MODES, REAL, LONG = (Path("reference", preset) for preset in PRESETS)  # the committed results
 LAST = 2  # iteration of SmolLM2's presets
-SURE = 0.05  # corrected p below which a difference is set in bold
 FLOAT32 = "cpu-float32"  # a benchmark's folder
 
 
@@ -45,7 +42,7 @@ def averages(results: Path) -> str:
         label: [average(results, method, iteration) for iteration in range(5)]
         for label, method in (("SPIN, 1,000 labels", "spin"), ("T-SPIN, 1,000 labels", "tspin"))
     }
-    return _table(["iteration", *map(str, range(5))], [[label, *cells] for label, cells in rows.items()])
+    return pipes(["iteration", *map(str, range(5))], [[label, *cells] for label, cells in rows.items()])
 
 
 def seeds(results: Path) -> str:
@@ -86,98 +83,6 @@ def misaligned_spin(results: Path, preset: Path = POCKET) -> str:
     return f"{share[1]} %"
 
 
-def contrast(results: Path, words: str, place: Place, preset: Path = POCKET) -> str:
-    """A contrast of the map after the last iteration; with its interval where the seeds are ENOUGH."""
-    contrasts = map_of(results / preset).contrasts
-    found = next((each.difference for each in contrasts if (each.contrast.words, each.place) == (words, place)), None)
-    if found is None:
-        return "not run"
-    return f"{_points(found)} (n={found.seeds})"
-
-
-def differences(results: Path) -> str:
-    """Every contrast of pocket's map wherever it ran, as a table; bold where its corrected p is below 0.05."""
-    known = map_of(results / POCKET)
-    found = {(each.contrast.words, each.place): each for each in known.contrasts}
-    places = [place for place in known.places if any(place == there for _, there in found)]
-
-    def cell(each: Found | None) -> str:
-        if each is None:
-            return "–"
-        text = f"{_points(each.difference)}, {each.difference.seeds}"
-        return f"**{text}**" if each.corrected < SURE else text
-
-    rows = [
-        [words, *(cell(found.get((words, place))) for place in places)]
-        for words in dict.fromkeys(words for words, _ in found)
-    ]
-    return _table(["", *map(str, places)], rows)
-
-
-def tuned(results: Path) -> str:
-    """The sweep of rates and epochs: its last average, the mean over seeds, of every setting, as a table."""
-    cells = _swept(results, "sweep-rate", ["method", "num_train_epochs"]).loc[["spin", "tspin", "sft"]]
-    return _by_rate("method, epochs", [f"{look(method).label}, {epochs:g}" for method, epochs in cells.index], cells)
-
-
-def tuned_starts(results: Path) -> str:
-    """The sweeps of the rate from other starts than the preset's, one epoch an iteration, as a table."""
-    of = {start: _swept(results, f"sweep-{start}", ["method"]) for start in ("half", "cold")}
-    labels = [f"{look(method).label}, {start}" for start, cells in of.items() for method in cells.index]
-    return _by_rate("method, start", labels, pd.concat(of.values()).sort_index(axis="columns"))
-
-
-def tuned_real(results: Path) -> str:
-    """The sweep of SmolLM2's rates, one seed, as a table."""
-    cells = _swept(results, "smollm2-rate", ["method"], REAL).loc[["spin", "tspin", "sft"]]
-    return _by_rate("method", [look(method).label for method in cells.index], cells)
-
-
-def tuned_lead(results: Path) -> str:
-    """T-SPIN − SPIN in the sweep of SmolLM2's rates, each at its best, in points; one seed: the problems' noise."""
-    study = Study(results / REAL, "smollm2-rate")
-    last = study.table[study.table["iteration"] == study.table["iteration"].max()]
-    best = last.loc[last.groupby("method")["avg"].idxmax()].set_index("method")
-    tspin, spin = (study.values(best.loc[[method]]) for method in ("tspin", "spin"))
-    return f"{estimate(tspin - spin):+.1f}".replace("-", "−")
-
-
-def entropy(results: Path, method: str, iteration: int, other: tuple[str, int]) -> str:
-    """How many nats more y′ have, by mean −log π(y′), than another method's or iteration's: t interval over seeds."""
-    table = _nats(results / POCKET).set_index(["method", "iteration", "seed"])["nats"].sort_index()
-    return f"{of_seeds((table[method, iteration] - table[other]).dropna()):+.2f}".replace("-", "−")
-
-
-@lru_cache(maxsize=1)
-def _nats(folder: Path) -> pd.DataFrame:
-    return nats(read_table(folder, "diagnostics"))
-
-
-def _swept(results: Path, sweep: str, rows: list[str], preset: Path = POCKET) -> pd.DataFrame:
-    """The last average of a sweep's settings, the mean over seeds: a column per rate."""
-    table = pd.read_csv(results / preset / "studies" / f"{sweep}.csv", dtype={"iteration": "Int64"})
-    last = table[table["iteration"].isna() | (table["iteration"] == table["iteration"].max())]
-    return last.pivot_table("avg", rows, "learning_rate")
-
-
-def _by_rate(title: str, labels: list[str], cells: pd.DataFrame) -> str:
-    rates = [f"{rate:.0e}".replace("e-0", "e-") for rate in cells]
-    texts = [["–" if pd.isna(avg) else f"{avg:.2f}" for avg in row] for row in cells.to_numpy()]
-    return _table([title, *rates], [[label, *row] for label, row in zip(labels, texts, strict=True)])
-
-
-def leads(results: Path) -> str:
-    """T-SPIN − SPIN at the papers' scales by iteration, wherever both ran on pocket, as a table."""
-    known = map_of(results / POCKET)
-    rows = []
-    for place in known.places:
-        found = [known.difference(TSPIN, SPIN, place, iteration) for iteration in range(5)]
-        if found[-1]:
-            texts = [f"{each:+.2f}".replace("-", "−") if each else "–" for each in found]
-            rows.append([f"{place}, n={found[-1].seeds}", *texts])
-    return _table(["iteration", *map(str, range(5))], rows)
-
-
 def steps(results: Path, step: str, over: str = "tspin shared", machine: str = "cpu") -> float:
     """Seconds of a training step of the benchmark's even mix, as a multiple of another's."""
     table = pd.read_csv(results / "benchmarks" / machine / "steps.csv")
@@ -207,12 +112,17 @@ def times(results: Path) -> str:
     for command, group in table.groupby("command", sort=False):
         seconds = group.groupby("bfloat16")["seconds"].last()
         rows.append([f"`{command}`", *(_minutes(seconds.get(kind)) for kind in kinds)])
-    return _table(["command", *kinds.values()], rows)
+    return pipes(["command", *kinds.values()], rows)
 
 
 def example(results: Path) -> str:
     """The worked example: its commands and what they printed."""
     return f"```console\n{(results / 'example' / 'transcript.txt').read_text(encoding='utf-8').rstrip()}\n```"
+
+
+def _of(preset: Path, told: Callable[..., str], **asked: object) -> Callable[[Path], str]:
+    """`told`, of a preset's results."""
+    return lambda results: told(results / preset, **asked)
 
 
 CONTRASTS_TOLD = {  # one by one; all of them stand in `differences`
@@ -252,17 +162,18 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "over_concatenated_float32": lambda results: f"{steps(results, 'tspin concatenated', machine=FLOAT32):.1f}",
     "over_live_float32": lambda results: f"{steps(results, 'tspin shared', 'SPIN, live reference', FLOAT32):.2f}",
     "faults": faults,
-    "tuned": tuned,
-    "tuned_starts": tuned_starts,
-    "tuned_real": tuned_real,
-    "tuned_lead": tuned_lead,
-    "entropy_tspin": partial(entropy, method="tspin", iteration=4, other=("tspin", 0)),
-    "entropy_spin": partial(entropy, method="spin", iteration=4, other=("spin", 0)),
-    "entropy_lead": partial(entropy, method="tspin", iteration=4, other=("spin", 4)),
-    "differences": differences,
-    "leads": leads,
+    "tuned": _of(POCKET, tuned),
+    "tuned_starts": _of(POCKET, tuned_starts),
+    "tuned_real": _of(REAL, tuned_real),
+    "tuned_lead": _of(REAL, tuned_lead),
+    "entropy_tspin": _of(POCKET, entropy, method="tspin", iteration=4, other=("tspin", 0)),
+    "entropy_spin": _of(POCKET, entropy, method="spin", iteration=4, other=("spin", 0)),
+    "entropy_lead": _of(POCKET, entropy, method="tspin", iteration=4, other=("spin", 4)),
+    "ends": _of(POCKET, ends),
+    "differences": _of(POCKET, differences),
+    "leads": _of(POCKET, leads),
     **{
-        f"{column}_{name}": partial(contrast, words=words, place=place, preset=preset)
+        f"{column}_{name}": _of(preset, contrast, words=words, place=place)
         for name, words in CONTRASTS_TOLD.items()
         for column, (place, preset) in COLUMNS.items()
     },
@@ -287,15 +198,6 @@ def filled(text: str, results: Path) -> str:
         return f"<!-- fill {place[1]} -->{content}<!-- end -->"
 
     return PLACE.sub(fill, text)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
-
-
-def _points(found: Estimate) -> str:
-    """In points; with its interval where the seeds are ENOUGH."""
-    return (f"{found:+.1f}" if found.seeds >= ENOUGH else f"{found.mean:+.1f}").replace("-", "−")
 
 
 def _minutes(seconds: float | None) -> str:

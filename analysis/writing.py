@@ -57,6 +57,11 @@ def number(value: float | None, form: str = ".2f") -> str:
     return re.sub(r"^-(?=[0.]*%?$)", "+" if "+" in form else "", format(value, form))  # a small loss is no -0.00
 
 
+def pipes(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that nothing aligns: a cell that changes leaves the others' lines as they are."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
 def markdown(cells: pd.DataFrame, align: str = "right") -> str:
     """A table of texts of any characters as Markdown; the first column is aligned to the left, the rest as asked."""
     texts = cells.rename(columns=_for_markdown).map(_for_markdown)
