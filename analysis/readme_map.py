@@ -62,13 +62,14 @@ def differences(folder: Path) -> str:
 def leads(folder: Path) -> str:
     """T-SPIN − SPIN at the papers' scales by iteration, wherever both ran, as a table."""
     known = map_of(folder)
+    iterations = range(int(known.table["iteration"].max()) + 1)
     rows = []
     for place in known.places:
-        found = [known.difference(TSPIN, SPIN, place, iteration) for iteration in range(5)]
+        found = [known.difference(TSPIN, SPIN, place, iteration) for iteration in iterations]
         if found[-1]:
             texts = [f"{each:+.2f}".replace("-", "−") if each else MISSING for each in found]
             rows.append([f"{place}, n={found[-1].seeds}", *texts])
-    return pipes(["iteration", *map(str, range(5))], rows)
+    return pipes(["iteration", *map(str, iterations)], rows)
 
 
 def entropy(folder: Path, method: str, iteration: int, other: tuple[str, int]) -> str:

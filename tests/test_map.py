@@ -31,6 +31,7 @@ from tspin_analysis.map import (
     map_of,
 )
 from tspin_analysis.map_text import map_text
+from tspin_analysis.readme_map import contrast, ends, leads
 from tspin_analysis.style import Arm, arm_look
 
 ABSENT = 2  # contrasts: no ablation at α 0.1 was run
@@ -329,6 +330,18 @@ def test_the_table(folder):
     assert cells[6].startswith("+5.5 [") and cells[7:12] == ["3.0 → 3.0", "0% → 0%", "60% → 60%", "0.30 → 0.30",
                                                              "7.0% → 7.0%"]  # fmt: skip
     assert "Not run: anything (3 epochs, greedy), anything (rate × 10, greedy), anything (half fine-tuned" in text
+
+
+def test_the_map_in_a_readme(folder):
+    header, _, *rows = (line.split(" | ") for line in ends(folder).splitlines())
+    assert header[1:3] == ["fine-tuned, temperature 1", "fine-tuned, greedy"]
+    cells = {row[0].removeprefix("| "): row[1:3] for row in rows}
+    assert cells["start"] == ["50.0", "50.0"] and cells["SFT"] == ["53.0", "53.0"]
+    assert cells["T-SPIN α 1"] == ["55.5; 3.0", "55.5; 3.0"] and "DPO λ 0.1" not in cells
+    by_iteration = leads(folder).splitlines()[2]
+    assert by_iteration.startswith("| fine-tuned, temperature 1, n=2 | +0.00 [") and "| +3.50 [" in by_iteration
+    assert contrast(folder, CONTRASTS[0].words, SAMPLED) == "+3.5 (n=2)"
+    assert contrast(folder, CONTRASTS[0].words, Place("pocket", 0.5)) == "not run"
 
 
 def test_every_figure_has_a_place():
