@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .map import Place
-from .readme_map import contrast, differences, ends, entropy, leads
+from .readme_map import NOT_RUN, contrast, differences, ends, entropy, leads
 from .readme_sweeps import tuned, tuned_lead, tuned_real, tuned_starts
 from .scores import Scores
 from .verdicts import VERDICTS
@@ -22,9 +22,10 @@ from .writing import pipes
 
 FILES = ("README.md", "results/README.md", "results/benchmarks/README.md")
 PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
-PRESETS = ("pocket", "pocket-greedy", "smollm2-short", "smollm2-long")
-POCKET, MODES, REAL, LONG = (Path("reference", preset) for preset in PRESETS)  # the committed results
-LAST = 2  # iteration of SmolLM2's presets
+PRESETS = ("pocket", "pocket-greedy", "smollm2-tuned", "smollm2-short", "smollm2-long")
+POCKET, MODES, REAL, UNTUNED, LONG = (Path("reference", preset) for preset in PRESETS)  # the committed results
+SMOLLM2 = {"real": REAL, "untuned": UNTUNED, "long": LONG}
+ENDS = {"base": None, "sft": None, "spin": 2, "tspin": 2, "tspin_reference": 2}  # SmolLM2's last iterations
 FLOAT32 = "cpu-float32"  # a benchmark's folder
 
 
@@ -32,7 +33,10 @@ def average(results: Path, method: str, iteration: int | None = None, preset: Pa
     """The average of a method at an iteration with its interval, such as 40.8 [39.7, 41.9]."""
     table = pd.read_csv(results / preset / "intervals.csv", dtype={"iteration": "Int64"})
     table = table[(table["benchmark"] == "Avg") & (table["method"] == method)]
-    row = table[table["iteration"].isna() if iteration is None else table["iteration"] == iteration].iloc[0]
+    table = table[table["iteration"].isna() if iteration is None else table["iteration"] == iteration]
+    if table.empty:
+        return NOT_RUN
+    row = table.iloc[0]
     return f"{row['mean']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
 
 
@@ -136,6 +140,7 @@ COLUMNS = {
     "chosen": (CHOSEN, POCKET),
     "cold": (COLD, POCKET),
     "real": (CHOSEN, REAL),
+    "untuned": (CHOSEN, UNTUNED),
     "long": (CHOSEN, LONG),
 }
 PLACES: dict[str, Callable[[Path], str]] = {
@@ -164,12 +169,13 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "faults": faults,
     "tuned": _of(POCKET, tuned),
     "tuned_starts": _of(POCKET, tuned_starts),
-    "tuned_real": _of(REAL, tuned_real),
-    "tuned_lead": _of(REAL, tuned_lead),
+    "tuned_real": _of(UNTUNED, tuned_real),
+    "tuned_lead": _of(UNTUNED, tuned_lead),
     "entropy_tspin": _of(POCKET, entropy, method="tspin", iteration=4, other=("tspin", 0)),
     "entropy_spin": _of(POCKET, entropy, method="spin", iteration=4, other=("spin", 0)),
     "entropy_lead": _of(POCKET, entropy, method="tspin", iteration=4, other=("spin", 4)),
     "ends": _of(POCKET, ends),
+    "real_leads": _of(REAL, leads),
     "differences": _of(POCKET, differences),
     "leads": _of(POCKET, leads),
     **{
@@ -179,12 +185,10 @@ PLACES: dict[str, Callable[[Path], str]] = {
     },
     **{
         f"{column}_{method}": partial(average, method=method, iteration=iteration, preset=preset)
-        for column, preset in (("real", REAL), ("long", LONG))
-        for method, iteration in (("base", None), ("sft", None), ("spin", LAST), ("tspin", LAST))
+        for column, preset in SMOLLM2.items()
+        for method, iteration in ENDS.items()
     },
-    "real_tspin_reference": partial(average, method="tspin_reference", iteration=LAST, preset=REAL),
-    "real_verdicts": partial(verdicts, preset=REAL),
-    "long_verdicts": partial(verdicts, preset=LONG),
+    **{f"{column}_verdicts": partial(verdicts, preset=preset) for column, preset in SMOLLM2.items()},
 }
 
 

@@ -12,6 +12,7 @@ from .reading import read_table
 from .style import MISSING, Arm, arm_look
 from .writing import number, pipes
 
+NOT_RUN = "not run"
 SURE = 0.05  # corrected p below which a difference is set in bold
 
 
@@ -20,7 +21,7 @@ def contrast(folder: Path, words: str, place: Place) -> str:
     contrasts = map_of(folder).contrasts
     found = next((each.difference for each in contrasts if (each.contrast.words, each.place) == (words, place)), None)
     if found is None:
-        return "not run"
+        return NOT_RUN
     return f"{_points(found)} (n={found.seeds})"
 
 

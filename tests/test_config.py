@@ -237,7 +237,7 @@ def test_the_committed_results_can_be_added_to():
     assert found == json.loads(json.dumps(wanted, default=str))
 
 
-@pytest.mark.parametrize("preset", ["pocket", "pocket-greedy", "smollm2-short", "smollm2-long"])
+@pytest.mark.parametrize("preset", ["pocket", "pocket-greedy", "smollm2-tuned", "smollm2-short", "smollm2-long"])
 def test_the_committed_results_are_those_of_their_preset(preset):
     recorded = load_recorded(REPOSITORY / "results" / "reference" / preset / "provenance.json", None, None, None)
     assert recorded.config.tree() == load_config(preset).tree()

@@ -18,7 +18,7 @@ from tspin.runs.files import write_json, write_text
 from tspin.runs.provenance import provenance
 
 COMMANDS = [
-    "head -n 2 my-data.jsonl",
+    "head -n 1 my-data.jsonl",
     "tspin run --model pocket --data my-data.jsonl --methods spin,tspin --iterations 2 --out runs/mine "
     "--batch-size 4 --lr 3e-6",
 ]
