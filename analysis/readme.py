@@ -175,7 +175,6 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "entropy_spin": _of(POCKET, entropy, method="spin", iteration=4, other=("spin", 0)),
     "entropy_lead": _of(POCKET, entropy, method="tspin", iteration=4, other=("spin", 4)),
     "ends": _of(POCKET, ends),
-    "real_leads": _of(REAL, leads),
     "differences": _of(POCKET, differences),
     "leads": _of(POCKET, leads),
     **{
