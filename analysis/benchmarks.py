@@ -26,7 +26,7 @@ def benchmarks(folder: Path) -> Figure:
     """
     pairs = pairs_of(folder)
     if not pairs:
-        raise UserError(f"no two of spin, tspin and sft in {folder}: tspin run --preset {folder.name}")
+        raise UserError(f"no two of spin, tspin and sft of the same seed in {folder}: tspin run --preset {folder.name}")
     scores = scores_of(folder)
     with new_figure(1.4, 1.3 + ROW * (len(scores.labels) + 1)) as figure:
         panels = figure.subplots(1, len(pairs), sharex=True, sharey=True, squeeze=False)[0]
@@ -43,12 +43,13 @@ def benchmarks(folder: Path) -> Figure:
 
 
 def pairs_of(folder: Path) -> list[tuple[Policy, Policy]]:
-    """The last policies of T-SPIN, SPIN and SFT, two by two, that were run; none where no outcomes were recorded."""
+    """The last policies of T-SPIN, SPIN and SFT, two by two, that share a seed; none without recorded outcomes."""
     if not (folder / "problems.parquet").is_file():
         return []
     scores = scores_of(folder)
     spin, tspin = scores.last("spin"), scores.last("tspin")
-    return [(a, b) for a, b in ((tspin, spin), (tspin, SFT), (spin, SFT)) if a and b and scores.has(a, b)]
+    pairs = [(a, b) for a, b in ((tspin, spin), (tspin, SFT), (spin, SFT)) if a and b and scores.has(a, b)]
+    return [pair for pair in pairs if scores.common_seeds(pair)]
 
 
 def _draw_pair(axes: Axes, scores: Scores, pair: tuple[Policy, Policy]) -> None:

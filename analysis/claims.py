@@ -11,6 +11,7 @@ from tspin.runs.files import write_json, write_text
 
 from . import rules
 from .evidence import Evidence, Missing, decoding
+from .intervals import ENOUGH
 from .power import Variation, chances
 from .reading import read_paper, read_settings
 from .rules import ABOUT_THE_SAME, LARGE_SHARE, LITTLE, MARGIN, Question, attempted
@@ -139,8 +140,12 @@ def _of_moving(question: Question, evidence: Evidence, moving: list[str]) -> str
 
 
 def decides(question: Question, evidence: Evidence) -> list[dict[str, Any]]:
-    """What its rule can decide with these seeds: words, truth, and the chance of each verdict; a row per truth."""
-    if len(evidence.scores.common_seeds(question.policies)) < 2:
+    """What its rule can decide with these seeds: words, truth, and the chance of each verdict; a row per truth.
+
+    None where it decides nothing: of too few seeds, or where a precondition fails.
+    """
+    few = len(evidence.scores.common_seeds(question.policies)) < ENOUGH
+    if few or any(precondition(evidence) for precondition in question.unless):
         return []
     variation = Variation(evidence.scores, question.policies)
     contrasts = list(question.contrasts.values())

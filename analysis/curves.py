@@ -25,9 +25,9 @@ from .drawing import (
     put_note,
 )
 from .reading import read_paper, read_suite
-from .scores import AVG, Scores, scores_of
+from .scores import AVG, Policy, Scores, scores_of
 from .style import look
-from .tables import ITERATIONS
+from .tables import iterations_of
 
 # Of each group the paper's benchmark: those of its figures, and of knowledge the one that moves most in its tables.
 PAPERS = {"math": "GSM8K", "knowledge": "GPQA", "reasoning": "BBH", "instruction": "IFEval"}
@@ -60,7 +60,7 @@ def average_by_iteration(table: pd.DataFrame, folder: Path) -> Figure:
         for axes in (ours, paper):
             axes.set_ylabel("Avg (%)")
             axes.locator_params(axis="y", nbins=6, steps=[1, 2, 5, 10])
-        label_iterations(paper, ITERATIONS, base=True)
+        label_iterations(paper, range(int(table["iteration"].max()) + 1), base=True)
         paper.set_xlabel("Iteration")
         figure.align_ylabels()
         labels = [look(method).label for method in ("base", "sft", "spin", "tspin")]
@@ -107,14 +107,14 @@ def curves_figure(curves: Curves, folder: Path) -> Figure:
                 if len(course):  # it prints none for some methods
                     draw_paper(theirs, course["iteration"], course[printed], look(method), markersize=2.5)
             theirs.set_title(f"{printed}, the paper's", loc="left")
+        ran = [policy for policy in scores.policies() if policy[0] in curves.methods]
         for axes in panels[-1]:
-            axes.set_xticks(ITERATIONS)
+            axes.set_xticks(iterations_of(ran))
             axes.set_xlabel("Iteration")
         figure.align_ylabels()
         put_legend(figure, panels.flat)
         why = (" Of each group the benchmark on which the last policies differ most, beside one of the paper's in the "
                "same group.") if len(rows) > 1 else ""  # fmt: skip
-        ran = [policy for policy in scores.policies() if policy[0] in curves.methods]
         put_note(figure, f"Ours: {folder.name}, {scores.size(ran)}; {INTERVALS}.{why} The paper's: {curves.model}, one "
                          "run. Each panel has its own scale.")  # fmt: skip
         return figure
@@ -135,10 +135,17 @@ def chosen(scores: Scores, folder: Path, curves: Curves) -> list[tuple[str, str 
     for group in groups:
         labels = [column.label for column in columns if column.group == group]
         printed = PAPERS.get(group)
-        apart = [abs(scores.difference(first, second, [label]).mean) if first and second else 0 for label in labels]
+        apart = [_apart(scores, first, second, label) for label in labels]
         deciding = labels[int(np.argmax(apart))]  # the first of those that are level
         rows.append((printed if printed in labels else deciding, printed))
     return rows
+
+
+def _apart(scores: Scores, first: Policy | None, second: Policy | None, label: str) -> float:
+    """How far two policies are apart on a benchmark; 0 where one was not run, or they share no seed."""
+    if first is None or second is None or not scores.common_seeds([first, second]):
+        return 0.0
+    return float(abs(scores.difference(first, second, [label]).mean))
 
 
 def draw_ours(axes: Axes, scores: Scores, methods: tuple[str, ...], label: str) -> None:

@@ -16,6 +16,7 @@ from .drawing import contrast_texts, new_figure, put_legend, put_note
 from .intervals import none_of, of_seeds
 from .reading import read_table
 from .style import look
+from .writing import counted, seeds_in_words
 
 PAIR = ("spin", "tspin")
 ROLES = {LABELLED: ("y (labelled)", "-"), SYNTHETIC: ("y′ (synthetic)", "--")}
@@ -91,8 +92,7 @@ def figure3(folder: Path, iteration: int = 1) -> Figure:
                 axes.set_title(f"{name}: {title}", loc="left")
             column[1].set_xlabel(f"Step of iteration {iteration}")
         put_legend(figure, panels.flat)
-        low, high = (f"{count:,}" for count in (shares["prompts"].min(), shares["prompts"].max()))
-        prompts = low if low == high else f"{low} to {high}"
+        prompts = counted(shares["prompts"])
         put_note(figure, f"{folder.name}. {_smoothing(table)} Shares: of {prompts} prompts a seed after training, "
                          "means over seeds; of none the upper end of Wilson's 95 % interval. T-SPIN's reward is "
                          "α log π: its signs agree by definition.")  # fmt: skip
@@ -131,8 +131,8 @@ def figure7(folder: Path, iterations: tuple[int, ...] = (0, 1, 2)) -> Figure:
 
 def _smoothing(steps: pd.DataFrame) -> str:
     """How curves over steps are made, in words."""
-    count = steps["seed"].nunique()
-    seeds = f"means and 95 % t intervals over {count} seeds" if count > 1 else "1 seed, its spread unknown"
+    count = seeds_in_words(steps.groupby("method")["seed"].nunique())
+    seeds = f"means and 95 % t intervals over {count}" if count != "1 seed" else "1 seed, its spread unknown"
     return f"Curves: running mean of {SMOOTHED} steps, {seeds}."
 
 

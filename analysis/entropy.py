@@ -14,6 +14,7 @@ from .evidence import decoding
 from .intervals import Estimate, of_seeds
 from .reading import read_settings, read_table
 from .style import in_order, look
+from .writing import counted, seeds_in_words
 
 UNITS = {"nats": "nats a response", "nats_per_token": "nats a token"}
 
@@ -56,10 +57,9 @@ def figure(folder: Path) -> Figure:
         label_iterations(panels[-1], range(int(table["iteration"].max()) + 1), base=False)
         panels[-1].set_xlabel("Iteration that y′ was drawn for")
         put_legend(drawing, panels, columns=2)
-        count = table["seed"].nunique()
-        intervals = f"{count} seeds, 95 % t intervals over them" if count > 1 else "1 seed, its spread unknown"
-        low, high = table["prompts"].min(), table["prompts"].max()
-        prompts = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        seeds = seeds_in_words(table.groupby("method")["seed"].nunique())
+        intervals = f"{seeds}, 95 % t intervals over them" if seeds != "1 seed" else "1 seed, its spread unknown"
+        prompts = counted(table["prompts"])
         put_note(drawing, f"Mean −log π(y′) under the policy that y′ is from ({folder.name}): {prompts} prompts, "
                           f"{intervals}. {decoding(read_settings(folder))}")  # fmt: skip
         return drawing

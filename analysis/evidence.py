@@ -10,7 +10,7 @@ import pandas as pd
 from tspin.schema import BASE, pairs
 
 from .intervals import Estimate, Share, estimate, share
-from .reading import read_settings, read_table
+from .reading import labels_of, read_settings, read_table
 from .scores import Policy, Weights, scores_of
 
 PAIR = ("spin", "tspin")
@@ -44,19 +44,28 @@ class Evidence:
         self.need((method, 0), (method, 1))
         return [(method, t) for t in self.iterations if self.scores.has((method, t))]
 
-    def last(self, method: str) -> Policy:
-        """The policy that a method ended with."""
-        return self.course(method)[-1]
+    def last(self, *methods: str) -> list[Policy]:
+        """The policies of some methods after the last iteration that all of them have."""
+        common = set.intersection(*({t for _, t in self.course(method)} for method in methods))
+        return [(method, max(t for t in common if t is not None)) for method in methods]
 
     def contrast(self, weights: Weights, labels: Sequence[str] = ()) -> Estimate:
-        """A contrast of policies, over all benchmarks or over those named."""
+        """A contrast of policies, over all benchmarks or over those named. Raises Missing where they share no seed."""
         self.need(*weights)
+        if not self.scores.common_seeds(list(weights)):
+            seeds = {policy: " ".join(map(str, self.scores.seeds(policy))) for policy in weights}
+            raise Missing(f"no seed in common: {', '.join(f'{m} ({seeds[m, t]})' for m, t in weights)}")
         return estimate(self.scores.contrast(weights, labels))
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The settings that the results were made with; empty where they were not recorded."""
         return read_settings(self.folder)
+
+    @property
+    def labels(self) -> tuple[int | None, int | None]:
+        """How many labels self-play and SFT trained on; None: all of the data set, or not recorded."""
+        return labels_of(self.folder), labels_of(self.folder, "sft")
 
     @cached_property
     def _pairs(self) -> pd.DataFrame:
@@ -117,6 +126,17 @@ def not_fine_tuned(evidence: Evidence) -> str | None:
     """Why a claim about a π_θ0 that was fine-tuned on the labels cannot be tested here."""
     tuned = evidence.settings.get("model", {}).get("fine_tuned", False)
     return None if tuned else "π_θ0 was not fine-tuned on the labels"
+
+
+def sft_has_other_labels(evidence: Evidence) -> str | None:
+    """Why this is no comparison of a quarter of the labels with all: SFT has not about four times as many."""
+    own, sft = evidence.labels
+    if own is None and sft is None:
+        return "SFT trained on the labels that self-play had" if "data" in evidence.settings else None
+    if own is None or sft is None:
+        return None  # all of a data set, whose size is not recorded
+    ratio = sft / own
+    return None if 3 <= ratio <= 5 else f"SFT had {ratio:.3g} times the labels of self-play, not four"
 
 
 def sft_gains_nothing(evidence: Evidence) -> str | None:

@@ -37,11 +37,27 @@ class Spread(NamedTuple):
 
 
 def grid_of(table: pd.DataFrame) -> np.ndarray:
-    """(seeds, α, β): averages at iteration 1, where β acts first, of the seeds that have every cell."""
-    cells = table[table["iteration"] == 1].pivot(index="seed", columns=["alpha", "beta"], values="avg")
-    alphas, betas = (sorted(table[name].dropna().unique()) for name in ("alpha", "beta"))
+    """(seeds, α, β): T-SPIN's averages at iteration 1, where β acts first, of the seeds that have every cell.
+
+    table: of the study `grid`. Raises ValueError where it has no T-SPIN with a column alpha and beta, or sets more.
+    """
+    table = cells_of(table)
+    cells = table.pivot(index="seed", columns=["alpha", "beta"], values="avg")
+    alphas, betas = (sorted(table[name].unique()) for name in ("alpha", "beta"))
     cells = cells.reindex(columns=pd.MultiIndex.from_product([alphas, betas])).dropna()
     return cells.to_numpy(float).reshape(-1, len(alphas), len(betas))
+
+
+def cells_of(table: pd.DataFrame) -> pd.DataFrame:
+    """The grid's cells: T-SPIN's rows at iteration 1 of a study that sets α and β. Raises ValueError as `grid_of`."""
+    if absent := {"method", "alpha", "beta"} - set(table):
+        raise ValueError(f"it has no column {' and none '.join(sorted(absent))}")
+    rows = table[(table["method"] == "tspin") & (table["iteration"] == 1)].dropna(subset=["alpha", "beta"])
+    if rows.empty:
+        raise ValueError("it has no cell of T-SPIN at iteration 1 yet")
+    if rows.duplicated(["alpha", "beta", "seed"]).any():
+        raise ValueError("it sets more than α and β")
+    return rows
 
 
 def spread_of(values: np.ndarray) -> Spread:

@@ -1,7 +1,7 @@
 """When T-SPIN helps, and which part of it: the study `map`, arms (a method at a setting) by start and decoding.
 
 Its table, results/<preset>/studies/map.csv, has the settings path (the start: the initial policy), temperature, lam,
-history and alpha; where an arm leaves one empty, the preset's own holds (OWN). Beside it stand, where they were run,
+history and alpha; where an arm leaves one empty, the preset's own holds. Beside it stand, where they were run,
 the studies `proto` (proto_model: y0 of another model), `rate` (learning_rate) and `epochs` (num_train_epochs): another
 rate or number of epochs is a start of its own here.
 Of another preset the study of its own name is its map (`smollm2-short`): of one start and decoding, its preset's.
@@ -30,6 +30,7 @@ LONGER = "pocket, 3 epochs"  # the start `pocket`, trained for three epochs an i
 STARTS = {"pocket": "fine-tuned", LONGER: "3 epochs", FAST: "rate × 10", "runs/pocket-starts/half": "half fine-tuned",
           "pocket-cold": "cold"}  # fmt: skip
 DECODINGS = {1.0: "temperature 1", 0.0: "greedy"}
+# Of a preset that does not say: pocket's. A start that was fine-tuned on the labels goes by the name of pocket's.
 OWN: dict[str, Any] = {"path": "pocket", "temperature": 1.0, "lam": 0.1, "history": 0.0, "alpha": 1.0,
                        "proto_model": ""}  # fmt: skip
 TRAINED = {"learning_rate": " at {:g}", "num_train_epochs": ", {:g} epochs"}  # what it adds to a start
@@ -134,8 +135,7 @@ class Map:
         table = self.study.table
         if unknown := {str(name) for name in table} - NO_SETTINGS - {*OWN, *TRAINED}:
             raise UserError(f"{self.study.path}: sets {', '.join(sorted(unknown))}, which the map does not know")
-        own = {**OWN, "temperature": read_settings(folder).get("temperature", OWN["temperature"])}
-        table = table.reindex(columns=[*table, *(name for name in OWN if name not in table)]).fillna(own)
+        table = _completed(table, read_settings(folder))
         table["model"] = table["path"]
         for name in [name for name in TRAINED if name in table]:
             added = [TRAINED[name].format(value) if value > 0 else "" for value in table[name]]
@@ -262,6 +262,23 @@ def papers(method: str) -> Arm:
     """A method at the papers' scale."""
     scale = scale_of(method)
     return Arm(method, scale[1] if scale else None)
+
+
+def _completed(table: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
+    """A study's table with all of OWN's columns, what it leaves empty filled by the preset's settings."""
+    table = table.reindex(columns=[*table, *(name for name in OWN if name not in table)])
+    methods = settings.get("methods", {})
+    for column in SCALE.values():
+        scales = {method: own[column] for method, own in methods.items() if column in own}
+        table[column] = table[column].fillna(table["method"].map(scales).astype(float))
+    model = settings.get("model", {})
+    own = {
+        **OWN,
+        "temperature": settings.get("temperature", OWN["temperature"]),
+        "history": settings.get("data", {}).get("history", OWN["history"]),
+        "path": OWN["path"] if model.get("fine_tuned", True) else model["path"],
+    }
+    return table.fillna(own)
 
 
 def _paired(values: np.ndarray) -> Paired:

@@ -127,9 +127,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))["config"]) if path.is_file() else {}
 
 
-def labels_of(folder: Path) -> int | None:
-    """How many labels self-play trained on; None where it was not recorded."""
-    labels = read_settings(folder).get("data", {}).get("labels")
+def labels_of(folder: Path, method: str = "") -> int | None:
+    """How many labels self-play trained on, or a method of its own number; None: all there are, or not recorded."""
+    settings = read_settings(folder)
+    own = settings.get("methods", {}).get(method, {}).get("data") or {}
+    labels = {**settings.get("data", {}), **own}.get("labels")
     return int(labels) if labels else None
 
 

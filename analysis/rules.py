@@ -21,6 +21,7 @@ from .evidence import (
     not_fine_tuned,
     of_like_length,
     sft_gains_nothing,
+    sft_has_other_labels,
     share_of_prompts,
 )
 from .grid import Spread, grid_of, spread_of
@@ -109,29 +110,40 @@ def _steps(course: list[Policy]) -> dict[str, Weights]:
 
 
 def c2(evidence: Evidence) -> list[Question]:
-    last = evidence.last("tspin")
-    return [
-        Question("final T-SPIN − final SPIN", {"": minus(last, evidence.last("spin"))}, above(0)),
-        Question("final T-SPIN − SFT on all labels", {"": minus(last, ("sft", None))}, above(0)),
-    ]
+    (last,), (first, second) = evidence.last("tspin"), evidence.last("tspin", "spin")
+    sft = Question("final T-SPIN − SFT on all labels", {"": minus(last, ("sft", None))}, above(0),
+                   unless=(sft_has_other_labels,))  # fmt: skip
+    when = _unless_last(evidence, first, second)
+    return [Question(f"final T-SPIN − final SPIN{when}", {"": minus(first, second)}, above(0)), sft]
 
 
 def c5(evidence: Evidence) -> list[Question]:
-    weights = minus(evidence.last("tspin"), ("sft", None))
-    unless = (not_fine_tuned, sft_gains_nothing)
-    return [Question("T-SPIN on 25 % − SFT on 100 %", {"": weights}, above(0, MARGIN), unless=unless)]
+    (last,) = evidence.last("tspin")
+    unless = (not_fine_tuned, sft_has_other_labels, sft_gains_nothing)
+    own, sft = evidence.labels
+    share = f"{own / sft:.0%}".replace("%", " %") if own and sft else "25 %"
+    words = f"T-SPIN on {share} − SFT on 100 %"
+    return [Question(words, {"": minus(last, ("sft", None))}, above(0, MARGIN), unless=unless)]
 
 
 def c6(evidence: Evidence) -> list[Question]:
-    last, without = evidence.last("tspin"), evidence.last("tspin_no_history")
+    last, without = evidence.last("tspin", "tspin_no_history")
+    when = _unless_last(evidence, last, without)
     return [
         Question("with it − without it, iteration 1", {"": minus(("tspin", 1), ("tspin_no_history", 1))}, above(0)),
-        Question("final with it − final without it", {"": minus(last, without)}, above(0)),
+        Question(f"final with it − final without it{when}", {"": minus(last, without)}, above(0)),
     ]
 
 
+def _unless_last(evidence: Evidence, *policies: Policy) -> str:
+    """Which iteration is compared, in words, where a method has gone on from there; else nothing."""
+    further = [method for method, t in policies if evidence.last(method) != [(method, t)]]
+    return f" (at iteration {policies[0][1]}, the last of both)" if further else ""
+
+
 def c7(evidence: Evidence) -> list[Question]:
-    course = [t for _, t in evidence.course("tspin_reference")]
+    with_it, without = (dict.fromkeys(t for _, t in evidence.course(m)) for m in ("tspin_reference", "tspin"))
+    course = [t for t in with_it if t in without]
     each = {f"{t}": minus(("tspin", t), ("tspin_reference", t)) for t in course}
     after = course[1:]
     mean = {**{("tspin", t): 1 / len(after) for t in after}, **{("tspin_reference", t): -1 / len(after) for t in after}}
@@ -174,7 +186,7 @@ def c4(evidence: Evidence) -> list[Part]:
     parts = []
     for label, method, iterations, rule in (
         ("SPIN", "spin", [1, 2], all_below),
-        ("T-SPIN", "tspin", evidence.iterations, all_above),
+        ("T-SPIN", "tspin", [t for t in evidence.iterations if evidence.scores.has(("tspin", t))], all_above),
     ):
         tables = {t: evidence.pairs(method, t) for t in iterations}
         for unit, column in (("nats", "log_likelihood"), ("nats per token", "log_likelihood_per_token")):
@@ -189,7 +201,10 @@ def c8(evidence: Evidence) -> list[Part]:
     path = evidence.folder / "studies" / "grid.csv"
     if not path.is_file():
         raise Missing("not run: the α × β grid (make study STUDY=grid)")
-    values = grid_of(pd.read_csv(path))
+    try:
+        values = grid_of(pd.read_csv(path))
+    except ValueError as error:
+        raise Missing(f"the α × β grid cannot be read: {error}") from error
     if len(values) < 2:
         raise Missing("the α × β grid has fewer than two seeds with every cell")
     found = spread_of(values)

@@ -12,6 +12,7 @@ from tspin.schema import BASE, is_share
 
 from .intervals import Estimate, corrected, estimate, estimates, share
 from .reading import read_suite, read_table
+from .writing import counted, seeds_in_words
 
 Policy = tuple[str, int | None]  # method and iteration; None for base and sft
 Weights = Mapping[Policy, float]  # of a contrast: a sum of policies' scores
@@ -66,10 +67,10 @@ class Scores:
 
     def size(self, policies: Iterable[Policy]) -> str:
         """How many seeds some policies have, and problems a benchmark, in words."""
-        seeds = sorted({len(self.seeds(policy)) for policy in policies if policy[0] != BASE} or {1})
+        seeds = {len(self.seeds(policy)) for policy in policies if policy[0] != BASE} or {1}
         values = next(iter(next(iter(self._values.values())).values()))
-        problems = sorted(set((~np.isnan(values)).sum(-1).tolist()))
-        return f"{_range(seeds)} {'seed' if seeds == [1] else 'seeds'}, {_range(problems)} problems a benchmark"
+        problems = (~np.isnan(values)).sum(-1).tolist()
+        return f"{seeds_in_words(seeds)}, {counted(problems)} problems a benchmark"
 
     def values(self, policy: Policy, seeds: list[int] | None = None) -> np.ndarray:
         """(seeds, benchmarks, problems) in percent; the base is repeated for every seed asked for."""
@@ -134,10 +135,6 @@ class Scores:
             elif level >= CEILING:
                 reasons[label] = f"all at {level:.0f} % or more"
         return reasons
-
-
-def _range(counts: Sequence[int]) -> str:
-    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
 def outcomes(table: pd.DataFrame, keys: list[str]) -> dict[tuple[Any, ...], np.ndarray]:

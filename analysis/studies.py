@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from tspin.errors import UserError
-from tspin.schema import RUN, STUDY_MEASURES
+from tspin.schema import BASE, RUN, STUDY_MEASURES
 
 from .drawing import (
     beside,
@@ -20,11 +20,12 @@ from .drawing import (
     put_legend,
     put_note,
 )
+from .grid import cells_of
 from .intervals import estimate
-from .reading import PAPER, read_suite
+from .reading import PAPER, labels_of, read_suite
 from .scores import outcomes
 from .style import in_order, look
-from .writing import markdown
+from .writing import markdown, seeds_in_words
 
 NO_SETTINGS = {*RUN, *STUDY_MEASURES, "cell"}  # every other column of a study is a setting
 NEEDED = {*RUN, "cell"}
@@ -69,16 +70,22 @@ class Study:
         return pd.DataFrame(averages)
 
     @property
+    def settings(self) -> list[str]:
+        """The columns that the study sets."""
+        return [str(column) for column in self.table if column not in NO_SETTINGS]
+
+    @property
     def size(self) -> str:
         """How many problems an average is over, in words."""
         values = self.values(self.table.iloc[:1])[0]
         return f"{int((~np.isnan(values)).sum()):,} problems of {len(values)} benchmarks"
 
-    @property
-    def seeds(self) -> str:
-        """How many seeds there are, in words."""
-        count = self.table["seed"].nunique()
-        return f"{count} seeds" if count > 1 else "1 seed, its spread unknown"
+    def seeds(self, rows: pd.DataFrame | None = None) -> str:
+        """How many seeds its settings have, or those of some rows, in words."""
+        rows = self.table if rows is None else rows
+        keys = ["method", *self.settings]
+        words = seeds_in_words(rows[rows["method"] != BASE].groupby(keys, dropna=False)["seed"].nunique())
+        return "1 seed, its spread unknown" if words == "1 seed" else words
 
 
 def _read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -99,12 +106,17 @@ def _problems(path: Path) -> Path:
 
 
 def figure4a(folder: Path) -> Figure:
-    """Avg against the share of all labels, T-SPIN after its last iteration and SFT; the paper's points below."""
+    """Avg against the share of all labels, T-SPIN after its last iteration and SFT; the paper's points below.
+
+    All labels are those of the preset's SFT, where it says how many. Raises UserError where no T-SPIN has finished.
+    """
     study = Study(folder, "data")
-    table, last = study.table, int(study.table["iteration"].max())
+    table, last = study.table, study.table["iteration"].max()
+    if pd.isna(last):
+        raise UserError(f"{study.path}: no cell of T-SPIN has finished yet; {study.again}")
     means = study.averaged(["method", "labels"], table[table["iteration"].isna() | (table["iteration"] == last)])
     printed = pd.read_csv(PAPER / "figure4a_data_efficiency.csv")
-    everything = [int(each["labels"].max()) for each in (means, printed)]
+    everything = [labels_of(folder, "sft") or int(means["labels"].max()), int(printed["labels"].max())]
     with new_figure(1, 3.8) as figure:
         ours, paper = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
         for method, rows in _by_method(means):
@@ -121,17 +133,21 @@ def figure4a(folder: Path) -> Figure:
         paper.set_xlabel("Share of all labels")
         figure.align_ylabels()
         put_legend(figure, [ours])
-        put_note(figure, f"Ours: T-SPIN after iteration {last}, {study.seeds}, {study.size}; {INTERVALS}. The "
+        put_note(figure, f"Ours: T-SPIN after iteration {int(last)}, {study.seeds()}, {study.size}; {INTERVALS}. The "
                          "paper's: the points that it states, T-SPIN after two iterations.")  # fmt: skip
         return figure
 
 
 def figure4c(folder: Path) -> Figure:
-    """The α × β grid of T-SPIN: Avg at iteration 1, the mean over seeds."""
+    """The α × β grid of T-SPIN: Avg at iteration 1, the mean over seeds. Raises UserError where it has no such cell."""
     import seaborn  # seconds, which other figures do without
 
     study = Study(folder, "grid")
-    means = study.averaged(["alpha", "beta"], study.table[study.table["iteration"] == 1])
+    try:
+        rows = cells_of(study.table)
+    except ValueError as error:
+        raise UserError(f"{study.path}: {error}; {study.again}") from error
+    means = study.averaged(["alpha", "beta"], rows)
     cells = means.pivot(index="alpha", columns="beta", values="avg").sort_index(ascending=False)
     low, high = means["avg"].min(), means["avg"].max()
     with new_figure(1, 2.9) as figure:
@@ -142,7 +158,7 @@ def figure4c(folder: Path) -> Figure:
         axes.set_title(f"T-SPIN ({folder.name})", loc="left")
         axes.set(xlabel="β", ylabel="α")
         half = means["half"].mean()
-        put_note(figure, f"{study.seeds}, {study.size}; ± {half:.1f} per cell, {INTERVALS}.")
+        put_note(figure, f"{study.seeds(rows)}, {study.size}; ± {half:.1f} per cell, {INTERVALS}.")
         return figure
 
 
@@ -158,21 +174,24 @@ def ten(folder: Path) -> Figure:
         label_iterations(axes, range(int(means["iteration"].max()) + 1), base=False)
         axes.set(xlabel="Iteration", ylabel="Avg (%)")
         put_legend(figure, [axes])
-        put_note(figure, f"{folder.name}, {study.seeds}, {study.size}; {INTERVALS}.")
+        put_note(figure, f"{folder.name}, {study.seeds()}, {study.size}; {INTERVALS}.")
         return figure
 
 
 def study_text(name: str, folder: Path) -> str:
     """A study as Markdown: a row per method and setting, a column per iteration, mean ± half of a 95 % interval."""
     study = Study(folder, name)
-    settings = [str(column) for column in study.table if column not in NO_SETTINGS]
+    settings = study.settings
     means = study.averaged(["method", *settings, "iteration"])
+    seeds = means.groupby(["method", *settings], dropna=False)["seeds"].max().rename("seeds")
     means["cell"] = [f"{avg:.1f} ± {half:.1f}" for avg, half in zip(means["avg"], means["half"], strict=True)]
     means["iteration"] = ["after" if pd.isna(t) else f"iteration {int(t)}" for t in means["iteration"]]
     order = sorted(means["iteration"].unique(), key=lambda text: (text != "after", len(text), text))
     wide = means.pivot(index=["method", *settings], columns="iteration", values="cell")[order].fillna("").reset_index()
+    if seeds[seeds.index.get_level_values("method") != BASE].nunique() > 1:  # then it is said of each
+        wide = wide.merge(seeds.reset_index())
     wide["method"] = [look(str(method)).label for method in wide["method"]]
-    return f"Avg (%), {study.seeds}, 95 % intervals, seeds and problems crossed.\n\n{markdown(wide.astype(str))}\n"
+    return f"Avg (%), {study.seeds()}, 95 % intervals, seeds and problems crossed.\n\n{markdown(wide.astype(str))}\n"
 
 
 def _by_method(means: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

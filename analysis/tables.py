@@ -1,5 +1,6 @@
 """The paper's tables of scores, 1, 2 and 4, from `results/<preset>/`."""
 
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -15,7 +16,7 @@ from .scores import Policy, Scores, scores_of
 from .style import MISSING, look
 from .writing import number
 
-ITERATIONS = range(5)
+ITERATIONS = 5  # of the paper's tables
 NAN = float("nan")
 SUITE = ["GSM8K", "MATH", "MuSR", "MMLU", "MMLU-Pro", "GPQA", "HellaSwag", "WinoGrande", "BBH", "IFEval"]
 
@@ -27,10 +28,15 @@ class Layout(NamedTuple):
     model: str
     methods: tuple[str, ...]
 
-    @property
-    def rows(self) -> list[Policy]:
-        """(method, iteration) of every row; base and SFT have no iteration."""
-        return [(m, t) for m in self.methods for t in ([None] if m in ONCE else ITERATIONS)]
+    def rows(self, ran: Iterable[Policy] = ()) -> list[Policy]:
+        """(method, iteration) of every row; base and SFT have no iteration. ran: policies that are there."""
+        iterations = iterations_of(policy for policy in ran if policy[0] in self.methods)
+        return [(m, t) for m in self.methods for t in ([None] if m in ONCE else iterations)]
+
+
+def iterations_of(ran: Iterable[Policy]) -> range:
+    """The paper's iterations, and what some policies have beyond them."""
+    return range(max([ITERATIONS, *(t + 1 for _, t in ran if t is not None)]))
 
 
 LAYOUTS = {
@@ -41,7 +47,7 @@ LAYOUTS = {
 
 
 def score_table(folder: Path, layout: Layout = LAYOUTS["1"], scores: pd.DataFrame | None = None) -> pd.DataFrame:
-    """A table of scores, a row per method and iteration; a row is there, of NAs, if it was not run.
+    """A table of scores, a row per method and iteration; of the paper's a row is there, of NAs, if it was not run.
 
     After method, iteration, seeds and the benchmarks (named by label) come
 
@@ -59,18 +65,20 @@ def score_table(folder: Path, layout: Layout = LAYOUTS["1"], scores: pd.DataFram
     iterations = [None if pd.isna(t) else t for t in paper["iteration"]]
     printed = dict(zip(zip(paper["method"], iterations, strict=True), paper["Avg"], strict=True))
     rows: dict[Policy, dict[str, Any]] = {}
-    for policy in dict.fromkeys([(BASE, None), *layout.rows]):
+    ran = scores[["method", "iteration"]].drop_duplicates().dropna()
+    policies = layout.rows(zip(ran["method"], ran["iteration"].astype(int).tolist(), strict=True))
+    for policy in dict.fromkeys([(BASE, None), *policies]):
         method, iteration = policy
         row = _row(scores, labels, policy, outcomes)
         row |= {"avg_change": NAN, "paper_avg": printed.get(policy, NAN), "paper_change": NAN}
         if iteration is not None:
             before: Policy = (method, iteration - 1) if iteration > 0 else (BASE, None)
-            row["paper_change"] = row["paper_avg"] - printed[before]
+            row["paper_change"] = row["paper_avg"] - printed.get(before, NAN)
             # The base model is the same for every seed, so it may have been evaluated with one.
             if iteration == 0 or row["seeds"] == rows[before]["seeds"]:
                 row["avg_change"] = row["avg"] - rows[before]["avg"]
         rows[policy] = row
-    return pd.DataFrame([rows[policy] for policy in layout.rows]).astype({"iteration": "Int64"})
+    return pd.DataFrame([rows[policy] for policy in policies]).astype({"iteration": "Int64"})
 
 
 def _row(scores: pd.DataFrame, labels: list[str], policy: Policy, outcomes: Scores | None) -> dict[str, Any]:
@@ -115,7 +123,8 @@ def score_cells(table: pd.DataFrame) -> pd.DataFrame:
     for row in table.to_dict("records"):
         ours, paper = _interval(row, "avg"), number(row["paper_avg"])
         if pd.notna(row["iteration"]):
-            paper += f" ({number(row['paper_change'], '+.2f')})"
+            if pd.notna(row["paper_avg"]):
+                paper += f" ({number(row['paper_change'], '+.2f')})"
             if pd.notna(row["avg"]):
                 ours += f" ({number(row['avg_change'], '+.2f')})"
         scores = {label: number(row[label]) for label in labels}

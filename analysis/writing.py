@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,18 @@ def number(value: float | None, form: str = ".2f") -> str:
     if value is None or pd.isna(value):
         return MISSING
     return re.sub(r"^-(?=[0.]*%?$)", "+" if "+" in form else "", format(value, form))  # a small loss is no -0.00
+
+
+def counted(counts: Iterable[int]) -> str:
+    """Whole numbers that may differ, in words: 5, or 3 to 5."""
+    low, high = (f"{end(counts):,}" for end in (min, max)) if (counts := list(counts)) else ("0", "0")
+    return low if low == high else f"{low} to {high}"
+
+
+def seeds_in_words(counts: Iterable[int]) -> str:
+    """How many seeds there are of each of several things, in words: 1 seed, 5 seeds, 3 to 5 seeds."""
+    words = counted(counts)
+    return f"{words} {'seed' if words == '1' else 'seeds'}"
 
 
 def pipes(header: list[str], rows: list[list[str]]) -> str:

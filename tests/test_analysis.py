@@ -106,6 +106,17 @@ def test_what_was_not_run_is_missing(results: Path) -> None:
     assert cells.loc["base", "Avg"] == "15.00 [10.8, 19.2]"
 
 
+def test_iterations_beyond_the_papers_have_rows(results: Path) -> None:
+    path = results / "evaluations.csv"
+    known = pd.read_csv(path)
+    more = known[(known["method"] == "tspin") & (known["iteration"] == 1)].assign(iteration=6)
+    pd.concat([known, more]).to_csv(path, index=False)
+    table = tables.score_table(results)
+    assert table[table["method"] == "tspin"]["iteration"].tolist() == list(range(7))
+    assert pd.notna(table.iloc[-1]["avg"]) and pd.isna(table.iloc[-1]["paper_avg"])
+    assert tables.score_cells(table).iloc[-1]["Paper's Avg"] == "–"
+
+
 def test_a_seed_without_a_benchmark(tmp_path: Path) -> None:
     half = scores("tspin", 1, 0, 90)
     table = tables.score_table(write_results(tmp_path, scores("tspin", 0, 0, 20, 30, stderr=2) + half))

@@ -142,6 +142,51 @@ def test_preconditions_of_the_claim_about_labels(results):
     assert row["parts"] == [NOT_TESTED] and "does not surely gain over π_θ0" in row["why"][0]
 
 
+def test_sft_with_other_than_four_times_the_labels_says_nothing_of_a_quarter(results):
+    root = results()
+    path = root / "pocket" / "config.json"
+    for own, sft, why in (
+        (1000, {"labels": 1000}, "SFT had 1 times the labels of self-play, not four"),
+        (1000, None, "SFT had 1 times the labels of self-play, not four"),
+        (None, None, "SFT trained on the labels that self-play had"),
+        (1000, {"labels": 4000}, ""),
+        (1500, {"labels": 5000}, ""),
+        (50000, {"labels": None}, ""),  # all, however many
+    ):
+        methods = {"sft": {"data": sft} if sft else {}}
+        settings = {"model": {"fine_tuned": True}, "data": {"labels": own}, "methods": methods}
+        path.write_text(json.dumps({"config": settings}))
+        rows = judged(root, "C2", "C5")
+        assert (rows["C5"]["why"][0], rows["C2"]["why"][1]) == (why, why)
+        assert len(rows["C5"]["chances"]) == (0 if why else 2)
+        assert rows["C5"]["ours"][0].startswith("T-SPIN on 30 %" if own == 1500 else "T-SPIN on ")
+
+
+def test_methods_that_share_no_seed_are_not_compared(results):
+    root = results()
+    path = root / "pocket" / "problems.parquet"
+    table = pd.read_parquet(path)
+    table[(table["method"] != "tspin") | (table["seed"] == 3)].query("method != 'spin' or seed != 3").to_parquet(path)
+    rows = judged(root, "C1", "C2")
+    assert rows["C2"]["parts"][0] == NOT_TESTED and "no seed in common: tspin (3), spin (0 1 2 4)" in str(
+        rows["C2"]["ours"]
+    )
+    assert len(benchmarks.pairs_of(root / "pocket")) == 2  # each against SFT
+    curves.FIGURES["2"](root / "pocket")
+
+
+def test_the_last_iteration_that_both_have_is_compared(results):
+    rows = judged(results({**LEVELS, "spin": [40, 30], "tspin_no_history": [45, 35, 40]}), "C2", "C6", "C7")
+    assert rows["C2"]["ours"][0].startswith("final T-SPIN − final SPIN (at iteration 1, the last of both): +20")
+    assert rows["C6"]["ours"][1].startswith("final with it − final without it (at iteration 2, the last of both): +15")
+    (of_reference,) = judged(results({**LEVELS, "tspin": [45, 50, 55]}), "C7")["C7"]["ours"]
+    assert "mean of 1–2" in of_reference and "3 " not in of_reference.partition(":")[2].split(";")[-1]
+
+
+def test_two_seeds_have_no_chances(results):
+    assert judged(results(seeds=2), "C2")["C2"]["chances"] == []
+
+
 def test_sums_over_responses_of_other_lengths_are_no_test(results):
     """y is twice as long as y′ at the same sum: sums and pairs of like length say nothing, means per token do."""
     rows = judged(results(tokens=20), "C3", "C4")
@@ -237,7 +282,7 @@ def test_a_command_reads_and_computes_everything_once(results, monkeypatch, comm
     evaluations = scored.reset_index().assign(preset="pocket", metric="em", stderr=1.0, n=PROBLEMS)
     evaluations.to_csv(folder / "evaluations.csv", index=False)
     (folder / "studies").mkdir()
-    cells = {"alpha": [0.1, 1.0], "beta": 0.1, "seed": 0, "iteration": 1, "avg": [40.0, 41.0]}
+    cells = {"method": "tspin", "alpha": [0.1, 1.0], "beta": 0.1, "seed": 0, "iteration": 1, "avg": [40.0, 41.0]}
     pd.DataFrame(cells).to_csv(folder / "studies" / "grid.csv", index=False)
     read = [counted(monkeypatch, pd, name) for name in ("read_csv", "read_parquet")]
     drawn, computed = counted(monkeypatch, tables, "score_table"), counted(monkeypatch, scores, "estimates")
@@ -317,6 +362,25 @@ def test_the_grid(results):
         assert ("needs" in row["why"][0]) == (verdict == UNDECIDED)
     grid(root, 0, 0.3, seeds=1)
     assert "fewer than two seeds" in judged(root, "C8")["C8"]["ours"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda table: table.drop(columns="beta"), "it has no column beta"),
+        (lambda table: table.assign(method="base"), "it has no cell of T-SPIN at iteration 1 yet"),
+        (lambda table: pd.concat([table, table.assign(lam=1.0)]), "it sets more than α and β"),
+    ],
+)
+def test_a_grid_of_another_shape(results, change, why):
+    root = results()
+    grid(root, 0, 0.3)
+    path = root / "pocket" / "studies" / "grid.csv"
+    table = pd.read_csv(path)
+    pd.concat([table, table.assign(method="simpo")]).to_csv(path, index=False)
+    assert judged(root, "C8")["C8"]["verdict"] == REPLICATED  # of T-SPIN alone
+    change(table).to_csv(path, index=False)
+    assert why in judged(root, "C8")["C8"]["ours"][0]
 
 
 def test_what_the_rules_can_decide(results):

@@ -369,6 +369,25 @@ def test_a_start_that_only_sft_went_on_from_is_no_place_of_self_play(tmp_path):
     assert known.difference(SPIN, START, there).mean == pytest.approx(2)
 
 
+def test_what_a_study_leaves_empty_is_the_presets(tmp_path):
+    """Scales, history and start of another preset than pocket."""
+    folder = write(tmp_path, table())
+    for beside in ("proto", "rate", "epochs"):
+        (folder / "studies" / f"{beside}.csv").unlink()
+    path = folder / "studies" / "map.csv"
+    rows = pd.read_csv(path)
+    settings = ["lam", "alpha", "history"]
+    own = (rows["path"] == "pocket") & rows[settings].isna().all(axis=1) & (rows["temperature"] != 0)
+    rows[own].drop(columns=["path", "temperature", *settings]).to_csv(path, index=False)
+    methods = {"spin": {"lam": 0.3}, "tspin": {"alpha": 0.5}, "tspin_reference": {"alpha": 1.0}}
+    own = {"data": {"history": 1}, "model": {"path": "mine/model", "fine_tuned": False}, "methods": methods}
+    (folder / "config.json").write_text(json.dumps({"config": {**own, "temperature": 0.0}}))
+    known = Map(folder)
+    assert known.starts == ["mine/model"] and known.temperatures == [0.0]
+    arms = {arm.method: (arm.scale, arm.history) for arm in known.arms}
+    assert arms["spin"] == (0.3, True) and arms["tspin"] == (0.5, True) and arms["tspin_reference"] == (1.0, True)
+
+
 def test_a_map_without_an_arm_yet_is_told(tmp_path):
     folder = tmp_path / "studies"
     folder.mkdir()

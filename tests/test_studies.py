@@ -1,6 +1,7 @@
 """Figures and tables of studies, from tables of the studies' shape."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,28 @@ def test_labels_are_shares_of_all(tmp_path):
     ours, paper = studies.figure4a(tmp_path / "pocket").axes
     assert ours.containers[0].lines[0].get_xdata().tolist() == [0.0625, 0.25, 1]  # of 4,000
     assert paper.lines[0].get_xdata().tolist() == [0.25, 1] and ours.get_xlim() == paper.get_xlim()
+
+
+def test_labels_of_an_unfinished_study(tmp_path):
+    """The share is of the labels that the preset's SFT has; SFT alone, whose cells come first, is no figure yet."""
+    folder = write(tmp_path, "data")
+    whole = pd.read_csv(folder / "data.csv")
+    settings = {"data": {"labels": 1000}, "methods": {"sft": {"data": {"labels": 4000}}}}
+    (tmp_path / "pocket" / "config.json").write_text(json.dumps({"config": settings}))
+    whole[whole["labels"] < 4000].to_csv(folder / "data.csv", index=False)
+    ours, _ = studies.figure4a(tmp_path / "pocket").axes
+    assert ours.containers[0].lines[0].get_xdata().tolist() == [0.0625, 0.25] and "of 4,000" in ours.get_title("left")
+    whole[whole["method"] == "sft"].to_csv(folder / "data.csv", index=False)
+    with pytest.raises(UserError, match="no cell of T-SPIN has finished yet; make it with: make study STUDY=data"):
+        studies.figure4a(tmp_path / "pocket")
+
+
+def test_settings_with_fewer_seeds_are_told_apart(tmp_path):
+    folder = write(tmp_path, "data")
+    whole = pd.read_csv(folder / "data.csv")
+    whole[(whole["labels"] < 4000) | (whole["seed"] == 0)].to_csv(folder / "data.csv", index=False)
+    text = studies.study_text("data", tmp_path / "pocket")
+    assert "1 to 2 seeds" in text and [row.split("|")[-2].strip() for row in text.splitlines()[4:7]] == ["2", "2", "1"]
 
 
 def test_seeds_of_a_setting_are_crossed_with_their_problems(tmp_path):
