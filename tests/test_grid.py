@@ -161,6 +161,22 @@ def test_a_grid_from_its_file_to_its_report(tmp_path, data_file, model_folder):
     assert [path.read_bytes() for path in sorted(sweep.target.parent.glob("tiny*"))] == files
     with pytest.raises(UserError, match="none of the study's cells is in"):
         gathering.join(sweep, tmp_path / "nowhere")
+    # Cells from other weights under the same path are not joined, and said where they are gathered.
+    made = record["made"]
+    assert {what["start"] for what in made.values()} == {str(model_folder)} and not gathering.other_weights(made)
+    forget(sweep, cell.name)
+    there = tmp_path / "theirs" / sweep.target.relative_to(sweep.results).with_name("tiny_provenance.json")
+    theirs = read_json(there)
+    theirs["made"][cell.name]["policy"] = "another"
+    write_json(there, theirs)
+    with pytest.raises(UserError, match=r"had other weights in some cells than in others \(.*another in spin-0"):
+        gathering.join(sweep, tmp_path / "theirs")
+    # What a study no longer names is kept apart.
+    fewer = load(tmp_path, **{**changes, "methods": ["base", "sft"], "grids": {}, "choose": None})
+    assert "; 3 cells that the study no longer names are kept in" in gathering.gather(fewer, [])
+    assert len(pd.read_csv(sweep.target.with_suffix(".csv"))) == 2
+    assert pd.read_csv(sweep.target.with_name("tiny.old-1.csv"))[CELL].nunique() == 5
+    assert (sweep.target.parent / "tiny.old-1_problems.parquet").exists()
 
 
 def forget(sweep, name: str) -> None:

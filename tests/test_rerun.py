@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 from tspin.cli import app
 from tspin.config import REPOSITORY, load_config
 from tspin.errors import UserError
+from tspin.evaluation.suites import load_suite
 from tspin.experiment import rerun
 from tspin.experiment.preset import Where, run_experiment
+from tspin.experiment.results import Collected, read_results, write_results
 
 OVERRIDES = ["data.labels=8", "batch_size=4", "evaluation.limit=3", "iterations=2"]
 
@@ -91,3 +93,19 @@ def test_what_changes_no_number_can_be_set_and_nothing_else(record, tmp_path):
     assert not list(tmp_path.iterdir())
     rerun.rerun(recorded, tmp_path, ["engine.data_parallel=2", "micro_batch_tokens=512"])
     assert (tmp_path / "results" / "pocket" / "evaluations.csv").is_file()
+
+
+def test_costs_are_those_of_the_rows(tmp_path):
+    """Run again with fewer iterations: what it replaces is gone from both."""
+    suite = load_suite("pocket")
+    for iterations in (3, 2):
+        collected = Collected()
+        for method, seed in (("spin", 0), ("spin", iterations)):
+            for t in range(iterations):
+                score = {"benchmark": suite.columns[0].benchmark, "metric": "em", "value": 1.0, "stderr": 0.1, "n": 1}
+                collected.add("evaluations", pd.DataFrame([score]), method, seed, t)
+                collected.costs.append({"method": method, "seed": seed, "iteration": t})
+        write_results(tmp_path, "pocket", suite, collected)
+    found = read_results(tmp_path)
+    rows = found["evaluations"][["method", "seed", "iteration"]].itertuples(index=False, name=None)
+    assert sorted(rows) == sorted(found["runs"]) and len(found["runs"]) == 2 + 2 + 3

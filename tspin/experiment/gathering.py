@@ -6,16 +6,20 @@
                          tspin.experiment.measures
 <name>_problems.parquet  cell, iteration, benchmark, doc_id, value: the tabulated metric of each problem
 <name>_provenance.json   date, seconds, finished and missing cells; the distinct provenances of the stages behind the
-                         numbers; by cell, which of them, and the seconds of its own stages
+                         numbers; by cell, which of them, the seconds of its own stages, and the initial policy: its
+                         path (start) and the fingerprint of its weights (policy)
 <name>.md                where there is a rule of choice: every setting's score, and what the rule chooses
 
 A cell that is in these files is not read or run again, wherever it was run: they can be moved to another machine, which
-then runs what is missing, and what several machines have gathered is joined. Delete <name>.csv to start anew.
+then runs what is missing, and what several machines have gathered is joined. Delete <name>.csv to start anew. A study
+that was changed has other cells: files with cells that it no longer names are kept as <name>.old-1.csv and so on.
 """
 
 import io
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +41,7 @@ class Gathered(NamedTuple):
 
     measures: pd.DataFrame
     problems: pd.DataFrame
-    made: dict[str, Any]  # cell → {"seconds", "provenance": keys of the next}
+    made: dict[str, Any]  # cell → {"seconds", "provenance": keys of the next, "start", "policy"}
     provenance: dict[str, Any]
 
 
@@ -70,29 +74,71 @@ def gather(sweep: Sweep, finished: Sequence[Cell]) -> str:
     for cell in new:
         seconds, entries = made_by(cell)
         provenance |= {fingerprint(entry)[:12]: entry for entry in entries}
-        made[cell.name] = {"seconds": seconds, "provenance": [fingerprint(entry)[:12] for entry in entries]}
+        keys = [fingerprint(entry)[:12] for entry in entries]
+        made[cell.name] = {"seconds": seconds, "provenance": keys, **initial_policy(cell)}
     measures, problems = ([of(cell) for cell in new] for of in (measures_of, problems_of_cell))
-    return _write(sweep, [known, Gathered(_together(measures), _together(problems), made, provenance)])
+    written = _write(sweep, [known, Gathered(_together(measures), _together(problems), made, provenance)])
+    unlike = other_weights(known.made | made)
+    return f"{written}; {unlike}: differences between such cells are not the methods'" if unlike else written
 
 
 def join(sweep: Sweep, results: Path) -> str:
     """Add what another machine has gathered of a study, in its own results folder; returns a line as `gather` does.
 
-    Of a cell that both have, this machine's numbers stay. Raises UserError where the folder has none of the cells.
+    Of a cell that both have, this machine's numbers stay. Raises UserError where the folder has none of the cells, or
+    cells from other weights.
     """
     target = results / sweep.target.relative_to(sweep.results)
     known, theirs = gathered(sweep), gathered(sweep, target)
     if not theirs.made:
         raise UserError(f"--join {results}: none of the study's cells is in {target.with_suffix('.csv')}")
     made = {name: what for name, what in theirs.made.items() if name not in known.made}
+    if unlike := other_weights(known.made | made):
+        raise UserError(f"--join {results}: {unlike}; join what was run from the same")
     measures, problems = (table[table[CELL].isin(set(made))] for table in (theirs.measures, theirs.problems))
     used = {key: theirs.provenance[key] for what in made.values() for key in what["provenance"]}
     written = _write(sweep, [known, Gathered(measures, problems, made, used)])
     return f"{len(made)} of {len(theirs.made)} cells are new; {written}"
 
 
+def initial_policy(cell: Cell) -> dict[str, str]:
+    """The path and the fingerprint of the weights that a cell started from."""
+    recorded = read_json(cell.results_folder / "config.json")
+    return {"start": recorded["config"]["model"]["path"], "policy": recorded["policy"]}
+
+
+def other_weights(made: Mapping[str, Any]) -> str:
+    """Which start had not the same weights in all cells, in words; nothing where none, or where it was not recorded."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, what in made.items():
+        if "policy" in what:
+            found.setdefault(what["start"], {}).setdefault(what["policy"], []).append(name)
+    words = []
+    for start, cells in found.items():
+        if len(cells) > 1:
+            weights = ", ".join(f"{policy} in {names[0]}" for policy, names in cells.items())
+            words.append(f"{start} had other weights in some cells than in others ({weights})")
+    return "; ".join(words)
+
+
+def _set_aside(sweep: Sweep) -> str:
+    """Keep a copy of files that hold cells which the study no longer names; returns what was kept, in words."""
+    path = sweep.target.with_suffix(".csv")
+    if not path.exists():
+        return ""
+    gone = set(pd.read_csv(path)[CELL]) - {cell.name for cell in sweep.cells}
+    if not gone:
+        return ""
+    old = next(f".old-{n}" for n in count(1) if not _beside(sweep.target, f".old-{n}.csv").exists())
+    for ending in ("_problems.parquet", "_provenance.json", ".csv"):
+        shutil.copy2(_beside(sweep.target, ending), _beside(sweep.target, f"{old}{ending}"))
+    kept = _beside(sweep.target, f"{old}.csv")
+    return f"; {len(gone)} cells that the study no longer names are kept in {kept}"
+
+
 def _write(sweep: Sweep, parts: Sequence[Gathered]) -> str:
     """Replace the files by these cells, in the study's order."""
+    kept = _set_aside(sweep)
     made = {name: what for part in parts for name, what in part.made.items()}
     provenance = {key: entry for part in parts for key, entry in part.provenance.items()}
     order = [cell.name for cell in sweep.cells]
@@ -111,7 +157,7 @@ def _write(sweep: Sweep, parts: Sequence[Gathered]) -> str:
     if sweep.study.choose is not None:
         write_text(path.with_suffix(".md"), report(sweep.study, path, complete=not missing))
     more = [f"and {len(missing) - FEW} more"] if len(missing) > FEW else []  # the record has all
-    return f"wrote {path}" + (f"; missing: {', '.join([*missing[:FEW], *more])}" if missing else "")
+    return f"wrote {path}" + (f"; missing: {', '.join([*missing[:FEW], *more])}" if missing else "") + kept
 
 
 def _text_of(measures: pd.DataFrame) -> str:

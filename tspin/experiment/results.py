@@ -117,7 +117,9 @@ def write_results(target: Path, preset: str, suite: Suite, collected: Collected)
         _write_table(_path(target, name), _in_order(table, suite))
     columns = [column.model_dump(mode="json") for column in suite.columns]
     write_json(target / "suite.json", {"preset": preset, "columns": columns})
-    runs = old["runs"] | _by_run(collected.costs)
+    new = _by_run(collected.costs)
+    fresh = {(method, seed) for method, seed, _ in new}
+    runs = {run: cost for run, cost in old["runs"].items() if run[:2] not in fresh} | new  # as the tables' rows
     date = time.strftime("%Y-%m-%d", time.gmtime())
     write_json(target / "provenance.json", {**provenance(), "date": date, "runs": list(runs.values())})
 
