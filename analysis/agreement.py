@@ -14,7 +14,7 @@ from tspin.schema import BASE
 
 from .intervals import LEVEL
 from .reading import is_committed, read_scores, reference_of
-from .tables import Layout, score_cells, score_table
+from .tables import Layout, averaged_labels, score_cells, score_table
 
 ROUNDING = 1e-9  # of sums: rows that are equal agree
 
@@ -38,6 +38,7 @@ def beside(table: pd.DataFrame, folder: Path, layout: Layout) -> tuple[pd.DataFr
         return table, f"{reference} is not held against these: {why}."
     scores = read_scores(reference)
     committed = score_table(reference, layout, scores)
+    scores = scores[scores["label"].isin(averaged_labels(reference))]
     if committed["avg"].isna().all():
         return table, f"{reference} is not held against these: it has none of the rows."
     names = {"avg": "committed", "avg_low": "committed_low", "avg_high": "committed_high", "seeds": "committed_seeds"}

@@ -127,7 +127,7 @@ def chosen(scores: Scores, folder: Path, curves: Curves) -> list[tuple[str, str 
     """
     if not curves.groups:
         return []
-    columns = read_suite(folder)
+    columns = [column for column in read_suite(folder) if column.label in scores.labels]
     there = dict.fromkeys(column.group for column in columns)
     groups = [group for group in curves.groups if group in there] or list(there)[:GROUPS]
     first, second = map(scores.last, curves.methods)

@@ -50,8 +50,13 @@ class Evidence:
         return [(method, max(t for t in common if t is not None)) for method in methods]
 
     def contrast(self, weights: Weights, labels: Sequence[str] = ()) -> Estimate:
-        """A contrast of policies, over all benchmarks or over those named. Raises Missing where they share no seed."""
+        """A contrast of policies, over all benchmarks or over those named.
+
+        Raises Missing where they share no seed, or where more is not known to be better.
+        """
         self.need(*weights)
+        if not self.scores.shares:
+            raise Missing("no column is a share of problems: whether more is better is not known")
         if not self.scores.common_seeds(list(weights)):
             seeds = {policy: " ".join(map(str, self.scores.seeds(policy))) for policy in weights}
             raise Missing(f"no seed in common: {', '.join(f'{m} ({seeds[m, t]})' for m, t in weights)}")

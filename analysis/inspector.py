@@ -153,7 +153,7 @@ def score(run: Run, label: str, iteration: int) -> float | None:
     if run.scores.empty:
         return None
     rows = run.scores[run.scores["iteration"] == iteration]
-    rows = rows if label == AVG else rows[rows["label"] == label]
+    rows = run.of_average(rows) if label == AVG else rows[rows["label"] == label]
     return float(rows["value"].mean()) if len(rows) else None
 
 
@@ -163,7 +163,7 @@ def outcomes(run: Run, label: str, iteration: int) -> pd.DataFrame:
     if table.empty:
         return pd.DataFrame()
     table = table[table["iteration"] == iteration]
-    table = table if label == AVG else table[table["label"] == label]
+    table = run.of_average(table) if label == AVG else table[table["label"] == label]
     return table.pivot_table(index=["label", "doc_id"], columns="seed", values="value", observed=True)
 
 

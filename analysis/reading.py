@@ -30,6 +30,11 @@ class Column(NamedTuple):
     group: str
     metric: str
 
+    @property
+    def named(self) -> tuple[str, str, str]:
+        """As tspin.schema takes it."""
+        return self.benchmark, self.metric, self.label
+
 
 def is_committed(folder: Path) -> bool:
     """Whether a preset's results are the committed ones."""

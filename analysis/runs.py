@@ -7,7 +7,7 @@ run.tokens(42)                                         # a row a token of y, y�
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from tspin.errors import UserError
-from tspin.schema import ONCE, SYNTHETIC, gaps, misaligned, unit
+from tspin.schema import ONCE, SYNTHETIC, averaged, gaps, misaligned, unit
 
 from .entropy import nats
 from .reading import read_evaluations, read_scores, read_settings, read_suite, read_table
@@ -34,7 +34,7 @@ class Run:
     the last iteration ended with are one number further. token_logps: tspin.schema.TOKENS. prompts: prompt_id, prompt,
     labelled, and proto and task where they are known. costs: seconds, tokens, peak_bytes. warnings: name, of
     tspin.diagnostics; None where no iteration recorded whether there were any. unit: what the scores are in.
-    settings: dotted name → value.
+    averaged: the labels that Avg is of; None: all. settings: dotted name → value.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Run:
     token_logps: pd.DataFrame = field(default_factory=pd.DataFrame)
     warnings: pd.DataFrame | None = None
     unit: str = "percent"
+    averaged: Sequence[str] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,7 +77,11 @@ class Run:
 
     def average(self) -> pd.Series:
         """Avg by iteration: the mean over benchmarks (and seeds)."""
-        return _mean_by_iteration(self.scores, "value")
+        return _mean_by_iteration(self.of_average(self.scores), "value")
+
+    def of_average(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The rows of `scores` or `outcomes` that Avg is of."""
+        return table if self.averaged is None or table.empty else table[table["label"].isin(self.averaged)]
 
     def misaligned(self) -> pd.Series:
         """By iteration, the share of prompts where y has the higher reward and the lower log-likelihood."""
@@ -174,7 +179,8 @@ def _from_results(folder: Path, method: str, seed: int | None) -> Run:
         prompts=prompts.drop(columns=["method", "seed", "iteration"], errors="ignore"),
         token_logps=tables["tokens"],
         warnings=_warnings((cost["iteration"], cost["warnings"]) for cost in costs if "warnings" in cost),
-        unit=unit((column.benchmark, column.metric, column.label) for column in columns),
+        unit=unit(column.named for column in columns),
+        averaged=averaged((c.named for c in columns), set(problems["benchmark"]) if len(problems) else None),
         settings=_method_settings(read_settings(folder), method),
     )
 
@@ -224,6 +230,8 @@ def _from_folder(folder: Path) -> Run:
         prompts = prompts.assign(proto=prompts["prompt_id"].map(texts))
     scores, outcomes = each(_scores), each(_outcomes)
     columns = scores[["benchmark", "metric", "label"]].drop_duplicates() if len(scores) else scores
+    named = list(columns.itertuples(index=False, name=None))
+    known = {benchmark for benchmark, _, label in named if label in set(outcomes["label"])} if len(outcomes) else None
     guards = {t: path / "guards.json" for t, path in iterations.items()}
     return Run(
         name=str(folder),
@@ -237,7 +245,8 @@ def _from_folder(folder: Path) -> Run:
         prompts=prompts,
         token_logps=parquet("tokens.parquet"),
         warnings=_warnings((t, _json(path)["warnings"]) for t, path in guards.items() if path.is_file()),
-        unit=unit(columns.itertuples(index=False, name=None)),
+        unit=unit(named),
+        averaged=averaged(named, known),
         settings=flat({**config["settings"], **{name: config[name] for name in MADE_FROM if name in config}}),
     )
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from tspin.schema import BASE, is_share
+from tspin.schema import BASE, averaged, is_share
 
 from .intervals import Estimate, corrected, estimate, estimates, share
-from .reading import read_suite, read_table
+from .reading import read_suite, read_table, unusable
 from .writing import counted, seeds_in_words
 
 Policy = tuple[str, int | None]  # method and iteration; None for base and sft
@@ -36,16 +36,20 @@ class Comparison(NamedTuple):
 class Scores:
     """The problem-by-problem scores of a preset: `problems.parquet` of its results folder.
 
-    labels: the table's columns. Raises UserError when a file is missing or malformed.
+    labels: the table's columns that Avg is of (tspin.schema.averaged); shares: whether they are shares of problems.
+    Raises UserError when a file is missing or malformed, or has no column's problems.
     """
 
     def __init__(self, folder: Path):
-        columns = read_suite(folder)
-        self.labels = [column.label for column in columns]
-        self._shares = {column.label for column in columns if is_share(column.benchmark, column.metric)}
-        table = read_table(folder, "problems")
+        table, columns = read_table(folder, "problems"), read_suite(folder)
+        self.labels = averaged((column.named for column in columns), set(table["benchmark"]))
+        columns = [column for column in columns if column.label in self.labels]
+        if not columns:
+            raise unusable(folder / "problems.parquet", "has the problems of no column of suite.json")
+        self.shares = all(is_share(column.benchmark, column.metric) for column in columns)
         position = {column.benchmark: number for number, column in enumerate(columns)}
-        table = table.assign(benchmark=table["benchmark"].map(position))
+        table = table[table["benchmark"].isin(position)]
+        table = table.assign(benchmark=table["benchmark"].map(position).astype(int))
         self._means: dict[Policy, dict[str, Estimate]] = {}
         self._values: dict[Policy, dict[int, np.ndarray]] = {}  # by policy and seed, both in order
         for (method, iteration, seed), values in outcomes(table, ["method", "iteration", "seed"]).items():
@@ -88,14 +92,10 @@ class Scores:
             values = self.values(policy)
             found = dict(zip([*self.labels, AVG], estimates(values), strict=True))
             problems = dict(zip(self.labels, (~np.isnan(values[0])).sum(-1).tolist(), strict=True))
-            if self._shares.issuperset(self.labels):  # then their mean is one too
+            if self.shares:  # then their mean is one too
                 problems[AVG] = sum(problems.values())
-            shares = {
-                name: share(found[name], count, 100)
-                for name, count in problems.items()
-                if name in self._shares or name == AVG
-            }
-            self._means[policy] = {**found, **shares}
+                found |= {name: share(found[name], count, 100) for name, count in problems.items()}
+            self._means[policy] = found
         return self._means[policy][label]
 
     def common_seeds(self, policies: Sequence[Policy]) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from tspin.schema import BASE, ONCE, unit
+from tspin.schema import BASE, ONCE, averaged, unit
 
 from .intervals import POWER, of_errors
 from .reading import Column, read_paper, read_scores, read_suite
@@ -51,7 +51,7 @@ def score_table(folder: Path, layout: Layout = LAYOUTS["1"], scores: pd.DataFram
 
     After method, iteration, seeds and the benchmarks (named by label) come
 
-    avg, avg_se, avg_low, avg_high: the benchmarks' mean, its standard error and its 95 % interval (`intervals`)
+    avg, avg_se, avg_low, avg_high: the mean of `averaged_labels`, its standard error and its 95 % interval
     avg_change: over the previous iteration, at iteration 0 over base; NA where the two rest on different seeds
     paper_avg, paper_change: the same in the paper
 
@@ -59,7 +59,7 @@ def score_table(folder: Path, layout: Layout = LAYOUTS["1"], scores: pd.DataFram
     seeds; a row without any shows what there is and has no `avg`. scores: `read_scores(folder)`, where it is read.
     Raises `UserError` if a file of the preset is missing or malformed.
     """
-    labels = [column.label for column in read_suite(folder)]
+    labels, of = [column.label for column in read_suite(folder)], averaged_labels(folder)
     scores, paper = read_scores(folder) if scores is None else scores, read_paper(layout.model)
     outcomes = scores_of(folder) if (folder / "problems.parquet").is_file() else None
     iterations = [None if pd.isna(t) else t for t in paper["iteration"]]
@@ -69,7 +69,7 @@ def score_table(folder: Path, layout: Layout = LAYOUTS["1"], scores: pd.DataFram
     policies = layout.rows(zip(ran["method"], ran["iteration"].astype(int).tolist(), strict=True))
     for policy in dict.fromkeys([(BASE, None), *policies]):
         method, iteration = policy
-        row = _row(scores, labels, policy, outcomes)
+        row = _row(scores, labels, of, policy, outcomes)
         row |= {"avg_change": NAN, "paper_avg": printed.get(policy, NAN), "paper_change": NAN}
         if iteration is not None:
             before: Policy = (method, iteration - 1) if iteration > 0 else (BASE, None)
@@ -81,7 +81,17 @@ def score_table(folder: Path, layout: Layout = LAYOUTS["1"], scores: pd.DataFram
     return pd.DataFrame([rows[policy] for policy in policies]).astype({"iteration": "Int64"})
 
 
-def _row(scores: pd.DataFrame, labels: list[str], policy: Policy, outcomes: Scores | None) -> dict[str, Any]:
+def averaged_labels(folder: Path) -> list[str]:
+    """The columns that Avg is of: shares of problems (all columns where none is), of which single ones are known."""
+    if (folder / "problems.parquet").is_file():
+        return scores_of(folder).labels
+    return averaged(column.named for column in read_suite(folder))
+
+
+def _row(
+    scores: pd.DataFrame, labels: list[str], of: list[str], policy: Policy, outcomes: Scores | None
+) -> dict[str, Any]:
+    """A row but for what compares it with others. of: the columns averaged."""
     method, iteration = policy
     at = scores["iteration"].isna() if iteration is None else scores["iteration"].eq(iteration).fillna(False)
     runs = scores[(scores["method"] == method) & at.astype(bool)]
@@ -95,8 +105,8 @@ def _row(scores: pd.DataFrame, labels: list[str], policy: Policy, outcomes: Scor
         found = outcomes.mean(policy)
     elif seeds:
         # The benchmarks are independent samples; a stderr that lm-eval does not give leaves the whole unknown.
-        errors = (stderrs.loc[seeds] ** 2).sum(axis=1, skipna=False) ** 0.5 / len(labels)
-        found = of_errors(complete.mean(axis=1), errors)
+        errors = (stderrs.loc[seeds, of] ** 2).sum(axis=1, skipna=False) ** 0.5 / len(of)
+        found = of_errors(complete[of].mean(axis=1), errors)
     else:
         found = of_errors([NAN], [NAN])
     shown = values if complete.empty else complete
@@ -105,7 +115,7 @@ def _row(scores: pd.DataFrame, labels: list[str], policy: Policy, outcomes: Scor
         "iteration": iteration,
         "seeds": " ".join(str(seed) for seed in sorted(shown.index)),
         **dict(zip(labels, shown.mean(), strict=True)),
-        "avg": complete.mean(axis=1).mean(),
+        "avg": complete[of].mean(axis=1).mean(),
         "avg_se": found.error,
         "avg_low": found.low,
         "avg_high": found.high,
@@ -154,21 +164,27 @@ def score_caption(
     scores: as for `score_table`.
     """
     columns = read_suite(folder)
-    names = [(column.benchmark, column.metric, column.label) for column in columns]
+    names = [column.named for column in columns]
     ran = [row for row in table.to_dict("records") if row["seeds"]]
     every = " ".join(str(seed) for seed in sorted({int(seed) for row in ran for seed in row["seeds"].split()}))
     sentences = [f"Table {layout.number} ({folder.name}): scores in {unit(names)}, {_seeds(every)}."]
     if others := [f"{_name(row)} ({_seeds(row['seeds'])})" for row in ran if row["seeds"] != every]:
         sentences.append(f"Rows with fewer seeds: {', '.join(others)}.")
     sentences.append(_problems(columns, read_scores(folder) if scores is None else scores))
-    averaged, known = [row for row in ran if pd.notna(row["avg"])], (folder / "problems.parquet").is_file()
-    if averaged:
+    complete, known = [row for row in ran if pd.notna(row["avg"])], (folder / "problems.parquet").is_file()
+    if complete:
         how = "seeds and problems crossed" if known else "by seeds, and problems' errors as if all seeds shared them"
-        sentences.append(f"Avg is the mean of the columns, in square brackets its 95 % interval, {how}.")
-    if any(" " not in row["seeds"] and row["method"] != BASE for row in averaged):
+        left = [column.label for column in columns if column.label not in averaged_labels(folder)]
+        of = (
+            f"the columns but {', '.join(left)} (no share of problems, or no number for each)"
+            if left
+            else "the columns"
+        )
+        sentences.append(f"Avg is the mean of {of}, in square brackets its 95 % interval, {how}.")
+    if any(" " not in row["seeds"] and row["method"] != BASE for row in complete):
         sentences.append("In rows with one seed it is that of the problems: nothing is known of the seeds' spread.")
     if known:
-        policies = [(row["method"], None if pd.isna(row["iteration"]) else row["iteration"]) for row in averaged]
+        policies = [(row["method"], None if pd.isna(row["iteration"]) else row["iteration"]) for row in complete]
         sentences += what_rows_tell(scores_of(folder), policies)
     sentences.append("In round brackets: change over the previous iteration, at iteration 0 over base.")
     same = [column.label for column in columns] == SUITE

@@ -183,6 +183,37 @@ def test_the_last_iteration_that_both_have_is_compared(results):
     assert "mean of 1–2" in of_reference and "3 " not in of_reference.partition(":")[2].split(";")[-1]
 
 
+def test_columns_that_are_no_shares_of_problems_are_shown_and_not_averaged(results):
+    """Perplexity, for which less is better, and a metric without a number for each problem."""
+    root = results()
+    folder = root / "pocket"
+    before = judged(root, "C1", "C2")
+    columns = json.loads((folder / "suite.json").read_text())["columns"]
+    more = {"b3": ("Wiki", "word_perplexity,none"), "b4": ("Inst", "inst_level_strict_acc,none")}
+    columns += [{"benchmark": b, "label": label, "group": "g", "metric": m} for b, (label, m) in more.items()]
+    (folder / "suite.json").write_text(json.dumps({"columns": columns}))
+    table = pd.read_parquet(folder / "problems.parquet")
+    wiki = table[table["benchmark"] == "b0"].assign(benchmark="b3", value=12.0)
+    pd.concat([wiki, table]).to_parquet(folder / "problems.parquet")
+    scored = made(LEVELS, 5).groupby(["method", "seed", "iteration", "benchmark"], dropna=False)["value"].mean()
+    scored = scored.reset_index()
+    rest = [scored[scored["benchmark"] == "b0"].assign(benchmark=b, metric=m, value=12.0) for b, (_, m) in more.items()]
+    whole = pd.concat([scored.assign(metric="em"), *rest]).assign(preset="pocket", stderr=1.0, n=PROBLEMS)
+    whole.to_csv(folder / "evaluations.csv", index=False)
+    scores.scores_of.cache_clear()
+    assert judged(root, "C1", "C2") == before
+    drawn = tables.score_table(folder)
+    assert drawn["avg"].tolist() == pytest.approx(drawn[["B0", "B1", "B2"]].mean(axis=1).tolist())
+    assert set(drawn[["Wiki", "Inst"]].stack()) == {12.0}
+    assert "the mean of the columns but Wiki, Inst (no share of problems" in tables.score_caption(drawn, folder)
+    curves.FIGURES["2"](folder)
+    # Where none is a share all are averaged, and nothing is claimed.
+    (folder / "suite.json").write_text(json.dumps({"columns": columns[3:4]}))
+    scores.scores_of.cache_clear()
+    assert scores.scores_of(folder).labels == ["Wiki"]
+    assert "no column is a share of problems" in judged(root, "C2")["C2"]["ours"][0]
+
+
 def test_two_seeds_have_no_chances(results):
     assert judged(results(seeds=2), "C2")["C2"]["chances"] == []
 

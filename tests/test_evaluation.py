@@ -202,6 +202,11 @@ def test_suites_extend_and_name_their_mistakes(tmp_path):
         load_suite("pockett")
     file = tmp_path / "mine.yaml"
     file.write_text("extends: pocket\nchat_template: true\n")
+    twice = "{benchmark: gsm8k, label: %s, group: math, metric: 'exact_match,none'}"
+    other = tmp_path / "twice.yaml"
+    other.write_text(f"columns: [{twice % 'A'}, {twice % 'B'}]\n")
+    with pytest.raises(UserError, match="gsm8k is there twice; evaluations.csv has all of a benchmark's metrics"):
+        load_suite(other)
     with pytest.raises(UserError, match="chat_template: unknown key .* did you mean 'chat_template_args'"):
         load_suite(file)
     wrong = load_suite("pocket").columns[0].model_copy(update={"benchmark": "gsm8kk"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -106,6 +106,17 @@ def is_share(benchmark: str, metric: str) -> bool:
     """Whether a metric, as lm-eval names it ("acc,none"), is a share of problems, which results have in percent."""
     name = metric.partition(",")[0]
     return not any(fnmatchcase(f"{benchmark}:{name}" if ":" in pattern else name, pattern) for pattern in NO_SHARES)
+
+
+def averaged(columns: Iterable[tuple[str, str, str]], recorded: Container[str] | None = None) -> list[str]:
+    """The labels of the columns that Avg is of: the shares of problems, for which more is better; all where none is.
+
+    columns: (benchmark, metric, label). recorded: benchmarks that have a number for each problem, without which there
+    is no interval; None: not known.
+    """
+    known = [column for column in columns if recorded is None or column[0] in recorded]
+    shares = [label for benchmark, metric, label in known if is_share(benchmark, metric)]
+    return shares or [label for _, _, label in known]
 
 
 def unit(columns: Iterable[tuple[str, str, str]]) -> str:

@@ -85,13 +85,10 @@ def evaluate_lm(lm: "LM", suite: Suite, *, limit: int | None = None, seed: int =
     limit_waiting()
     set_seed(seed)
     random.seed(PYTHON_SEED)  # some tasks shuffle their choices as they are loaded
-    benchmarks = {
-        column.benchmark: column for column in reversed(suite.columns)
-    }  # two columns may show two metrics of the same
     with lm_eval_log(logging.ERROR):  # its warnings here concern custom data sets as such
         manager = task_manager_for(suite)
         with offline_benchmarks():
-            tasks = {column: _loaded(manager, column, suite) for column in reversed(benchmarks.values())}
+            tasks = {column: _loaded(manager, column, suite) for column in suite.columns}
         loaded = manager.load([*tasks.values()])
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed)

@@ -56,6 +56,9 @@ class Suite(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Suite":
+        names = [column.benchmark for column in self.columns]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"columns: {twice} is there twice; evaluations.csv has all of a benchmark's metrics")
         if not self.apply_chat_template:
             for name in ("fewshot_as_multiturn", "chat_template_args", "enable_thinking", "date"):
                 if getattr(self, name) not in (None, False, {}):

@@ -2,8 +2,8 @@
 
 <name>.csv               a row per cell and iteration: cell (its name), the settings, by the last part of their keys;
                          method, seed, iteration (empty for base and sft); STUDY_MEASURES: avg and avg_se, the average
-                         over the suite's columns and its standard error over problems, then those of
-                         tspin.experiment.measures
+                         over the suite's columns (tspin.schema.averaged) and its standard error over problems, then
+                         those of tspin.experiment.measures
 <name>_problems.parquet  cell, iteration, benchmark, doc_id, value: the tabulated metric of each problem
 <name>_provenance.json   date, seconds, finished and missing cells; the distinct provenances of the stages behind the
                          numbers; by cell, which of them, the seconds of its own stages, and the initial policy: its
@@ -30,7 +30,7 @@ from tspin.experiment.grid import Cell, Choice, Study, Sweep
 from tspin.experiment.measures import average, measures_of_iteration
 from tspin.experiment.results import read_results, write_problems
 from tspin.runs.files import fingerprint, read_json, write_json, write_text
-from tspin.schema import BASE, CELL, HELD_OUT, RUN, STUDY_MEASURES
+from tspin.schema import BASE, CELL, HELD_OUT, RUN, STUDY_MEASURES, averaged
 
 KINDS = {"iteration": "Int64"}
 FEW = 6  # cells that a line names
@@ -175,7 +175,9 @@ def _together(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def measures_of(cell: Cell) -> pd.DataFrame:
     """A row per iteration of a cell, from its results: its name, its setting, RUN, STUDY_MEASURES."""
     results = read_results(cell.results_folder)
-    columns = pd.DataFrame(read_json(cell.results_folder / "suite.json")["columns"])[["benchmark", "metric"]]
+    columns = pd.DataFrame(read_json(cell.results_folder / "suite.json")["columns"])[["benchmark", "metric", "label"]]
+    labels = averaged(columns.itertuples(index=False, name=None), set(results["problems"]["benchmark"]))
+    columns = columns[columns["label"].isin(labels)].drop(columns="label")
     scores = _of_run(results["evaluations"], cell)
     held_out = scores[scores["benchmark"] == HELD_OUT]
     scores = columns.merge(scores)

@@ -80,5 +80,5 @@ def of_pairs(labelled: pd.DataFrame, synthetic: pd.DataFrame) -> dict[str, float
 
 
 def average(scores: pd.DataFrame) -> dict[str, float]:
-    """avg and avg_se: the columns' mean, and its standard error over problems. scores: a row per column."""
+    """avg and avg_se: the mean of columns, and its standard error over problems. scores: a row per column averaged."""
     return {"avg": scores["value"].mean(), "avg_se": (scores["stderr"] ** 2).sum() ** 0.5 / len(scores)}
