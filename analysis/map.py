@@ -258,6 +258,11 @@ def map_of(folder: Path) -> Map:
     return Map(folder)
 
 
+def points(found: Estimate) -> str:
+    """A difference in points; with its interval where the seeds are ENOUGH."""
+    return (f"{found:+.1f}" if found.seeds >= ENOUGH else f"{found.mean:+.1f}").replace("-", "−")
+
+
 def papers(method: str) -> Arm:
     """A method at the papers' scale."""
     scale = scale_of(method)

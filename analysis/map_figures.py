@@ -13,10 +13,11 @@ from .drawing import (
     put_note,
 )
 from .intervals import ENOUGH
-from .map import CONTRASTS, SFT, STARTS, Map, Paired, Place, known_start, map_of
+from .map import CONTRASTS, SFT, STARTS, Map, Paired, Place, known_start, map_of, points
 from .style import Look, arm_look
 
-ROW = 0.135  # inches
+ROW = 0.15  # inches
+STROKES = 0.33  # of a row: how far above a difference its seeds' are
 # The starts in their order, apart without colour too.
 COLOURS = [("#332288", "o"), ("#0F6CA8", "P"), ("#882255", "^"), ("#117A65", "s"), ("#AA4400", "D"), ("#555555", "v")]
 INTERVALS = "95 % intervals, paired by seed and problem"
@@ -64,8 +65,8 @@ def _forest(known: Map, sections: list[Section], title: str) -> Figure:
     few = any(found.seeds < ENOUGH for section in shown for found in section.found.values())
     hollow = " Hollow, without interval: fewer than three seeds, which decide nothing." if few else ""
     absent = known.left_out("Rows that are not there")
-    note = f"{title} (points), {INTERVALS}; n: seeds, a stroke each. {known.study.size}.{hollow} {absent}"
-    with new_figure(1.15, 1.2 + len(note) / 550 + ROW * len(rows)) as figure:
+    note = f"{title} (points), {INTERVALS}; n: seeds, a stroke above each. {known.study.size}.{hollow} {absent}"
+    with new_figure(0.85 + 0.5 * len(known.temperatures), 1.2 + len(note) / 700 + ROW * len(rows)) as figure:
         panels = figure.subplots(1, len(known.temperatures), sharex=True, sharey=True, squeeze=False)[0]
         for axes, temperature in zip(panels, known.temperatures, strict=True):
             axes.axvline(0, color="black", linewidth=0.6, zorder=1)
@@ -102,8 +103,10 @@ def _draw_row(axes: Axes, y: float, found: Paired | None, of: Look) -> None:
     enough = found.seeds >= ENOUGH
     axes.errorbar(found.mean, y, xerr=found.half if enough else None, color=of.colour, marker=of.marker, markersize=3.5,
                   elinewidth=1.2, markerfacecolor=of.colour if enough else "white")  # fmt: skip
-    axes.plot(found.by_seed, [y] * found.seeds, color="black", linestyle="", marker="|", markersize=4, zorder=4)
-    axes.text(1.01, y, f"n {found.seeds}", transform=middle, va="center_baseline", fontsize=6.5, color="#444444")
+    axes.plot(found.by_seed, [y - STROKES] * found.seeds, color="#777777", linestyle="", marker="|", markersize=2.6,
+              markeredgewidth=0.6)  # fmt: skip
+    axes.text(1.02, y, f"{points(found)}, n {found.seeds}", transform=middle, va="center_baseline", fontsize=6.5,
+              color="#222222")  # fmt: skip
 
 
 def _start_look(start: str) -> Look:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from .entropy import nats
-from .intervals import ENOUGH, Estimate, of_seeds
-from .map import SFT, SPIN, START, TSPIN, Found, Map, Place, map_of
+from .intervals import of_seeds
+from .map import SFT, SPIN, START, TSPIN, Found, Map, Place, map_of, points
 from .reading import read_table
 from .style import MISSING, Arm, arm_look
 from .writing import number, pipes
@@ -22,7 +22,7 @@ def contrast(folder: Path, words: str, place: Place) -> str:
     found = next((each.difference for each in contrasts if (each.contrast.words, each.place) == (words, place)), None)
     if found is None:
         return NOT_RUN
-    return f"{_points(found)} (n={found.seeds})"
+    return f"{points(found)} (n={found.seeds})"
 
 
 def ends(folder: Path) -> str:
@@ -50,7 +50,7 @@ def differences(folder: Path) -> str:
     def cell(each: Found | None) -> str:
         if each is None:
             return MISSING
-        text = f"{_points(each.difference)}, {each.difference.seeds}"
+        text = f"{points(each.difference)}, {each.difference.seeds}"
         return f"**{text}**" if each.corrected < SURE else text
 
     rows = [
@@ -82,8 +82,3 @@ def entropy(folder: Path, method: str, iteration: int, other: tuple[str, int]) -
 @lru_cache(maxsize=1)
 def _nats(folder: Path) -> pd.DataFrame:
     return nats(read_table(folder, "diagnostics"))
-
-
-def _points(found: Estimate) -> str:
-    """In points; with its interval where the seeds are ENOUGH."""
-    return (f"{found:+.1f}" if found.seeds >= ENOUGH else f"{found.mean:+.1f}").replace("-", "−")
