@@ -177,8 +177,7 @@ def moved(folder: Path, rows: list[dict], **diagnostics: float) -> dict[str, flo
 def test_how_much_an_iteration_did(tmp_path):
     log = [{"learning_rate": rate, "log_likelihood/labelled": value} for rate, value in ((1e-3, -9.0), (2e-3, -6.0))]
     assert moved(tmp_path, log, before=-9.0, after=-5.0) == {"learning_rate": 2e-3, "labelled": 4.0}
-    assert moved(tmp_path, log) == {"learning_rate": 2e-3, "labelled": 3.0}
-    assert np.isnan(moved(tmp_path, log[:1])["labelled"])
+    assert np.isnan(moved(tmp_path, log)["labelled"])  # each step has prompts of its own
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
@@ -25,7 +27,15 @@ from typer.testing import CliRunner
 from tspin import SelfPlayConfig, SelfPlayTrainer, cli, fits
 from tspin.errors import UserError
 from tspin.evaluation.suites import Suite, check_chat_template
-from tspin.fits import check_checkpointing, check_positions, check_router, check_tokens, movable_share, position_table
+from tspin.fits import (
+    check_checkpointing,
+    check_positions,
+    check_router,
+    check_softcap,
+    check_tokens,
+    movable_share,
+    position_table,
+)
 from tspin.models import POCKET_MODEL, load_shape, load_tokenizer
 
 SETTINGS = {"iterations": 1, "max_new_tokens": 6, "batch_size": 4, "bf16": False, "use_cpu": True, "disable_tqdm": True}
@@ -229,6 +239,15 @@ def test_a_model_without_layers_to_checkpoint():
     check_checkpointing(TABLES["transformer.wpe"]())
     with pytest.raises(UserError, match="^gradient_checkpointing: Plain has no layers made for it"):
         check_checkpointing(Plain(PreTrainedConfig()))
+
+
+def test_a_cap_that_sdpa_leaves_out_is_told(capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=64, num_key_value_heads=2, head_dim=8, **sizes))
+    check_softcap(model, {"attn_implementation": "eager"})
+    assert not capsys.readouterr().err
+    check_softcap(model, {"attn_implementation": "sdpa"})
+    assert "leaves out the cap of 50 on the model's attention logits" in capsys.readouterr().err
 
 
 def test_a_routers_auxiliary_loss_is_refused():

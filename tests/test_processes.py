@@ -148,7 +148,7 @@ def test_two_processes_train_what_one_trains(undisturbed, tmp_path, rows):
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("FSDP", {"method": "sft", "gradient_checkpointing": True}),
+        ("FSDP", {"method": "sft", "gradient_checkpointing": True, "gradient_signal": True}),
         ("MULTI_GPU", {"method": "spin", "lora": LORA, "learning_rate": 1e-3}),
     ],
     ids=["sft-fsdp2", "spin-lora-ddp"],
@@ -163,6 +163,8 @@ def test_and_so_with_checkpointing_and_adapters(kind, settings, tmp_path, model_
     assert two["processes"] == 2
     assert two["steps"] == one["steps"] == 3
     assert two["tokens"] == one["tokens"]
+    signals = [run.get("gradient_signal", 0.0) for run in (one, two)]  # FSDP has parts of the gradients
+    assert signals[0] == pytest.approx(signals[1], rel=1e-3) and (signals[0] > 0) == (kind == "FSDP")
     assert_same_training(tmp_path / "one", tmp_path / "two", model_folder)
     trained = json.loads((tmp_path / "two" / "iteration-0" / "model" / "config.json").read_text())
     assert trained["attention_dropout"] == 0.3

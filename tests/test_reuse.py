@@ -124,6 +124,16 @@ def test_a_stage_that_is_gone_is_made_again_as_it_was(tmp_path, model_folder, ro
     assert_same_run(whole, run, iterations=2)
 
 
+def test_finished_iterations_stay_where_diagnostics_are_turned_off(tmp_path, model_folder, rows, scored):
+    """What an earlier iteration's table knows of the reference decides no number."""
+    run = tmp_path / "run"
+    play(run, model_folder, rows, method="spin")
+    files = [run / "iteration-1" / "reference.parquet", run / "iteration-1" / "model" / "model.safetensors"]
+    written, before = [path.stat().st_mtime_ns for path in files], len(scored)
+    play(run, model_folder, rows, method="spin", diagnostics=False)
+    assert [path.stat().st_mtime_ns for path in files] == written and len(scored) == before
+
+
 def test_diagnostics_of_some_prompts(tmp_path, model_folder, rows, scored, capsys):
     """The same ones in every iteration. Training and the canary of its first step's loss go on as with all of them."""
     few = {"diagnostics_prompts": 4, "batch_size": 5}

@@ -37,6 +37,9 @@ def test_a_stage_runs_once_per_fingerprint(tmp_path):
     assert first.facts == {"length": 3} and first.fingerprint == fingerprint({"seed": 1})
     assert run_stage(output, {"seed": 1}, produce("two")) == first
     assert output.read_text() == "one"
+    with pytest.raises(ZeroDivisionError):
+        run_stage(output, {"seed": 3}, lambda target: 1 / 0)
+    assert run_stage(output, {"seed": 1}, produce("two")) == first  # nothing has taken its place
     run_stage(output, {"seed": 2}, produce("two"))
     assert output.read_text() == "two"
     assert stage_record(output, {"seed": 1}) is None

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -331,3 +332,29 @@ def test_no_model_is_held_when_an_iteration_has_ended(tmp_path, model_folder, ro
         give_back()
         held = [found for found in gc.get_objects() if isinstance(found, PreTrainedModel) and id(found) not in before]
         assert held == []
+
+
+def test_responses_that_end_otherwise_are_not_shared(tmp_path, model_folder, rows):
+    """The end of a turn is no setting of decoding, and responses follow from it all the same."""
+    drawn, settings = [], {"shared_dir": str(tmp_path / "shared"), "iterations": 1}
+    for number, end in enumerate(({}, {}, {"turn_end": "."})):
+        play(tmp_path / f"run-{number}", model_folder, rows, **settings, **end)
+        drawn.append((tmp_path / "shared" / "proto.parquet").stat().st_mtime_ns)
+    assert drawn[0] == drawn[1] < drawn[2]
+
+
+def test_what_is_no_model_or_no_data_is_refused(tmp_path, model_folder, tiny_model, tokenizer, rows):
+    args = SelfPlayConfig(output_dir=str(tmp_path / "run"), **SETTINGS)
+    with_adapters = copy.deepcopy(tiny_model)
+    wrapped = get_peft_model(copy.deepcopy(tiny_model), LoraConfig(target_modules=["q_proj"]))
+    with_adapters.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    for model, data, line in (
+        (wrapped, rows, "model: a folder, a hub name or a model of transformers is needed, not a PeftModel: merge its"),
+        (with_adapters, rows, "model: it has adapters in it: merge them"),
+        (3, rows, "model: a folder, a hub name or a model of transformers is needed, not a int"),
+        (str(model_folder), None, "train_dataset: rows are needed, .* not a NoneType"),
+        (str(model_folder), "some/name", "train_dataset: rows are needed, .* not a str; datasets.load_dataset reads"),
+        (str(model_folder), [{**rows[0], "prompt_id": 2**40}], "row 1: prompt_id 1099511627776: a whole number from 0"),
+    ):
+        with pytest.raises(UserError, match=line):
+            SelfPlayTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)

@@ -234,6 +234,18 @@ def test_prompts_rendered_beforehand_have_one_begin_token():
         assert gemma.decode(example.labelled.ids) == f"Yes.{end}"
 
 
+def test_a_begin_token_that_ends_texts_too_is_kept():
+    """OPT's and XGLM's </s>; a tokenizer that closes every text with it writes none before it."""
+    for single, begins in (("</s> $A", 1), ("$A </s>", 0), ("</s> $A </s>", 1)):
+        tokenizer = byte_level(["</s>"], "</s>")
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("</s>", tokenizer.eos_token_id)]
+        )
+        (example,) = encoded(tokenizer, [{"prompt": "Hi", "completion": "Yes."}], template="none")
+        assert example.prompt_ids[: begins + 1].count(tokenizer.eos_token_id) == begins
+        assert example.prompt_ids.count(tokenizer.eos_token_id) == begins
+
+
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 CALL = {"role": "assistant", "content": None,
         "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]}  # fmt: skip

@@ -103,6 +103,7 @@ def check_training(source: str | PreTrainedModel, loading: Mapping[str, Any], ar
     check_schedule(args, rows)
     model = source if isinstance(source, PreTrainedModel) else load_shape(source, dict(loading))
     check_router(model)
+    check_softcap(model, loading)
     if args.gradient_checkpointing:
         check_checkpointing(model)
     if args.lora:
@@ -140,6 +141,17 @@ def check_router(model: PreTrainedModel) -> None:
         raise UserError(
             "output_router_logits: the model's config asks for its router's auxiliary loss, which no objective here "
             "has; set it to false in the model's config.json to train without"
+        )
+
+
+def check_softcap(model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
+    """Tell where a cap on the logits of attention, Gemma 2's, is left out, as Transformers does with sdpa."""
+    cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    attention = loading.get("attn_implementation") or model.config._attn_implementation
+    if cap and attention == "sdpa":
+        tell(
+            f"attention: sdpa leaves out the cap of {cap:g} on the model's attention logits (attn_logit_softcapping), "
+            "here as everywhere in transformers; model.attention=eager has it, several times slower"
         )
 
 

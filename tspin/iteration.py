@@ -81,7 +81,8 @@ class Run:
     def decoding(self) -> dict[str, Any]:
         """What sampled responses follow from, besides policy, prompts and seed."""
         backend = {"backend": self.args.sampling_backend, "dtype": self.args.sampling_dtype}
-        return {"decoding": asdict(self.args.decoding), "loading": self.loading, **backend}
+        end = asdict(self.engine.turn_end)  # runs that share responses may end them otherwise
+        return {"decoding": asdict(self.args.decoding), "end": end, "loading": self.loading, **backend}
 
 
 @dataclass(frozen=True)
@@ -192,12 +193,6 @@ class Iteration:
             return {}
         table = pd.read_parquet(self.earlier.reference)
         return {role: table[role].to_numpy() for role in table.columns.drop("prompt_id")}
-
-    @property
-    def reference_source(self) -> Path | None:
-        """The table that `known_reference` is from."""
-        of_previous = self.run.method.reference == "previous"
-        return (self.earlier.diagnostics if of_previous else self.earlier.reference) if self.known_reference else None
 
     def with_history(self, roles: Sequence[str]) -> Triplets:
         """`triplets`, and after them the same with the y′ of each earlier iteration in `history`."""

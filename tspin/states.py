@@ -46,15 +46,12 @@ class IterationResult:
     def moved(self) -> dict[str, float]:
         """How much the iteration did: the highest learning rate logged, and the mean change of log π(y) in nats.
 
-        That is by the diagnostics, or without them between the first and the last row of the step log; NaN of one row.
+        That is by the diagnostics, NaN without them: rows of the step log are of other prompts each.
         """
-        steps, known = self.steps, self.diagnostics
-        name = f"log_likelihood/{LABELLED}"
-        before, after = (known.get(f"log_likelihood_{when}/{LABELLED}") for when in ("before", "after"))
-        if before is None or after is None:
-            logged = steps[name] if len(steps) > 1 else pd.Series([math.nan])
-            before, after = logged.iloc[0], logged.iloc[-1]
-        return {"learning_rate": float(steps["learning_rate"].max()), "labelled": float(after - before)}
+        before, after = (
+            self.diagnostics.get(f"log_likelihood_{when}/{LABELLED}", math.nan) for when in ("before", "after")
+        )
+        return {"learning_rate": float(self.steps["learning_rate"].max()), "labelled": float(after - before)}
 
 
 def begun(folder: Path, rule: str) -> TrainerState:

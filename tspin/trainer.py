@@ -21,6 +21,7 @@ from peft.functional import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -447,7 +448,7 @@ class GradientSignal:
         self._squares: list[Tensor] = []
 
     def add(self, parameters: Iterable[Tensor]) -> None:
-        """The gradients of a step, whole on this process."""
+        """The gradients of a step: whole on this process, or FSDP's part of each, of which all processes call this."""
         gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
         self._squares.append(_square(gradients))
         if self._sums:
@@ -457,7 +458,10 @@ class GradientSignal:
             self._sums = [gradient.clone() for gradient in gradients]
 
     def ratio(self) -> float | None:
-        """Signal over noise, of norms; 0 where the gradients do not agree at all. None of fewer than two steps."""
+        """Signal over noise, of norms; 0 where the gradients do not agree at all. None of fewer than two steps.
+
+        All processes call it.
+        """
         n = len(self._squares)
         if n < 2:
             return None
@@ -468,7 +472,8 @@ class GradientSignal:
 
 
 def _square(gradients: Sequence[Tensor]) -> Tensor:
-    return torch.stack([gradient.to(widest_float()).square().sum() for gradient in gradients]).sum()
+    sums = [gradient.to(widest_float()).square().sum() for gradient in gradients]
+    return torch.stack([each.full_tensor() if isinstance(each, DTensor) else each for each in sums]).sum()
 
 
 def _ids(triplets: Sequence[Triplet] | Sequence[int]) -> str:

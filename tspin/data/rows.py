@@ -27,6 +27,7 @@ from tspin.errors import UserError, tell
 TEXTS = ("prompt", "completion", "tools", "generated")
 ROWS = Features({**dict.fromkeys(("number", "row"), Value("int64")), **dict.fromkeys((*TEXTS, TASK), Value("string"))})
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can spell and no text has
+LARGEST = 2**31 - 1  # prompt_id: diagnostics keep it in 32 bits
 UNANSWERED = ("system", "developer", "assistant")  # the roles of messages that ask for no response
 
 Rounds = Literal["first", "all"]
@@ -63,6 +64,8 @@ def checked_rows(
             raise UserError(f"{where}: {error}") from error
         for example in examples:
             given = row.get("prompt_id") if numbered else None
+            if isinstance(given, int) and not 0 <= given <= LARGEST:
+                raise UserError(f"{where}: prompt_id {given}: a whole number from 0 to {LARGEST} is needed")
             task = row.get(TASK)
             named = {TASK: task if isinstance(task, str) else None}
             yield {"number": given if isinstance(given, int) else number, "row": count - 1, **example, **named}

@@ -100,8 +100,13 @@ def source_of(
     if isinstance(dataset, Mapping):
         given = split_of(dataset, split, name)
         tell(f"{name}: split {split} of {', '.join(map(str, dataset))}")
-    else:
+    elif isinstance(dataset, Iterable) and not isinstance(dataset, str | bytes):
         given = dataset
+    else:
+        raise UserError(
+            f"{name}: rows are needed, a datasets.Dataset or any iterable of mappings, not a {type(dataset).__name__}"
+            + ("; datasets.load_dataset reads files and hub names" if isinstance(dataset, str) else "")
+        )
     choice: dict[str, Any] = {"columns": dict(columns or {}), "rounds": rounds, "generated": generated}
     key = key_of(given)
 

@@ -211,7 +211,15 @@ def moved(prompt: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text. Some close every text with an end token; a prompt is not the end."""
+    """What the tokenizer puts before every text. Some close every text with an end token; a prompt is not the end.
+
+    OPT's and XGLM's begin with the end token: what stands before a word tells the two apart.
+    """
+    word = tokenizer(FIRST_WORDS[0], add_special_tokens=False)["input_ids"]
+    whole = tokenizer(FIRST_WORDS[0])["input_ids"]
+    for place in range(len(whole) - len(word) + 1):
+        if word and whole[place : place + len(word)] == word:
+            return list(whole[:place])
     ids = tokenizer("")["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 

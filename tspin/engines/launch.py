@@ -59,6 +59,11 @@ def check_launcher(path: Path, args: SelfPlayConfig) -> None:
             f"checkpoint_steps: no states are kept under {kind}, where a training that is stopped starts again at its "
             "first step; use experiments/accelerate/fsdp2.yaml"
         )
+    if args.gradient_signal and kind == "DEEPSPEED":
+        raise UserError(
+            f"gradient_signal: DeepSpeed leaves no gradients to look at, as {path} has it: set it to false, or use "
+            "experiments/accelerate/fsdp2.yaml"
+        )
     if args.lora and kind in {"DEEPSPEED", "FSDP"}:
         raise UserError(
             f"lora: adapters are merged from whole weights, {path} cuts them into shards; use "

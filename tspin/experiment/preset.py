@@ -10,7 +10,7 @@ results/<preset>/                                   see tspin.experiment.results
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,16 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from tspin.config import Config, DataSettings, ModelSettings, RunSettings, SelfPlayConfig, rendering_of, warmup_of
+from tspin.config import (
+    Config,
+    DataSettings,
+    ModelSettings,
+    Rendering,
+    RunSettings,
+    SelfPlayConfig,
+    rendering_of,
+    warmup_of,
+)
 from tspin.data.mapped import spread
 from tspin.data.sources import Source, load_rows
 from tspin.data.turns import writes_date
@@ -50,7 +59,8 @@ from tspin.yaml_files import find_yaml
 # What y0 and the first y′ follow from, besides the model, the data and the seed.
 DRAWING = {
     *("proto_model", "template", "max_prompt_length", "long_prompts", "temperature", "top_p", "max_new_tokens"),
-    *("sampling_batch_size", "sampling_backend", "sampling_dtype"),
+    *("sampling_batch_size", "sampling_backend", "sampling_dtype", "lora"),
+    *(entry.name for entry in fields(Rendering)),
 }
 
 

@@ -71,10 +71,12 @@ def run_stage(
         with suppress(DamagedStage):
             check_stage(output, whole=check and GIVEN_UP not in record)
             return Stage.of(output, record)
-    _record_path(output).unlink(missing_ok=True)
+    if beside:  # those are written while it is made
+        _record_path(output).unlink(missing_ok=True)
     start = time.monotonic()
     with atomic_path(output) as temporary:
         facts = produce(temporary)
+        _record_path(output).unlink(missing_ok=True)  # only now: where making it fails, what was there stays finished
     record = {
         "fingerprint": fingerprint(inputs),
         "inputs": inputs,
