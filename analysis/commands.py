@@ -92,7 +92,7 @@ def claims(preset: Preset = "pocket", results: Results = Path("results")) -> Non
 
 
 def compare(
-    run_a: Annotated[str, typer.Argument(help="A run's folder, or <results folder>:<method>[:<seed>].")],
+    run_a: Annotated[str, typer.Argument(help="A run's folder, or RESULTS:METHOD, or RESULTS:METHOD:SEED.")],
     run_b: Annotated[str, typer.Argument(help="Another one.")],
     out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("compare.html"),
 ) -> None:
@@ -104,7 +104,7 @@ def compare(
 
 
 def inspect(
-    run: Annotated[str, typer.Argument(help="A run's folder, or <results folder>:<method>[:<seed>].")],
+    run: Annotated[str, typer.Argument(help="A run's folder, or RESULTS:METHOD, or RESULTS:METHOD:SEED.")],
     out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("inspect.html"),
 ) -> None:
     """Look into a run: one HTML page with its samples, prompts, tokens, curves and benchmarks.

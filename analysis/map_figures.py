@@ -1,4 +1,4 @@
-"""Figures of the study `map` after the last iteration: what helps where (map), and against SFT going on (map_sft)."""
+"""Figures of the study `map` after the last iteration: what helps where (map), and against continued SFT (map_sft)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,14 +48,14 @@ def differences(folder: Path) -> Figure:
 
 
 def over_sft(folder: Path) -> Figure:
-    """Every arm − SFT that goes on from the same start, after the last iteration."""
+    """Every arm − SFT continued from the same start, after the last iteration."""
     known = map_of(folder)
     sections = []
     for arm in known.arms:
         found = {place: known.difference(arm, SFT, place) for place in known.places}
         here = {place: each for place, each in found.items() if each is not None}
         sections.append(Section(f"{arm_look(arm).label} − SFT", here))
-    return _forest(known, sections, f"{folder.name}: final Avg − Avg of SFT going on from the same start")
+    return _forest(known, sections, f"{folder.name}: final Avg − Avg of SFT continued from the same start")
 
 
 def _forest(known: Map, sections: list[Section], title: str) -> Figure:

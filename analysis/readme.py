@@ -15,7 +15,7 @@ import pandas as pd
 
 from .map import Place
 from .readme_map import NOT_RUN, contrast, differences, ends, entropy, leads
-from .readme_sweeps import tuned, tuned_lead, tuned_real, tuned_starts
+from .readme_sweeps import tuned, tuned_base, tuned_lead, tuned_real, tuned_starts
 from .scores import Scores
 from .verdicts import VERDICTS
 from .writing import pipes
@@ -44,7 +44,7 @@ def averages(results: Path) -> str:
     """SPIN and T-SPIN by iteration, as a table."""
     rows = {
         label: [average(results, method, iteration) for iteration in range(5)]
-        for label, method in (("SPIN, 1,000 labels", "spin"), ("T-SPIN, 1,000 labels", "tspin"))
+        for label, method in (("SPIN", "spin"), ("T-SPIN", "tspin"))
     }
     return pipes(["iteration", *map(str, range(5))], [[label, *cells] for label, cells in rows.items()])
 
@@ -82,9 +82,9 @@ def misaligned_spin(results: Path, preset: Path = POCKET) -> str:
     """The share of SPIN's samples at iteration 1 that have the higher reward and the lower likelihood."""
     claims = pd.read_json(results / preset / "claims.json")["claims"]
     ours = next(claim["ours"][0] for claim in claims if claim["claim"] == "C3")
-    share = re.search(r"share: ([\d.]+)%", ours)
+    share = re.search(r"share: ([\d.]+)% \[([\d.]+)%?, ([\d.]+)%?\]", ours)
     assert share is not None, ours
-    return f"{share[1]} %"
+    return f"{share[1]} % [{share[2]}, {share[3]}]"
 
 
 def steps(results: Path, step: str, over: str = "tspin shared", machine: str = "cpu") -> float:
@@ -114,8 +114,8 @@ def times(results: Path) -> str:
     kinds = {True: "bfloat16 in hardware", False: "without"}
     rows = []
     for command, group in table.groupby("command", sort=False):
-        seconds = group.groupby("bfloat16")["seconds"].last()
-        rows.append([f"`{command}`", *(_minutes(seconds.get(kind)) for kind in kinds)])
+        measured = {kind: group.loc[group["bfloat16"] == kind, "seconds"] for kind in kinds}
+        rows.append([f"`{command}`", *(_minutes(seconds) for seconds in measured.values())])
     return pipes(["command", *kinds.values()], rows)
 
 
@@ -170,6 +170,15 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "tuned": _of(POCKET, tuned),
     "tuned_starts": _of(POCKET, tuned_starts),
     "tuned_real": _of(UNTUNED, tuned_real),
+    **{
+        f"base_{name}": _of(preset, tuned_base, sweep=sweep)
+        for name, preset, sweep in (
+            ("rate", POCKET, "sweep-rate"),
+            ("half", POCKET, "sweep-half"),
+            ("cold", POCKET, "sweep-cold"),
+            ("smollm2", UNTUNED, "smollm2-rate"),
+        )
+    },
     "tuned_lead": _of(UNTUNED, tuned_lead),
     "entropy_tspin": _of(POCKET, entropy, method="tspin", iteration=4, other=("tspin", 0)),
     "entropy_spin": _of(POCKET, entropy, method="spin", iteration=4, other=("spin", 0)),
@@ -203,8 +212,11 @@ def filled(text: str, results: Path) -> str:
     return PLACE.sub(fill, text)
 
 
-def _minutes(seconds: float | None) -> str:
-    return "not measured" if seconds is None else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+def _minutes(seconds: pd.Series) -> str:
+    ends = (
+        [f"{end:.0f}" for end in sorted({round(seconds.min() / 60), round(seconds.max() / 60)})] if len(seconds) else []
+    )
+    return f"{' to '.join(ends)} min" if ends else "not measured"
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from .entropy import nats
-from .intervals import of_seeds
+from .intervals import ENOUGH, of_seeds
 from .map import SFT, SPIN, START, TSPIN, Found, Map, Place, map_of, points
 from .reading import read_table
 from .style import MISSING, Arm, arm_look
@@ -17,12 +17,16 @@ SURE = 0.05  # corrected p below which a difference is set in bold
 
 
 def contrast(folder: Path, words: str, place: Place) -> str:
-    """A contrast of the map after the last iteration; with its interval where the seeds are ENOUGH."""
+    """A contrast of the map after the last iteration, with its interval; bold where its corrected p is below SURE."""
     contrasts = map_of(folder).contrasts
-    found = next((each.difference for each in contrasts if (each.contrast.words, each.place) == (words, place)), None)
+    found = next((each for each in contrasts if (each.contrast.words, each.place) == (words, place)), None)
     if found is None:
         return NOT_RUN
-    return f"{points(found)} (n={found.seeds})"
+    seeds = found.difference.seeds
+    if seeds < ENOUGH:
+        return f"{seeds} {'seed' if seeds == 1 else 'seeds'} yet"
+    text = f"{points(found.difference)} (n={seeds})"
+    return f"**{text}**" if found.corrected < SURE else text
 
 
 def ends(folder: Path) -> str:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from tspin.schema import BASE
+
 from .intervals import estimate
 from .studies import Study
 from .style import MISSING, look
@@ -29,6 +31,13 @@ def tuned_real(folder: Path) -> str:
     return _by_rate("method", [look(method).label for method in cells.index], cells)
 
 
+def tuned_base(folder: Path, sweep: str) -> str:
+    """The start's average on a sweep's problems."""
+    table = pd.read_csv(folder / "studies" / f"{sweep}.csv")
+    base = table.loc[table["method"] == BASE, "avg"]
+    return f"{base.iloc[0]:.2f}" if len(base) else MISSING
+
+
 def tuned_lead(folder: Path) -> str:
     """T-SPIN − SPIN in the sweep of SmolLM2's rates, each at its best, in points; one seed: the problems' noise."""
     study = Study(folder, "smollm2-rate")
@@ -42,7 +51,7 @@ def _swept(folder: Path, sweep: str, rows: list[str]) -> pd.DataFrame:
     """The last average of a sweep's settings, the mean over seeds: a column per rate."""
     table = pd.read_csv(folder / "studies" / f"{sweep}.csv", dtype={"iteration": "Int64"})
     last = table[table["iteration"].isna() | (table["iteration"] == table["iteration"].max())]
-    return last.pivot_table("avg", rows, "learning_rate")
+    return last[last["method"] != BASE].pivot_table("avg", rows, "learning_rate")
 
 
 def _by_rate(title: str, labels: list[str], cells: pd.DataFrame) -> str:

@@ -57,7 +57,7 @@ STUDIES = {"4a": "The share of labels", "4c": "α against β", "ten": "Ten itera
 MAP = {
     "map": "Differences after the last iteration",
     "map_benchmarks": "Differences benchmark by benchmark",
-    "map_sft": "Against SFT going on",
+    "map_sft": "Against continued SFT",
     "map_course": "Average by iteration",
     "map_entropy": "What changes on the way",
     "map_greedy": "What changes on the way, y′ greedy",

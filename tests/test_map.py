@@ -340,7 +340,7 @@ def test_the_map_in_a_readme(folder):
     assert cells["T-SPIN α 1"] == ["55.5; 3.0", "55.5; 3.0"] and "DPO λ 0.1" not in cells
     by_iteration = leads(folder).splitlines()[2]
     assert by_iteration.startswith("| fine-tuned, temperature 1, n=2 | +0.00 [") and "| +3.50 [" in by_iteration
-    assert contrast(folder, CONTRASTS[0].words, SAMPLED) == "+3.5 (n=2)"
+    assert contrast(folder, CONTRASTS[0].words, SAMPLED) == "2 seeds yet"
     assert contrast(folder, CONTRASTS[0].words, Place("pocket", 0.5)) == "not run"
 
 

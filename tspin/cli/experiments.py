@@ -92,7 +92,7 @@ def rerun(
     Each Avg must lie within 3 standard errors of the record's; with --exact, every number must be equal, as they are on
     the same machine with the same versions. Exit code 1 when they do not.
 
-    Example: tspin rerun results/reference/pocket/provenance.json --methods base,spin,tspin --seeds 0 --iterations 1
+    Example: tspin rerun results/reference/pocket/provenance.json --methods base,spin,tspin --seeds 10 --iterations 1
     """
     check_launcher_options(launcher, launcher_config)
     with importing():

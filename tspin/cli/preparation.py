@@ -97,7 +97,7 @@ def plan(
     )
     console.print("Taken for granted: " + "; ".join(f"{each.text} ({each.source})" for each in ASSUMPTIONS))
     if nodes > 1:
-        console.print("`tspin run` trains on one machine: several are planned here, and have been run by nobody.")
+        console.print("Training on several machines has been tried on stand-ins for them alone.")
     if error := measured_error():
         console.print(error)
     console.print(planned.problem or "Everything fits.", style="bold")
