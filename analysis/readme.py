@@ -18,7 +18,7 @@ from .readme_map import NOT_RUN, contrast, differences, ends, entropy, leads
 from .readme_sweeps import tuned, tuned_base, tuned_lead, tuned_real, tuned_starts
 from .scores import Scores
 from .verdicts import VERDICTS
-from .writing import pipes
+from .writing import counted, pipes
 
 FILES = ("README.md", "results/README.md", "results/benchmarks/README.md")
 PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
@@ -213,10 +213,7 @@ def filled(text: str, results: Path) -> str:
 
 
 def _minutes(seconds: pd.Series) -> str:
-    ends = (
-        [f"{end:.0f}" for end in sorted({round(seconds.min() / 60), round(seconds.max() / 60)})] if len(seconds) else []
-    )
-    return f"{' to '.join(ends)} min" if ends else "not measured"
+    return f"{counted(round(each / 60) for each in seconds)} min" if len(seconds) else "not measured"
 
 
 def main() -> None:
