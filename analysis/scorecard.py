@@ -20,7 +20,8 @@ the means and variances seen here; "more problems": no number of seeds would. Fe
 "Benchmarks drawn too": the interval if these benchmarks are a sample of the tasks there are. All intervals of \
 averages got a least spread between seeds on 2026-11-26, after pocket's seeds 10 to 12 had been seen, because two \
 seeds that agree by chance had an interval without width; and two seeds had been enough until then. Neither changed a \
-verdict of those three seeds."""
+verdict of those three seeds. Pocket's seeds 13 and 14 were added after the first three had been judged, and \
+smollm2-tuned's problems and seeds had been run before, at 1e-5: no interval or p-value accounts for either."""
 CHANCES = """## What the rules can decide
 
 How often each rule comes to which verdict, simulated with the variances and the number of seeds of these results, if \
