@@ -15,7 +15,7 @@ import pandas as pd
 
 from .map import Place
 from .readme_map import NOT_RUN, contrast, differences, ends, entropy, leads
-from .readme_sweeps import tuned, tuned_base, tuned_lead, tuned_real, tuned_starts
+from .readme_sweeps import tuned, tuned_base, tuned_gain, tuned_lead, tuned_real, tuned_starts
 from .scores import Scores
 from .verdicts import VERDICTS
 from .writing import counted, pipes
@@ -178,6 +178,11 @@ PLACES: dict[str, Callable[[Path], str]] = {
             ("cold", POCKET, "sweep-cold"),
             ("smollm2", UNTUNED, "smollm2-rate"),
         )
+    },
+    **{
+        f"gain_{name}_{method}": _of(preset, tuned_gain, sweep=sweep, method=method)
+        for name, preset, sweep in (("rate", POCKET, "sweep-rate"), ("smollm2", UNTUNED, "smollm2-rate"))
+        for method in ("spin", "tspin", "sft")
     },
     "tuned_lead": _of(UNTUNED, tuned_lead),
     "entropy_tspin": _of(POCKET, entropy, method="tspin", iteration=4, other=("tspin", 0)),

@@ -38,6 +38,16 @@ def tuned_base(folder: Path, sweep: str) -> str:
     return f"{base.iloc[0]:.2f}" if len(base) else MISSING
 
 
+def tuned_gain(folder: Path, sweep: str, method: str) -> str:
+    """The best of a method's settings − the start on a sweep's problems, in points; of one seed the problems' noise."""
+    study = Study(folder, sweep)
+    table = study.table[study.table["iteration"].isna() | (study.table["iteration"] == study.table["iteration"].max())]
+    settings = dict(list(table[table["method"] == method].groupby(study.settings, dropna=False)))
+    best = max(settings.values(), key=lambda rows: float(rows["avg"].mean()))
+    start = study.values(table[table["method"] == BASE])
+    return f"{estimate(study.values(best) - start):+.1f}".replace("-", "−")
+
+
 def tuned_lead(folder: Path) -> str:
     """T-SPIN − SPIN in the sweep of SmolLM2's rates, each at its best, in points; one seed: the problems' noise."""
     study = Study(folder, "smollm2-rate")
