@@ -35,6 +35,9 @@ def test_what_runs_need(tmp_path, monkeypatch):
     needs = needs_of([spin, sft], parameters, "float32")
     # Two of SPIN's are lacking, and SFT's only one; Adam keeps two tensors beside the weights.
     assert needs == Needs(tmp_path / "spin", 3, 4 * parameters, 12 * parameters, 1, [])
+    for optim, state in (("sgd", 4), ("rmsprop", 8), ("adamw_torch", 12)):
+        args = SelfPlayConfig(output_dir=tmp_path / optim, method="spin", use_cpu=True, optim=optim)
+        assert needs_of([args], parameters, "float32").state == state * parameters
     for keep, there in (("last", 1), ("best", 1), ("bfloat16", 2)):
         spin.keep_checkpoints = keep
         assert needs_of([spin], parameters, "float32").checkpoints == there

@@ -21,6 +21,7 @@ from tspin.cards import _origin
 from tspin.engines.adapters import lora_settings
 from tspin.engines.trackers import check_trackers
 from tspin.errors import UserError
+from tspin.models import policy_fingerprint
 from tspin.objectives import METHODS
 from tspin.states import IterationResult, advance
 
@@ -217,10 +218,17 @@ def test_what_changes_the_loss_is_in_the_card(trained, tmp_path):
 
 
 def test_the_origin_of_a_card(tmp_path):
-    folder = tmp_path / "models--org--base" / "snapshots" / "abc"
+    folder = tmp_path / "models--org--base" / "snapshots" / ("0123456789" * 4)
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\ntext\n")
     assert _origin(str(folder)) == {"base_model": "org/base", "license": "apache-2.0"}
+    assert policy_fingerprint(str(folder)) == f"models--org--base@{folder.name}"
+    own = tmp_path / "snapshots" / "best"  # a user's own folder may change
+    own.mkdir(parents=True)
+    (own / "weights").write_text("a")
+    before = policy_fingerprint(str(own))
+    (own / "weights").write_text("b")
+    assert _origin(str(own)) == {} and policy_fingerprint(str(own)) != before
 
 
 @pytest.mark.parametrize("text", [b"---\nlicense: [a\n---\n", b"---\n- mit\n---\n", b"---\nlicense: \xe9\n---\n"])

@@ -255,13 +255,15 @@ def test_an_error_that_is_nobodys_fault_is_shown_whole_and_the_next_cell_runs(tm
 def test_an_interrupted_sweep_ends_its_cells_and_goes_on(jobs, tmp_path, data_file):
     path = write_study(tmp_path / "tiny.yaml", overrides=[*TINY, f"data.path={data_file}", "num_train_epochs=3"])
     command = [sys.executable, "-c", "from tspin.cli import main; main()", "sweep", str(path), "--jobs", str(jobs)]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not list((tmp_path / "runs").rglob("config.json")):  # the cell is at work
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that it has started too
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in errors
+    logs = "".join(path.read_text() for path in (tmp_path / "runs").rglob("*_log.err"))
+    assert "SIGINT" not in logs and "KeyboardInterrupt" not in logs  # its jobs are told once, by the sweep
     assert not list(tmp_path.rglob("f*ed.json"))
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -277,6 +279,15 @@ def test_what_is_missing_is_prepared_first_and_once(tmp_path):
     with pytest.raises(UserError, match="prepare: .*half: its command ended with code 3: python -c"):
         prepare({str(half): fails}, print)
     assert made.exists() and not half.exists()
+    # One that another sweep is making is waited for, and not removed.
+    slow, lines = tmp_path / "slow", []
+    code = "import sys, time; from pathlib import Path; from tspin.runs.locks import owned\n"
+    code += "with owned(Path(sys.argv[1])): print(flush=True); time.sleep(0.5); Path(sys.argv[2]).mkdir()"
+    makes = [sys.executable, "-c", code, str(tmp_path / ".prepare-slow"), str(slow)]
+    with subprocess.Popen(makes, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        prepare({str(slow): "python -c 'raise SystemExit(3)'"}, lines.append)
+    assert slow.exists() and not lines
     with pytest.raises(UserError, match="its command did not make it"):
         run(load(tmp_path, prepare={str(half): "python -c pass"}))
 

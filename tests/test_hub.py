@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from experiments.smollm2.punkt import write_punkt
 from tspin.cli import app
-from tspin.config import load_config
+from tspin.config import build_config, load_config
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import load_suite
 from tspin.hub import offline as hub
-from tspin.hub.fetch import local_sources
+from tspin.hub.fetch import _remove_others, local_sources
 from tspin.hub.offline import Item, lacking
 from tspin.planning.needs import benchmark_data, fetch_needed, needed, needs_nltk
 
@@ -143,6 +143,27 @@ def test_a_preset_names_each_thing_once():
     assert len({(item.kind, item.name, item.config) for item in items}) == len(items)
     gsm8k = next(item for item in items if item.name == "openai/gsm8k")
     assert gsm8k.split is None and gsm8k.revision == load_config("smollm2").data.revision
+
+
+def test_what_y0_and_held_out_rows_come_from_is_needed_too():
+    """proto_model of a method, too; a download removes what an earlier revision left."""
+    more = {
+        "methods": {"tspin": {"proto_model": "org/older"}},
+        "evaluation": {"suite": "pocket", "held_out": "org/rows"},
+    }
+    items = needed(build_config({"model": {"path": "pocket"}, **more}))
+    assert [(item.kind, item.name, item.split) for item in items if item.kind != "nltk"] == [
+        ("model", "org/older", None), ("dataset", "org/rows", "train"),
+    ]  # fmt: skip
+
+
+def test_files_of_an_earlier_revision_go(tmp_path):
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors", ".cache/huggingface/x", "config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    _remove_others(tmp_path, {"model-00001-of-00002.safetensors", "config.json"})
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"model-00001-of-00002.safetensors", ".cache/huggingface/x", "config.json"}
 
 
 @real_rows

@@ -17,6 +17,7 @@ from tspin.errors import UserError
 from tspin.planning.architectures import adapter_parameters, find_config, known_architectures, shape_of
 from tspin.planning.fitting import advice
 from tspin.planning.hardware import ASSUMPTIONS, NETWORK, Hardware
+from tspin.planning.peaks import cache_bytes
 from tspin.planning.plan import Data, Plan, plan
 from tspin.planning.work import Stage
 
@@ -143,6 +144,25 @@ def test_hours_are_of_everything():
     assert found.hours == pytest.approx(sum(stage.hours for stage in found.stages))
     assert found.gpu_hours == 8 * found.hours
     assert all(each.text and each.source for each in ASSUMPTIONS)
+
+
+def test_adapted_modules_are_those_that_peft_takes():
+    config = find_config("pocket")
+    width = config.hidden_size
+    every = adapter_parameters(config, 1, ["q_proj"])
+    assert every == config.num_hidden_layers * 2 * width
+    assert adapter_parameters(config, 1, ["self_attn.q_proj"]) == every
+    assert adapter_parameters(config, 1, r".*\.q_proj") == every
+    assert adapter_parameters(config, 1, r".*layers\.0\..*q_proj") == 2 * width
+    assert adapter_parameters(config, 1, "q_proj") == 0  # a regular expression of the whole name
+
+
+def test_transformers_samples_the_longest_rows_together():
+    config = load_config("zephyr-7b", ["sampling_backend=transformers", "sampling_batch_size=16"])
+    found = plan(config, Hardware(8, "h100"), ROWS)
+    longest = config.training.max_prompt_length + config.training.max_new_tokens
+    weight = 2 if config.training.sampling_dtype == "bfloat16" else 4
+    assert found.memory["sampling"]["key-value cache"] == 16 * longest * cache_bytes(found.shape, weight)
 
 
 def test_several_machines_exchange_what_fsdp_gathers_and_adds_up():

@@ -326,6 +326,11 @@ def test_the_files_are_what_accelerate_reads():
     [
         ({"num_machines": 2}, {}, "this is no Slurm job: name the machines in hosts"),
         ({"num_machines": 2, "num_processes": 3}, {}, "must be a multiple of num_machines"),
+        ({"num_processes": None}, {}, "num_processes is None: a whole number from 1 on is needed"),
+        ({"num_processes": "two"}, {}, "num_processes is 'two': a whole number from 1 on is needed"),
+        ({"num_machines": 0}, {}, "num_machines is 0: a whole number from 1 on is needed"),
+        ({"fsdp_config": True}, {}, "fsdp_config: a mapping is needed"),
+        ({"fsdp_config": {"fsdp_version": "two"}}, {}, "fsdp_version must be 2"),
         ({"num_machines": 2}, {"hosts": ["a", "b", "c"]}, "3 machines, and .* has num_machines 2"),
         ({}, {"hosts": ["a", "b"]}, "has num_machines 1; set it to 2"),
         ({"distributed_type": "MULTI_GPU"}, {"scoring": "sharded"}, "cuts no model into shards"),

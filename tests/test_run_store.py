@@ -19,7 +19,7 @@ from tspin.runs import locks
 from tspin.runs.claims import claim_folder
 from tspin.runs.files import HOST, atomic_path, fingerprint, read_json
 from tspin.runs.locks import owned
-from tspin.runs.provenance import provenance
+from tspin.runs.provenance import _of_checkout, provenance
 from tspin.runs.stages import DamagedStage, check_stage, run_stage, stage_record
 
 
@@ -357,6 +357,15 @@ def test_provenance_names_no_place_of_this_machine(monkeypatch):
     given = ["/home/me/bin/tspin", "run", "--offline", "/data/me/offline", "--out=/x/y", "runs/a"]
     monkeypatch.setattr(sys, "argv", given)
     assert provenance.__wrapped__()["command"] == "tspin run --offline offline --out=y runs/a"
+
+
+def test_a_package_in_somebodys_repository_has_no_commit_of_theirs(monkeypatch, tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr("tspin.runs.provenance.REPOSITORY", tmp_path / "site-packages")
+    assert _of_checkout("rev-parse", "--is-inside-work-tree") is None
+    monkeypatch.setattr("tspin.runs.provenance.REPOSITORY", tmp_path.resolve())
+    assert _of_checkout("rev-parse", "--is-inside-work-tree") == "true"
 
 
 def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):

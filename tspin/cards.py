@@ -25,6 +25,7 @@ from tspin import __version__
 from tspin.errors import UserError, reason, tell, unknown
 from tspin.evaluation.harness import HUB_MODULES
 from tspin.iteration import Run
+from tspin.models import in_hub_cache
 from tspin.runs.files import write_text
 from tspin.schema import is_share
 from tspin.states import IterationResult
@@ -112,7 +113,7 @@ def _origin(source: str | PreTrainedModel) -> dict[str, Any]:
     """base_model and license for the card's header, those that are known."""
     folder = Path(str(source if isinstance(source, str) else source.name_or_path))
     found: dict[str, Any] = {}
-    if folder.parent.name == "snapshots":  # the hub's cache
+    if in_hub_cache(folder):
         found["base_model"] = folder.parents[1].name.removeprefix("models--").replace("--", "/")
     if (folder / "README.md").is_file():
         try:

@@ -1,5 +1,6 @@
 """Loading policies and tokenizers, with one clear line when there is none."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +83,15 @@ def refuse_pickles(folder: Path) -> None:
 
 def policy_fingerprint(folder: str) -> str:
     """What identifies a policy: a downloaded model's name and commit, of any other folder its contents."""
-    if Path(folder).parent.name == "snapshots":
+    if in_hub_cache(Path(folder)):
         return f"{Path(folder).parents[1].name}@{Path(folder).name}"
     return folder_fingerprint(Path(folder))
+
+
+def in_hub_cache(folder: Path) -> bool:
+    """Whether a folder is a commit in the hub's cache, models--OWNER--NAME/snapshots/COMMIT, which nothing changes."""
+    commit = re.fullmatch("[0-9a-f]{40}", folder.name)
+    return bool(commit) and folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -37,11 +38,12 @@ def _layouts(bench: Bench, dtype: str, name: str) -> Finding:
     for layout in LAYOUTS:
         model = load_model(bench.policy.folder, {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"})
         found = score(model, bench.triplets, Scoring(bench.tokenizer, bench.args("layouts", layout=layout)))
-        gaps[layout] = max(
+        each = [
             abs(value - plain) / length
             for role, values in found.items()
             for value, (plain, length) in zip(values, wanted[role], strict=True)
-        )
+        ]
+        gaps[layout] = float(np.max(each))  # Python's max passes over what is no number
     return _bounded(name, "largest distance from the plain definition, nats per token", gaps, BOUNDS[dtype])
 
 

@@ -51,7 +51,7 @@ class Wanted:
 
 
 def check_accelerators(bench: Bench) -> Finding:
-    """Which there are, and that one computes."""
+    """Which there are."""
     names = accelerator_names()
     if not names:
         return Finding("accelerators", "ok", "none: the CPU computes")

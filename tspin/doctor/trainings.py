@@ -114,10 +114,10 @@ def differences(bench: Bench, one: Trained, other: Trained) -> dict[str, float]:
     Raises UserError where nothing moved, so that agreement would say nothing.
     """
     before = load_file(Path(bench.policy.folder, "model.safetensors"))
-    moved = max(float(np.abs(weight - before[name]).max()) for name, weight in one.weights.items())
+    moved = float(np.max([np.abs(weight - before[name]).max() for name, weight in one.weights.items()]))
     if not moved:
         raise UserError("training changed no weight")
-    apart = max(float(np.abs(weight - other.weights[name]).max()) for name, weight in one.weights.items())
+    apart = float(np.max([np.abs(weight - other.weights[name]).max() for name, weight in one.weights.items()]))
     columns = ["loss", "grad_norm"]
     log = float(np.abs(one.steps[columns].to_numpy() / other.steps[columns].to_numpy() - 1).max())
     return {"weights": apart / moved, "log": log}

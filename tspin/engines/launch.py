@@ -40,8 +40,8 @@ def check_launcher(path: Path, args: SelfPlayConfig) -> None:
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise UserError(f"{path}: no Accelerate file: it names no distributed_type; see experiments/accelerate/")
     kind = settings["distributed_type"]
-    machines = int(settings.get("num_machines", 1))
-    processes, there = int(settings.get("num_processes", 1)), accelerators()
+    machines, processes = (_count(path, settings, name) for name in ("num_machines", "num_processes"))
+    there = accelerators()
     check_machines(path, machines, processes, args.hosts)
     if processes // machines > (there or os.cpu_count() or 1):
         have = f"{there} GPUs" if there else f"{os.cpu_count()} CPU cores and no GPU"
@@ -70,13 +70,23 @@ def check_launcher(path: Path, args: SelfPlayConfig) -> None:
             "experiments/accelerate/ddp.yaml"
         )
     fsdp = settings.get("fsdp_config") or {}
-    if kind == "FSDP" and int(fsdp.get("fsdp_version", 1)) != 2:
+    if not isinstance(fsdp, dict):
+        raise UserError(f"{path}: fsdp_config: a mapping is needed")
+    if kind == "FSDP" and str(fsdp.get("fsdp_version", 1)) != "2":
         raise UserError(f"{path}: fsdp_version must be 2")
     if kind == "FSDP" and fsdp.get("fsdp_state_dict_type") not in STATE_DICTS:
         raise UserError(
             f"{path}: fsdp_state_dict_type must be {' or '.join(STATE_DICTS)}: of a stopped training; checkpoints are "
             "whole models either way"
         )
+
+
+def _count(path: Path, settings: dict[str, Any], name: str) -> int:
+    """A number of machines or processes in a launch file; 1 where it says none. Raises UserError."""
+    value = settings.get(name, 1)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {name} is {value!r}: a whole number from 1 on is needed")
+    return value
 
 
 def trains_in_bfloat16(args: SelfPlayConfig) -> bool:

@@ -30,6 +30,7 @@ from tspin.experiment.grid import Cell, Choice, Study, Sweep
 from tspin.experiment.measures import average, measures_of_iteration
 from tspin.experiment.results import read_results, write_problems
 from tspin.runs.files import fingerprint, read_json, write_json, write_text
+from tspin.runs.locks import owned
 from tspin.schema import BASE, CELL, HELD_OUT, RUN, STUDY_MEASURES, averaged
 
 KINDS = {"iteration": "Int64"}
@@ -65,10 +66,15 @@ def gathered(sweep: Sweep, target: Path | None = None) -> Gathered:
 
 def gather(sweep: Sweep, finished: Sequence[Cell]) -> str:
     """Add what has finished of a study; returns a line that says what was written and which cells are missing."""
+    if not finished and not sweep.target.with_suffix(".csv").exists():
+        return "no cell has finished: there is nothing to gather"
+    with owned(sweep.target.parent, wait=True):  # another sweep of the study may write too
+        return _gather(sweep, finished)
+
+
+def _gather(sweep: Sweep, finished: Sequence[Cell]) -> str:
     known = gathered(sweep)
     new = [cell for cell in finished if cell.name not in known.made]
-    if not new and not known.made:
-        return "no cell has finished: there is nothing to gather"
     made: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
     for cell in new:

@@ -1,16 +1,27 @@
 """Held-out −log π(y): how likely a policy finds labelled responses that no method has trained on."""
 
+from pathlib import Path
+
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tspin.config import SelfPlayConfig
 from tspin.data.encoding import encode_dataset
+from tspin.data.files import is_local
 from tspin.data.mapped import column
-from tspin.data.sources import load_rows
+from tspin.data.sources import EMBEDDED, load_rows
 from tspin.diagnostics import held_out_nll
 from tspin.engines.here import Scoring, score
+from tspin.runs.files import folder_fingerprint, sha256
 from tspin.schema import HELD_OUT, LABELLED
 from tspin.triplets import make_triplets
+
+
+def held_out_inputs(path: str | None) -> dict[str, str]:
+    """What decides held-out scores besides the settings: the contents of a file or folder; of a name nothing."""
+    if path is None or path in EMBEDDED or not is_local(path):
+        return {}
+    return {"held_out": folder_fingerprint(Path(path)) if Path(path).is_dir() else sha256(Path(path))}
 
 
 def held_out_scores(

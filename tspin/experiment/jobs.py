@@ -23,7 +23,9 @@ from tspin.experiment.gathering import gather, gathered
 from tspin.experiment.grid import Cell, Sweep
 from tspin.hub.offline import use_offline
 from tspin.runs.files import read_json, write_json
+from tspin.runs.locks import owned
 from tspin.runs.redaction import redacted
+from tspin.runs.signals import blocked
 
 State = Literal["finished", "running", "queued", "failed", "missing"]
 STATES: tuple[State, ...] = ("finished", "running", "queued", "failed", "missing")
@@ -77,17 +79,22 @@ def prepare(commands: Mapping[str, str], show: Show) -> None:
     Raises UserError where one fails; what it left of its folder by then is removed.
     """
     for folder, command in commands.items():
-        if Path(folder).exists():
-            continue
-        show(Text(f"making {folder}: {command}"))
-        try:
-            code = subprocess.run([sys.executable, *shlex.split(command)[1:]]).returncode
-            if code or not Path(folder).exists():
-                how = f"ended with code {code}" if code else "did not make it"
-                raise UserError(f"prepare: {folder}: its command {how}: {command}")
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        if not Path(folder).exists():
+            with owned(Path(folder).parent / f".prepare-{Path(folder).name}", wait=True):  # another sweep may make it
+                if not Path(folder).exists():
+                    _make(folder, command, show)
+
+
+def _make(folder: str, command: str, show: Show) -> None:
+    show(Text(f"making {folder}: {command}"))
+    try:
+        code = subprocess.run([sys.executable, *shlex.split(command)[1:]]).returncode
+        if code or not Path(folder).exists():
+            how = f"ended with code {code}" if code else "did not make it"
+            raise UserError(f"prepare: {folder}: its command {how}: {command}")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def run_here(cells: Sequence[Cell], show: Show, keep: Callable[[], Any]) -> None:
@@ -197,7 +204,8 @@ class Fleet:
             self._send(self._slurm(), cells)
 
     def _send(self, executor: Any, cells: Sequence[Cell]) -> None:
-        with executor.batch():
+        # A terminal's Ctrl-C is for this process, which then tells its jobs: twice at once would stop them in mid-step.
+        with blocked(signal.SIGINT), executor.batch():
             jobs = [executor.submit(cell) for cell in cells]
         for cell, job in zip(cells, jobs, strict=True):
             note = {"id": job.job_id, "executor": self.executor, "log": str(job.paths.stderr)}

@@ -39,8 +39,8 @@ from tspin.engines.scoring import check_gpus
 from tspin.engines.vllm import Served, Serving, context_of, evaluate_folder, require_vllm
 from tspin.errors import UserError
 from tspin.evaluation.harness import Evaluation, evaluate
-from tspin.evaluation.suites import Suite, check_chat_template, load_suite
-from tspin.experiment.held_out import held_out_scores
+from tspin.evaluation.suites import Suite, check_chat_template, load_suite, tabulated
+from tspin.experiment.held_out import held_out_inputs, held_out_scores
 from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.models import Policy, dtype_name, load_shape, load_tokenizer, policy_fingerprint, resolve
 from tspin.names import check_methods
@@ -350,6 +350,7 @@ class Evaluator:
             "suite": self.suite.model_dump(mode="json"),
             "tasks": self.suite.definition(),
             "settings": self.settings.model_dump(mode="json"),
+            **held_out_inputs(self.settings.held_out),
         }
         run_stage(folder, inputs, partial(self._write, policy))
         samples = pd.read_parquet(folder / "samples.parquet")
@@ -377,8 +378,8 @@ class Evaluator:
         engine, trusted = self.config.training.engine, self.config.model.trust_remote_code
         return Served(policy.folder, dtype_name(self.loading), engine, trusted, policy.fingerprint)
 
-    @staticmethod
-    def _keep(evaluation: Evaluation, further: Sequence[pd.DataFrame], target: Path) -> None:
+    def _keep(self, evaluation: Evaluation, further: Sequence[pd.DataFrame], target: Path) -> None:
+        tabulated(evaluation.scores, self.suite)  # a metric that lm-eval does not report is refused
         target.mkdir()
         pd.concat([evaluation.scores, *further], ignore_index=True).to_csv(target / "scores.csv", index=False)
         evaluation.samples.to_parquet(target / "samples.parquet", index=False)

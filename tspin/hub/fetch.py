@@ -6,7 +6,7 @@ file, or a data set's split as JSONL, JSON or Parquet.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,15 +116,25 @@ def _download(out: Path, item: Item) -> dict[str, Any]:
     from huggingface_hub import HfApi, snapshot_download
 
     if item.kind == "model":
-        revision = HfApi().model_info(item.name, revision=item.revision).sha
-        snapshot_download(item.name, revision=revision, allow_patterns=MODEL_FILES, local_dir=out / item.place)
-        return {"revision": revision, "asked": item.revision}
+        info = HfApi().model_info(item.name, revision=item.revision)
+        folder = out / item.place  # not another one in its place: a download that was cut off goes on
+        snapshot_download(item.name, revision=info.sha, allow_patterns=MODEL_FILES, local_dir=folder)
+        _remove_others(folder, {file.rfilename for file in info.siblings or ()})
+        return {"revision": info.sha, "asked": item.revision}
     import datasets
 
     revision = HfApi().dataset_info(item.name, revision=item.revision).sha
     loaded: Any = datasets.load_dataset(item.name, item.config, split=item.split, revision=revision)
     splits = _write_splits(out / item.place, {item.split: loaded} if item.split else dict(loaded))
     return {"revision": revision, "asked": item.revision, "splits": splits}
+
+
+def _remove_others(folder: Path, names: Container[str]) -> None:
+    """Remove what an earlier revision left: one file of weights beside several that have taken its place."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        name = path.relative_to(folder).as_posix()
+        if name not in names and not name.startswith(".cache/"):
+            path.unlink()
 
 
 def _write_splits(folder: Path, parts: "Mapping[str, Dataset]") -> dict[str, int]:

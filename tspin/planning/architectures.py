@@ -1,5 +1,6 @@
 """A model's shape without its weights: its config, a model of it on the meta device, and what is counted there."""
 
+import re
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from tspin.errors import UserError
-from tspin.hub.offline import check_name
+from tspin.hub.offline import Item, check_name, offline_folder
 from tspin.models import EMBEDDED, meta_model
 from tspin.settings import LoraSettings, ModelSettings
 
@@ -75,7 +76,9 @@ def find_config(path: str, revision: str | None = None, trust_remote_code: bool 
     Weights are never downloaded. Raises UserError where none of these has it.
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    place = str(EMBEDDED.get(path, path))
+    folder = offline_folder()
+    fetched = folder / Item("model", path).place if folder and path not in EMBEDDED else None
+    place = str(fetched if fetched and fetched.is_dir() else EMBEDDED.get(path, path))
     try:
         return AutoConfig.from_pretrained(place, local_files_only=True, **options)
     except (OSError, ValueError) as error:
@@ -121,12 +124,20 @@ def shape_of(config: PreTrainedConfig) -> Shape:
 
 
 def adapter_parameters(config: PreTrainedConfig, rank: int, target_modules: str | list[str]) -> int:
-    """Parameters of low-rank adapters: rank × (inputs + outputs) of every adapted matrix, the head left out."""
+    """Parameters of low-rank adapters: rank × (inputs + outputs) of every adapted matrix, the head left out.
+
+    target_modules: as PEFT takes them, "all-linear", a regular expression of whole names, or ends of names.
+    """
     model = meta_model(config)
-    head, everything = model.get_output_embeddings(), target_modules == "all-linear"
+    head = model.get_output_embeddings()
+
+    def adapted(name: str) -> bool:
+        if isinstance(target_modules, str):
+            return target_modules == "all-linear" or re.fullmatch(target_modules, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
     return sum(
         rank * (module.in_features + module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-        if everything or name.rsplit(".", 1)[-1] in target_modules
+        if isinstance(module, torch.nn.Linear) and module is not head and adapted(name)
     )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 from packaging.requirements import Requirement
+from transformers.training_args import OptimizerNames
 
 from tspin.config import SelfPlayConfig
 from tspin.devices import accelerators, host_memory
@@ -95,7 +96,8 @@ def _launched(run: SelfPlayConfig) -> tuple[int, int]:
 def _optimizer_bytes(run: SelfPlayConfig, parameters: int, weight: int) -> int:
     if run.lora:
         return 0
-    tensors, further = OPTIMIZER_STATE.get(str(run.optim), (2, 0))  # of one that plan does not know: Adam's
+    name = OptimizerNames(run.optim).value
+    tensors, further = OPTIMIZER_STATE.get(name, (2, 0))  # of one that plan does not know: Adam's
     return (tensors * weight + further) * parameters
 
 

@@ -37,12 +37,19 @@ def needed(config: Config) -> list[Item]:
     for data in [config.data, *(config.for_method(name).data for name in config.methods)]:
         if data.path not in EMBEDDED_ROWS and not is_local(data.path):
             trained[Item("dataset", data.path, data.name, data.split, data.revision)] = None
+    held_out = config.evaluation.held_out if config.evaluation else None
+    if held_out and held_out not in EMBEDDED_ROWS and not is_local(held_out):
+        trained[Item("dataset", held_out, None, "train", None)] = None
     suite = load_suite(config.evaluation.suite) if config.evaluation else None
     benchmarks = benchmark_data(suite) if suite else []
     items = []
-    if config.model.path not in EMBEDDED and not Path(config.model.path).exists():
-        check_name(config.model.path)
-        items.append(Item("model", config.model.path, revision=config.model.revision))
+    models = {config.model.path: config.model.revision}
+    for training in [config.training, *(config.for_method(name).training for name in config.methods)]:
+        models |= dict.fromkeys([training.proto_model] if training.proto_model else [], None)
+    for path, revision in models.items():
+        if path not in EMBEDDED and not Path(path).exists():
+            check_name(path)
+            items.append(Item("model", path, revision=revision))
     items += [item for item in trained if (item.name, item.config) not in benchmarks]
     for name, configuration in benchmarks:
         same = [item for item in trained if (item.name, item.config) == (name, configuration)]

@@ -122,13 +122,17 @@ def memory_of(works: Sequence[Work]) -> dict[str, peaks.Parts]:
 
 
 def _sampling_parts(work: Work) -> peaks.Parts:
-    """vLLM decodes fewer sequences at once where its cache would be full; Transformers as many as it is told."""
+    """vLLM decodes fewer sequences at once where its cache would be full; Transformers as many as it is told.
+
+    Transformers draws the longest together, so that they are taken to be as long as can be.
+    """
     training, lengths, sequences = work.training, work.lengths, together(work.training)
     weight = WEIGHT[training.sampling_dtype or work.settings.model.dtype]
     precision = peaks.Precision(weight, weight, work.matrix)
-    sizes = (lengths.prompt, lengths.drawn)
     if training.sampling_backend != "vllm":
-        return peaks.sampling_parts(work.shape, precision, sequences, *sizes)
+        longest = (training.max_prompt_length, training.max_new_tokens)
+        return peaks.sampling_parts(work.shape, precision, sequences, *longest)
+    sizes = (lengths.prompt, lengths.drawn)
     split = min(training.engine.tensor_parallel, work.hardware.gpus)
     while True:
         parts = peaks.sampling_parts(work.shape, precision, sequences, *sizes, split, PASSED_TOGETHER)

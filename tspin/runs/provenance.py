@@ -21,9 +21,9 @@ def provenance() -> dict[str, Any]:
 
     from tspin.devices import accelerator_names
 
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", "tspin", "experiments")
+    changes = _of_checkout("status", "--porcelain", "--untracked-files=no", "--", "tspin", "experiments")
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _of_checkout("rev-parse", "HEAD"),
         "uncommitted_changes": bool(changes),
         "versions": _versions(),
         "hardware": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "accelerators": accelerator_names()},
@@ -45,6 +45,12 @@ def _without_place(argument: str) -> str:
     """A command's argument as anyone may read it: of an absolute path, its name."""
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
+
+
+def _of_checkout(*arguments: str) -> str | None:
+    """What git says of this checkout; nothing of a repository that an installed package merely lies in."""
+    top = _git("rev-parse", "--show-toplevel")
+    return _git(*arguments) if top and Path(top).resolve() == REPOSITORY else None
 
 
 def _git(*arguments: str) -> str | None:

@@ -122,6 +122,16 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 
 @contextmanager
+def blocked(number: signal.Signals) -> Iterator[None]:
+    """Hold a signal back while this holds, and from processes that are started within for as long as they live."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _handling(handler: object) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread only
         yield
