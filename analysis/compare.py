@@ -31,6 +31,8 @@ def facts(run: Run, sign: str = "%") -> dict[str, str]:
     average, gap, costs = run.average(), run.likelihood_gap(), run.costs
     peak = costs["peak_bytes"].max()
     changes = average.diff().dropna()
+    seeds = run.scores["seed"].nunique() if len(run.scores) else 1
+    together = f" ({seeds} seeds together)" if seeds > 1 else ""
     drops = changes[changes < 0]
     return {
         f"Avg after the last iteration, {sign}": number(average.iloc[-1] if len(average) else None),
@@ -40,8 +42,8 @@ def facts(run: Run, sign: str = "%") -> dict[str, str]:
         "misaligned after iteration 1": number(run.misaligned().get(1), ".1%"),
         "log-likelihood gap at the end, nats": number(gap.iloc[-1] if len(gap) else None, "+.2f"),
         "warnings (after iteration)": _warned(run),
-        "time, s": number(costs["seconds"].sum(), ".0f"),
-        "training tokens": number(costs["tokens"].sum(), ",.0f"),
+        "time, s": number(costs["seconds"].sum(), ".0f") + together,
+        "training tokens": number(costs["tokens"].sum(), ",.0f") + together,
         "peak memory, GiB": number(peak / GIB if pd.notna(peak) else None),
     }
 

@@ -30,7 +30,8 @@ class Inspector {
     this.order = { column: 0, down: false };
     this.page = 0;
     this.tokens = this.runs.map((run) => grouped(run.tokens, ([seed, t, place]) => `${seed}/${t}/${place}`));
-    this.known = new Set(this.runs.flatMap((run) => run.tokens.map(([, , place]) => place)));
+    this.known = new Set(this.runs.flatMap((run) => run.tokens.map(([seed, , place]) => `${seed}/${place}`)));
+    this.proto = this.runs.map((run) => new Map(run.proto.flatMap((part) => part.place.map((place, i) => [`${part.seed}/${place}`, part.text[i]]))));
     this.texts = this.runs.map((run) => {
       const texts = new Map();
       for (const part of run.responses) {
@@ -70,7 +71,7 @@ class Inspector {
     if (ended !== "" && !some((sample) => sample.finished === Number(ended))) return false;
     if (misaligned && !some((sample) => sample.misaligned)) return false;
     if (equal && !some((sample) => sample.equal)) return false;
-    if (tokens && !this.known.has(row.place)) return false;
+    if (tokens && !this.known.has(`${row.seed}/${row.place}`)) return false;
     if (!search) return true;
     const drawn = this.texts.map((texts) => texts.get(`${row.seed}/${this.iteration}/${row.place}`));
     const texts = [String(prompts.id[row.place]), prompts.prompt[row.place], prompts.labelled[row.place], ...drawn];
@@ -136,7 +137,7 @@ class Inspector {
     if (!this.runs.some((run) => run.samples.length)) return;
     const layout = this.layout();
     const traces = this.runs.map((run, number) => this.panel(run, number, layout));
-    Plotly.react("scatter", traces, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+    Plotly.react("scatter", traces, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "sendChartToCloud"], plotlyServerURL: "" });
     if (!this.clicks) {
       by("scatter").on("plotly_click", ({ points }) => this.open(...points[0].customdata));
       this.clicks = true;
@@ -147,7 +148,8 @@ class Inspector {
     const { count, prompts, paired } = this.data;
     const part = prompts.id.length < count ? `${prompts.id.length} of ${count} prompts, evenly spread. ` : "";
     const pairs = this.runs.some((run) => run.samples.length) ? "" : "No pairs of y and y′ were scored: there are no gaps to draw. ";
-    const tokens = this.known.size ? `Single tokens were kept of ${this.known.size} prompts.` : "Single tokens were not kept (token_prompts).";
+    const kept = new Set([...this.known].map((key) => key.split("/")[1])).size;
+    const tokens = kept ? `Single tokens were kept of ${kept} prompts.` : "Single tokens were not kept (token_prompts).";
     return `${paired ? "" : "The runs have other prompts: only benchmarks are paired. "}${pairs}${part}${tokens}`;
   }
 
@@ -163,7 +165,7 @@ class Inspector {
         cmin: -most, cmax: most, colorscale: [[0, "#2166ac"], [0.5, "#9a9a9a"], [1, "#b2182b"]],
         colorbar: { title: { text: "tokens<br>y − y′" }, thickness: 12, len: 0.8 },
       },
-      shapes: [], annotations: [], dragmode: "zoom",
+      shapes: [], annotations: [], dragmode: "zoom", uirevision: "zoomed",
     };
   }
 
@@ -180,7 +182,7 @@ class Inspector {
     const rows = this.shown.filter(({ of }) => of[number] && of[number].reward !== null && of[number].likelihood !== null);
     const of = rows.map((row) => row.of[number]);
     const share = of.filter((sample) => sample.misaligned).length / (of.length || 1);
-    const said = of.length ? `${of.length} prompts, ${(100 * share).toFixed(1)} % misaligned` : "no such sample";
+    const said = of.length ? `${of.length} ${this.seeds.length > 1 ? "samples" : "prompts"}, ${(100 * share).toFixed(1)} % misaligned` : "no such sample";
     layout.annotations.push({ text: plain(`${run.letter}: ${run.method}, ${said}`), xref: `x${suffix} domain`, yref: `y${suffix} domain`, x: 0, y: 1.08, xanchor: "left", showarrow: false, font: { color: run.colour } });
     return {
       type: "scatter", mode: "markers", xaxis: `x${suffix}`, yaxis: `y${suffix}`,
@@ -258,7 +260,7 @@ class Inspector {
       line.addEventListener("click", () => this.open(row.place, row.seed));
       return line;
     }));
-    by("found").textContent = `${this.shown.length} of ${this.data.prompts.id.length * Math.max(this.seeds.length, 1)} prompts at iteration ${this.iteration}`;
+    by("found").textContent = `${this.shown.length} of ${this.data.prompts.id.length * Math.max(this.seeds.length, 1)} ${this.seeds.length > 1 ? "samples" : "prompts"} at iteration ${this.iteration}`;
     by("pages").textContent = `page ${this.page + 1} of ${pages}`;
     by("back").disabled = this.page === 0;
     by("on").disabled = this.page >= pages - 1;
@@ -284,7 +286,7 @@ class Inspector {
     const task = prompts.task[place];
     by("detail-title").textContent = `Prompt ${prompts.id[place]}${task ? `, ${task}` : ""}${this.seeds.length > 1 ? `, seed ${seed}` : ""}`;
     by("detail-prompt").textContent = prompts.prompt[place] ?? "The text was not kept.";
-    by("token").textContent = this.known.has(place)
+    by("token").textContent = this.known.has(`${seed}/${place}`)
       ? "Point at a token, or move over them with the arrow keys."
       : "Single tokens of this prompt were not kept: token_prompts says of how many a run keeps them.";
     this.drawLegend();
@@ -303,7 +305,7 @@ class Inspector {
     const kept = (this.tokens[number].get(`${seed}/${t}/${place}`) ?? []).find((entry) => entry[3] === role);
     if (kept) return this.coloured(kept[4], kept[5], kept[6]);
     const { prompts } = this.data;
-    const texts = [prompts.labelled[place], this.texts[number].get(`${seed}/${t}/${place}`), prompts.proto[place]];
+    const texts = [prompts.labelled[place], this.texts[number].get(`${seed}/${t}/${place}`), this.proto[number].get(`${seed}/${place}`)];
     return element("span", { textContent: texts[role] ?? "–" });
   }
 
@@ -354,7 +356,7 @@ class Inspector {
     const titles = [...new Set(this.runs.flatMap((run) => Object.keys(run.curves)))];
     const columns = by("curves").clientWidth > 640 ? 2 : 1;
     const rows = Math.ceil(titles.length / columns);
-    const layout = { height: 230 * rows, margin: { l: 45, r: 15, t: 40, b: 35 }, grid: { rows, columns, pattern: "independent" }, annotations: [], legend: { orientation: "h", y: 1 + 0.25 / rows } };
+    const layout = { height: 230 * rows, margin: { l: 45, r: 15, t: rows > 1 ? 40 : 75, b: 35 }, grid: { rows, columns, pattern: "independent" }, annotations: [], legend: { orientation: "h", y: rows > 1 ? 1 + 0.25 / rows : 1.55 } };
     const traces = titles.flatMap((title, place) => {
       const suffix = place ? String(place + 1) : "";
       layout[`xaxis${suffix}`] = { dtick: 1, automargin: true };

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from tspin.schema import LABELLED, ROLES
+from tspin.schema import LABELLED, ONCE, ROLES
 
 from .compare import LETTERS, facts_table, sign
 from .intervals import Estimate, estimate
@@ -88,7 +88,7 @@ def same_prompts(first: Run, second: Run) -> bool:
 
 def _with(run: Run, change: Callable[[pd.DataFrame], pd.DataFrame], column: str) -> Run:
     """The run, its tables that have the column changed."""
-    names = ("diagnostics", "responses", "token_logps", "outcomes", "prompts")
+    names = ("diagnostics", "responses", "token_logps", "outcomes", "prompts", "proto")
     changed: dict[str, Any] = {name: change(table) for name in names if column in (table := getattr(run, name))}
     return replace(run, **changed)
 
@@ -130,7 +130,11 @@ def cell(runs: Sequence[Run], label: str, iteration: int) -> dict[str, Any]:
     """
     scores = [score(run, label, iteration) for run in runs]
     tables = [outcomes(run, label, iteration) for run in runs]
+    if len(runs) > 1:
+        tables = shared(*tables)
     found = difference(*tables) if len(runs) > 1 else whole(tables[0])
+    if found is not None and len(runs) > 1:  # the scores of what is compared, and of nothing else
+        scores = [estimate(stacked(table)).mean for table in tables]
     there = [value for value in scores if value is not None]
     main = found.mean if found is not None else None
     if found is None and len(there) == len(runs):  # no problems were kept
@@ -152,7 +156,7 @@ def score(run: Run, label: str, iteration: int) -> float | None:
     """A run's score, the mean over its seeds; None where there is none."""
     if run.scores.empty:
         return None
-    rows = run.scores[run.scores["iteration"] == iteration]
+    rows = _at(run, run.scores, iteration)
     rows = run.of_average(rows) if label == AVG else rows[rows["label"] == label]
     return float(rows["value"].mean()) if len(rows) else None
 
@@ -162,9 +166,14 @@ def outcomes(run: Run, label: str, iteration: int) -> pd.DataFrame:
     table = run.outcomes
     if table.empty:
         return pd.DataFrame()
-    table = table[table["iteration"] == iteration]
+    table = _at(run, table, iteration)
     table = run.of_average(table) if label == AVG else table[table["label"] == label]
     return table.pivot_table(index=["label", "doc_id"], columns="seed", values="value", observed=True)
+
+
+def _at(run: Run, table: pd.DataFrame, iteration: int) -> pd.DataFrame:
+    """The rows of an iteration; of a method that is evaluated once, the rows that it has."""
+    return table if run.method in ONCE else table[table["iteration"] == iteration]
 
 
 def whole(table: pd.DataFrame) -> Estimate | None:
@@ -172,17 +181,22 @@ def whole(table: pd.DataFrame) -> Estimate | None:
     return estimate(stacked(table)) if len(table) else None
 
 
-def difference(first: pd.DataFrame, second: pd.DataFrame) -> Estimate | None:
-    """second − first, paired by problem, and by seed where they share any; None where they share no problem."""
+def shared(first: pd.DataFrame, second: pd.DataFrame) -> list[pd.DataFrame]:
+    """What two tables by `outcomes` are compared by: the problems of both, and the seeds of both where there are any.
+
+    Of unlike seeds the means, in a column 0: problems alone are paired.
+    """
     rows = first.index.intersection(second.index)
-    if not len(rows):
-        return None
     first, second = first.loc[rows], second.loc[rows]
     seeds = first.columns.intersection(second.columns)
     if len(seeds):
-        return estimate(stacked(second[seeds] - first[seeds]))
-    means = [table.mean(axis=1).rename(0) for table in (first, second)]  # of unlike seeds: problems alone are paired
-    return estimate(stacked((means[1] - means[0]).to_frame()))
+        return [first[seeds], second[seeds]]
+    return [table.mean(axis=1).rename(0).to_frame() for table in (first, second)]
+
+
+def difference(first: pd.DataFrame, second: pd.DataFrame) -> Estimate | None:
+    """second − first of tables by `shared`; None where they share no problem."""
+    return estimate(stacked(second - first)) if len(first) else None
 
 
 def stacked(table: pd.DataFrame) -> np.ndarray:
@@ -228,13 +242,14 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
                 "colour": colour,
                 "samples": samples_of(rows, places),
                 "responses": responses_of(run, places),
+                "proto": proto_of(run, places),
                 "tokens": tokens_of(run, places, with_tokens),
                 "curves": curves_of(run),
             }
             for letter, colour, run, rows in zip(LETTERS, COLOURS, runs, there, strict=False)
         ],
         "prompts": prompts_of(runs, places),
-        "paired": len(runs) < 2 or bool(set(there[0]["prompt_id"]) & set(there[1]["prompt_id"])),
+        "paired": not all(map(len, there)) or bool(set.intersection(*(set(rows["prompt_id"]) for rows in there))),
         "iterations": sorted({t for run in runs for t in run.iterations}),
         "count": len(numbers),
         "nat": NAT,
@@ -245,7 +260,7 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
 def numbers_of(runs: Sequence[Run], samples: Sequence[pd.DataFrame]) -> np.ndarray:
     """The prompts that anything is known of, in order: those of samples or, where no run has any, of texts."""
     tables = [*samples] if any(len(rows) for rows in samples) else []
-    tables = tables or [table for run in runs for table in (run.prompts, run.responses) if len(table)]
+    tables = tables or [of for run in runs for of in (run.prompts, run.responses, run.token_logps) if len(of)]
     return np.unique(np.concatenate([table["prompt_id"].to_numpy(int) for table in tables] or [np.empty(0, int)]))
 
 
@@ -256,8 +271,8 @@ def bound(runs: Sequence[Run], numbers: np.ndarray) -> int:
 
 
 def prompts_of(runs: Sequence[Run], places: dict[int, int]) -> dict[str, list[Any]]:
-    """By column, a list with a cell for each prompt of the page: id, task, prompt, labelled, proto."""
-    columns = ["task", "prompt", "labelled", "proto"]
+    """By column, a list with a cell for each prompt of the page: id, task, prompt, labelled."""
+    columns = ["task", "prompt", "labelled"]
     known = [run.prompts for run in runs if len(run.prompts)]
     rows = pd.concat(known).drop_duplicates("prompt_id").set_index("prompt_id") if known else pd.DataFrame()
     rows = rows.reindex(index=list(places), columns=columns)
@@ -305,6 +320,17 @@ def responses_of(run: Run, places: dict[int, int]) -> list[dict[str, Any]]:
     ]
 
 
+def proto_of(run: Run, places: dict[int, int]) -> list[dict[str, Any]]:
+    """Of each seed y0, as `responses_of` has y′."""
+    if run.proto.empty:
+        return []
+    rows = run.proto[run.proto["prompt_id"].isin(list(places))]
+    return [
+        {"seed": seed, "place": [places[n] for n in part["prompt_id"].tolist()], "text": part["text"].tolist()}
+        for seed, _, part in by_iteration(rows.assign(iteration=0))
+    ]
+
+
 def kept_tokens(runs: Sequence[Run], places: dict[int, int]) -> set[int]:
     """The prompts whose tokens are on the page: those that were kept, or as many of them as TOKENS lets in."""
     tables = [run.token_logps for run in runs if len(run.token_logps)]
@@ -343,7 +369,7 @@ def curves_of(run: Run) -> dict[str, dict[str, list[Any]]]:
     return {
         title: {"t": [int(t) for t in values.index], "value": [round(float(value), 4) for value in values]}
         for title, values in curves.items()
-        if len(values) and values.notna().all()
+        if len(values) and np.isfinite(values).all()
     }
 
 

@@ -36,7 +36,7 @@ def gap_figure(run: Run) -> "Interactive":
     numbers = np.sort(run.samples()["prompt_id"].unique())
     drawn = numbers[spread_over(len(numbers), DOTS)]
     rows = run.samples().query("prompt_id in @drawn")
-    rows = rows.assign(start=rows["prompt"].astype(str).str.strip().str[:50].map(escape))
+    rows = rows.assign(start=rows["prompt"].fillna("").astype(str).str.strip().str[:50].map(escape))
     ends = {
         name: (low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
         for name in ("log_likelihood", "reward")
@@ -51,6 +51,7 @@ def gap_figure(run: Run) -> "Interactive":
     )  # fmt: skip
     figure.add_shape(type="rect", x0=ends["log_likelihood"][0], x1=0, y0=0, y1=ends["reward"][1], line_width=0,
                      fillcolor=f"rgba({FALL}, 0.12)", layer="below")  # fmt: skip
+    figure.update_layout(modebar_remove=["sendChartToCloud", "sendDataToCloud"])  # its texts are nobody else's
     figure.update_layout(height=480, title=f"{run.method}: rewards against likelihoods, {len(drawn)} prompts")
     return figure
 

@@ -63,7 +63,7 @@ MAP = {
     "map_greedy": "What changes on the way, y′ greedy",
 }
 PRESETS = "experiments/presets"
-OURS = re.compile(r"( *)(\w+):.*?(?:#\s*ours\b[:,]?\s*(.*))?")
+OURS = re.compile(r"( *)(\w+):.*?(?:#\s*ours\b[:;,]?\s*(.*))?")
 ESTIMATE = re.compile(r": ([+−-]?[\d.]+%? \[.*?\])")
 
 

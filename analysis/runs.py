@@ -32,8 +32,8 @@ class Run:
     scores: label, value. outcomes: label, doc_id, value, problem by problem. steps: as logged. diagnostics:
     tspin.schema.DIAGNOSTICS. responses: prompt_id, text, the y′ that an iteration trains on; those of the policy that
     the last iteration ended with are one number further. token_logps: tspin.schema.TOKENS. prompts: prompt_id, prompt,
-    labelled, and proto and task where they are known. costs: seconds, tokens, peak_bytes. warnings: name, of
-    tspin.diagnostics; None where no iteration recorded whether there were any. unit: what the scores are in.
+    labelled, and task where it is known. proto: prompt_id, text, of y0. costs: seconds, tokens, peak_bytes. warnings:
+    name, of tspin.diagnostics; None where no iteration recorded whether there were any. unit: what the scores are in.
     averaged: the labels that Avg is of; None: all. settings: dotted name → value.
     """
 
@@ -45,6 +45,7 @@ class Run:
     costs: pd.DataFrame
     responses: pd.DataFrame
     prompts: pd.DataFrame
+    proto: pd.DataFrame = field(default_factory=pd.DataFrame)
     outcomes: pd.DataFrame = field(default_factory=pd.DataFrame)
     token_logps: pd.DataFrame = field(default_factory=pd.DataFrame)
     warnings: pd.DataFrame | None = None
@@ -86,6 +87,8 @@ class Run:
     def misaligned(self) -> pd.Series:
         """By iteration, the share of prompts where y has the higher reward and the lower log-likelihood."""
         table = self.gaps
+        if len(table):
+            table = table.dropna(subset=["reward", "log_likelihood"])  # a method without a reward, log π that is none
         return _mean_by_iteration(table.assign(misaligned=misaligned(table)) if len(table) else table, "misaligned")
 
     def entropy(self) -> pd.Series:
@@ -109,7 +112,7 @@ class Run:
 
     @cached_property
     def _samples(self) -> pd.DataFrame:
-        return sample_rows(self.diagnostics, self.prompts, self.responses)
+        return sample_rows(self.diagnostics, self.prompts, self.responses, self.proto)
 
 
 def load_run(spec: str | Path) -> Run:
@@ -176,13 +179,22 @@ def _from_results(folder: Path, method: str, seed: int | None) -> Run:
         diagnostics=tables["diagnostics"],
         costs=_costs(costs),
         responses=_drawn(optional("responses"), method, seed),
-        prompts=prompts.drop(columns=["method", "seed", "iteration"], errors="ignore"),
+        prompts=prompts.drop(columns=["method", "seed", "iteration", "proto"], errors="ignore"),
+        proto=_proto(prompts, seed),
         token_logps=tables["tokens"],
         warnings=_warnings((cost["iteration"], cost["warnings"]) for cost in costs if "warnings" in cost),
         unit=unit(column.named for column in columns),
         averaged=averaged((c.named for c in columns), set(problems["benchmark"]) if len(problems) else None),
         settings=_method_settings(read_settings(folder), method),
     )
+
+
+def _proto(prompts: pd.DataFrame, seed: int | None) -> pd.DataFrame:
+    """seed, prompt_id, text of results' y0, which are of one seed; none where another one is asked for."""
+    if "proto" not in prompts:
+        return pd.DataFrame()
+    rows = prompts.loc[prompts["proto"].notna(), ["seed", "prompt_id", "proto"]].rename(columns={"proto": "text"})
+    return rows if seed is None else rows[rows["seed"] == seed]
 
 
 def _drawn(texts: pd.DataFrame, method: str, seed: int | None) -> pd.DataFrame:
@@ -225,9 +237,7 @@ def _from_folder(folder: Path) -> Run:
     if first is not None and 0 in iterations and method not in ONCE:
         drawn.insert(0, pd.read_parquet(first, columns=TEXT).assign(seed=seed, iteration=0))
     prompts = pd.read_parquet(folder / "prompts.parquet") if (folder / "prompts.parquet").is_file() else pd.DataFrame()
-    if len(prompts) and proto is not None:
-        texts = pd.read_parquet(proto, columns=TEXT).set_index("prompt_id")["text"]
-        prompts = prompts.assign(proto=prompts["prompt_id"].map(texts))
+    y0 = pd.DataFrame() if proto is None else pd.read_parquet(proto, columns=TEXT).assign(seed=seed)
     scores, outcomes = each(_scores), each(_outcomes)
     columns = scores[["benchmark", "metric", "label"]].drop_duplicates() if len(scores) else scores
     named = list(columns.itertuples(index=False, name=None))
@@ -243,6 +253,7 @@ def _from_folder(folder: Path) -> Run:
         costs=_costs([{"iteration": t, **_facts(path)} for t, path in iterations.items()]),
         responses=pd.concat(drawn, ignore_index=True).drop_duplicates(["iteration", "prompt_id"]),
         prompts=prompts,
+        proto=y0,
         token_logps=parquet("tokens.parquet"),
         warnings=_warnings((t, _json(path)["warnings"]) for t, path in guards.items() if path.is_file()),
         unit=unit(named),
@@ -267,7 +278,8 @@ def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def _method_settings(config: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The settings of one method's runs: what is common to all, and over it what holds for the method alone."""
     common = {name: value for name, value in config.items() if name != "methods"}
-    return {"method": method, **flat(common), **flat(config.get("methods", {}).get(method, {}))}
+    own = {name: value for name, value in config.get("methods", {}).get(method, {}).items() if value != {}}
+    return {"method": method, **flat(common), **flat(own)}
 
 
 def _shared(folder: Path, name: str) -> Path | None:

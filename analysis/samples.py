@@ -10,14 +10,16 @@ from tspin.schema import LABELLED, PROTO, ROLES, SYNTHETIC, gaps, misaligned
 
 NAMES = {LABELLED: "y", SYNTHETIC: "y′", PROTO: "y0"}
 KEYS = ["seed", "iteration", "prompt_id"]
-TEXTS = ["task", "prompt", "labelled", "proto"]
+TEXTS = ["task", "prompt", "labelled"]
 
 
-def sample_rows(diagnostics: pd.DataFrame, prompts: pd.DataFrame, responses: pd.DataFrame) -> pd.DataFrame:
+def sample_rows(
+    diagnostics: pd.DataFrame, prompts: pd.DataFrame, responses: pd.DataFrame, proto: pd.DataFrame
+) -> pd.DataFrame:
     """A row per seed, iteration and prompt, of those that were diagnosed and have a y′.
 
-    diagnostics: tspin.schema.DIAGNOSTICS with seed and iteration. prompts, responses: of a tspin_analysis.runs.Run; a
-    text that was not kept is empty.
+    diagnostics: tspin.schema.DIAGNOSTICS with seed and iteration. prompts, responses, proto: of a
+    tspin_analysis.runs.Run; a text that was not kept is empty.
 
     Columns: KEYS; task, prompt, labelled, synthetic, proto (texts); reward, log_likelihood (y's minus y′'s, after
     training, nats); misaligned; tokens, tokens_synthetic, length_difference (y's minus y′'s); finished, equal (y′ ends;
@@ -40,7 +42,9 @@ def sample_rows(diagnostics: pd.DataFrame, prompts: pd.DataFrame, responses: pd.
     if len(responses):
         drawn = responses[[*KEYS, "text"]].rename(columns={"text": "synthetic"})
         found = found.merge(drawn.drop_duplicates(KEYS), on=KEYS, how="left")
-    found = found.reindex(columns=list(dict.fromkeys([*found.columns, *TEXTS, "synthetic"])))
+    if len(proto):
+        found = found.merge(proto.rename(columns={"text": "proto"}), on=["seed", "prompt_id"], how="left")
+    found = found.reindex(columns=list(dict.fromkeys([*found.columns, *TEXTS, "synthetic", "proto"])))
     return found.assign(
         misaligned=misaligned(found),
         finished=found["finished_synthetic"],

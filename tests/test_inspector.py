@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -63,9 +64,10 @@ def run(name: str, course: list[float], count: int = COUNT, seeds: tuple[int, ..
         responses=pd.DataFrame([(*key, text) for key, text in zip(keys, texts, strict=True)],
                                columns=["seed", "iteration", "prompt_id", "text"]),
         token_logps=pd.DataFrame(tokens, columns=["seed", "iteration", *TOKENS]),
-        prompts=pd.DataFrame([(p, TEMPLATE.format(f"{p}? {HOSTILE}"), f"That {p}.", "Earlier.", f"task {p % 2}")
+        prompts=pd.DataFrame([(p, TEMPLATE.format(f"{p}? {HOSTILE}"), f"That {p}.", f"task {p % 2}")
                               for p in range(count)],
-                             columns=["prompt_id", "prompt", "labelled", "proto", "task"]),
+                             columns=["prompt_id", "prompt", "labelled", "task"]),
+        proto=pd.DataFrame([(seeds[0], p, "Earlier.") for p in range(count)], columns=["seed", "prompt_id", "text"]),
         settings={"method": name, "learning_rate": 1e-3},
     )  # fmt: skip
 
@@ -91,8 +93,42 @@ def test_differences_are_paired():
     found = inspector.difference(values, values)
     assert found.mean == 0 and found.low == found.high == 0  # what both answer alike is no noise of the difference
     other = values.rename(columns={3: 5, 4: 6})
-    assert inspector.difference(values, other).seeds == 1
-    assert inspector.difference(values, other.rename(index={0: 9, 1: 10, 2: 11, 3: 12})) is None
+    assert inspector.difference(*inspector.shared(values, other)).seeds == 1
+    elsewhere = other.rename(index={0: 9, 1: 10, 2: 11, 3: 12})
+    assert inspector.difference(*inspector.shared(values, elsewhere)) is None
+
+
+def test_the_scores_beside_a_difference_are_those_that_were_compared():
+    first, second = run("spin", [40, 42], seeds=(3,)), run("tspin", [41, 46], seeds=(3, 4))
+    second.outcomes.loc[second.outcomes["seed"] == 4, "value"] = 100.0
+    cell = inspector.cell([first, second], "X", 1)
+    assert cell["main"] == "+4.00" and [float(score) for score in cell["scores"]] == [37.0, 41.0]
+
+
+def test_what_is_evaluated_once_is_held_against_every_iteration():
+    sft, tspin = run("sft", [40]), run("tspin", [41, 42, 46])
+    sft = replace(sft, diagnostics=sft.diagnostics[sft.diagnostics["role"] == "labelled"])
+    average = inspector.benchmarks([sft, tspin])[0]
+    assert [cell["main"] for cell in average["cells"]] == ["+1.00", "+2.00", "+6.00"]
+    assert inspector.payload(inspector.paired([sft, tspin]))["paired"]
+
+
+def test_y0_are_those_of_their_seed():
+    made = run("tspin", [40], seeds=(3, 4))
+    rows = made.samples()
+    kept = rows["seed"] == 3
+    assert rows.loc[kept, "proto"].eq("Earlier.").all() and rows.loc[~kept, "proto"].isna().all()
+    (part,) = inspector.payload([made])["runs"][0]["proto"]
+    assert part["seed"] == 3 and len(part["place"]) == COUNT
+    committed = Path(__file__).parents[1] / "results" / "reference" / "pocket"
+    assert load_run(f"{committed}:tspin:10").samples(0)["proto"].notna().all()
+    assert load_run(f"{committed}:tspin:11").samples(0)["proto"].isna().all()
+
+
+def test_a_number_that_is_none_ends_no_page():
+    made = run("spin", [40, 42])
+    made.diagnostics.loc[made.diagnostics.index[1], ["after", "reward_after"]] = [float("-inf"), float("nan")]
+    assert inspector.page([made])
 
 
 def test_samples_and_tokens_as_tables():

@@ -30,6 +30,14 @@ def execute(notebook, place: Path) -> None:
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(place)}}).execute()
 
 
+def texts(notebook) -> list[str]:
+    """The outputs that are texts: tables and the like, no pictures."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    kept = [output.get("data", {}) for output in outputs]
+    shown = [data for data in kept if "text/plain" in data and not any("plotly" in kind for kind in data)]
+    return [data.get("text/markdown", data["text/plain"]) for data in shown if "image/png" not in data]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, place):
     notebook = nbformat.read(path, as_version=4)
@@ -41,7 +49,9 @@ def test_notebook(path, place):
     assert any("image/png" in output.get("data", {}) for output in outputs), "no picture among its outputs"
     assert path.stat().st_size < 400_000
     if path.stem in LOOKING:  # the one that trains is run by test_stranger
+        committed = texts(notebook)
         execute(notebook, place)
+        assert texts(notebook) == committed, "the results have moved since it was run"
 
 
 def test_any_run_will_do(place, model_folder, rows):
