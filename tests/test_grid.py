@@ -177,6 +177,9 @@ def test_a_grid_from_its_file_to_its_report(tmp_path, data_file, model_folder):
     assert len(pd.read_csv(sweep.target.with_suffix(".csv"))) == 2
     assert pd.read_csv(sweep.target.with_name("tiny.old-1.csv"))[CELL].nunique() == 5
     assert (sweep.target.parent / "tiny.old-1_problems.parquet").exists()
+    other = load(tmp_path, **{**changes, "methods": ["sft"], "grids": {}, "choose": None, "overrides": TINY})
+    assert gathering.gather(other, []) == "no cell has finished: there is nothing to gather"
+    assert len(pd.read_csv(sweep.target.with_suffix(".csv"))) == 2  # and nothing is taken away
 
 
 def forget(sweep, name: str) -> None:

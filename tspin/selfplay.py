@@ -26,7 +26,7 @@ from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.data.encoding import Example, encode_dataset
 from tspin.data.responses import write_parquet
 from tspin.data.turns import writes_date
-from tspin.engines.adapters import ADAPTER, CONFIG, WEIGHTS, check_lora, has_adapters, lora_settings
+from tspin.engines.adapters import ADAPTER, CONFIG, WEIGHTS, check_lora, check_source, lora_settings
 from tspin.engines.engine import Engine
 from tspin.engines.here import FIRST_STEP
 from tspin.engines.trackers import Tracked, check_trackers, end_trackers, run_id
@@ -101,7 +101,8 @@ class SelfPlayTrainer:
             raise UserError("keep_checkpoints: best is by the rule best_iteration, which is last: set it, or keep last")
         if isinstance(model, PreTrainedModel) and processing_class is None:
             raise UserError("processing_class: give the tokenizer along with a loaded model")
-        self.source = source_of_model(model)
+        check_source(model)
+        self.source = model if isinstance(model, PreTrainedModel) else resolve(str(model))
         self.folder = Path(str(args.output_dir))
         self.shared = Path(args.shared_dir) if args.shared_dir else self.folder
         self.callbacks: list[TrainerCallback] = []
@@ -444,19 +445,6 @@ class SelfPlayTrainer:
         inputs = {**self.run.inputs, "policy": policy.fingerprint, "held out": self.held_out.fingerprint}
         produce = partial(score_held_out, self.run, policy, self.held_out)
         return run_stage(iteration.folder / "held_out.json", inputs, produce)
-
-
-def source_of_model(model: Any) -> str | PreTrainedModel:
-    """A loaded model, or the folder of one that is named. Raises UserError for what is neither, and for adapters."""
-    if isinstance(model, str | Path):
-        return resolve(str(model))
-    if not isinstance(model, PreTrainedModel):
-        merge = ": merge its adapters, model.merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
-        kind = type(model).__name__
-        raise UserError(f"model: a folder, a hub name or a model of transformers is needed, not a {kind}{merge}")
-    if has_adapters(model):
-        raise UserError("model: it has adapters in it: merge them into its weights, and give peft_config for new ones")
-    return model
 
 
 def _alike(model: str, tokenizer: PreTrainedTokenizerBase, model_arguments: dict[str, Any] | None) -> str:

@@ -132,6 +132,18 @@ def has_adapters(model: PreTrainedModel) -> bool:
     return any(isinstance(module, LoraLayer) for module in model.modules())
 
 
+def check_source(model: Any) -> None:
+    """Raise UserError for what is neither the name of a model nor a loaded one, and for adapters in it."""
+    if isinstance(model, str | Path):
+        return
+    if not isinstance(model, PreTrainedModel):
+        merge = ": merge its adapters, model.merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
+        kind = type(model).__name__
+        raise UserError(f"model: a folder, a hub name or a model of transformers is needed, not a {kind}{merge}")
+    if has_adapters(model):
+        raise UserError("model: it has adapters in it: merge them into its weights, and give peft_config for new ones")
+
+
 def load_policy(policy: Policy, loading: dict[str, Any], *, whole: bool = False) -> PreTrainedModel:
     """A policy in memory: one that was trained as adapters as the frozen model with these in it, ready to train on.
 

@@ -66,7 +66,7 @@ def gathered(sweep: Sweep, target: Path | None = None) -> Gathered:
 
 def gather(sweep: Sweep, finished: Sequence[Cell]) -> str:
     """Add what has finished of a study; returns a line that says what was written and which cells are missing."""
-    if not finished and not sweep.target.with_suffix(".csv").exists():
+    if not finished and not gathered(sweep).made:
         return "no cell has finished: there is nothing to gather"
     with owned(sweep.target.parent, wait=True):  # another sweep of the study may write too
         return _gather(sweep, finished)
@@ -95,9 +95,15 @@ def join(sweep: Sweep, results: Path) -> str:
     cells from other weights.
     """
     target = results / sweep.target.relative_to(sweep.results)
-    known, theirs = gathered(sweep), gathered(sweep, target)
+    theirs = gathered(sweep, target)
     if not theirs.made:
         raise UserError(f"--join {results}: none of the study's cells is in {target.with_suffix('.csv')}")
+    with owned(sweep.target.parent, wait=True):
+        return _join(sweep, results, theirs)
+
+
+def _join(sweep: Sweep, results: Path, theirs: Gathered) -> str:
+    known = gathered(sweep)
     made = {name: what for name, what in theirs.made.items() if name not in known.made}
     if unlike := other_weights(known.made | made):
         raise UserError(f"--join {results}: {unlike}; join what was run from the same")
