@@ -64,7 +64,7 @@ def paired(runs: Sequence[Run]) -> list[Run]:
     """The runs with their prompts' numbers and seeds such that equal ones belong together.
 
     Two runs of one seed each are held side by side whatever their seeds. Where their prompts are not the same, those of
-    the second get numbers of their own: nothing is paired then but the benchmarks.
+    the second get numbers after the first's, and keep theirs in `number`: nothing is paired then but the benchmarks.
     """
     if len(runs) < 2:
         return list(runs)
@@ -74,6 +74,7 @@ def paired(runs: Sequence[Run]) -> list[Run]:
         first, second = (_with(run, lambda table: table.assign(seed=0), "seed") for run in (first, second))
     if not same_prompts(first, second):
         start = 1 + max((int(first.prompts["prompt_id"].max()), *first.diagnostics.get("prompt_id", [0])))
+        second = replace(second, prompts=second.prompts.assign(number=second.prompts["prompt_id"]))
         second = _with(second, lambda table: table.assign(prompt_id=table["prompt_id"] + start), "prompt_id")
     return [first, second]
 
@@ -271,12 +272,13 @@ def bound(runs: Sequence[Run], numbers: np.ndarray) -> int:
 
 
 def prompts_of(runs: Sequence[Run], places: dict[int, int]) -> dict[str, list[Any]]:
-    """By column, a list with a cell for each prompt of the page: id, task, prompt, labelled."""
+    """By column, a list with a cell for each prompt of the page: id (its number in its own run), task, prompt, labelled."""
     columns = ["task", "prompt", "labelled"]
     known = [run.prompts for run in runs if len(run.prompts)]
     rows = pd.concat(known).drop_duplicates("prompt_id").set_index("prompt_id") if known else pd.DataFrame()
-    rows = rows.reindex(index=list(places), columns=columns)
-    return {"id": [int(number) for number in places], **{name: [*map(text_or_none, rows[name])] for name in columns}}
+    rows = rows.reindex(index=list(places), columns=[*columns, "number"])
+    own = rows["number"].fillna(rows.index.to_series()).astype(int)
+    return {"id": own.tolist(), **{name: [*map(text_or_none, rows[name])] for name in columns}}
 
 
 def text_or_none(value: Any) -> str | None:

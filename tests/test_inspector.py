@@ -152,6 +152,7 @@ def test_seeds_and_prompts_that_are_not_the_same():
     other = replace(second, prompts=second.prompts.assign(prompt="Another."))
     data = inspector.payload(inspector.paired([first, other]))
     assert not data["paired"] and data["count"] == 2 * COUNT and data["prompts"]["prompt"][COUNT] == "Another."
+    assert data["prompts"]["id"] == 2 * first.prompts["prompt_id"].tolist()
 
 
 def test_sft_has_prompts_and_responses_without_pairs():
