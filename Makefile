@@ -70,7 +70,7 @@ notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab
 
 sweep: $(READY)
-	set -e; for name in sweep-rate sweep-half sweep-cold sweep-scale; do $(TSPIN) sweep experiments/studies/$$name.yaml --results $(RESULTS); done
+	set -e; for name in sweep-rate sweep-half sweep-cold sweep-scale sweep-labels; do $(TSPIN) sweep experiments/studies/$$name.yaml --results $(RESULTS); done
 
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python -m experiments.checks.benchmark.run

@@ -272,7 +272,7 @@ def bound(runs: Sequence[Run], numbers: np.ndarray) -> int:
 
 
 def prompts_of(runs: Sequence[Run], places: dict[int, int]) -> dict[str, list[Any]]:
-    """By column, a list with a cell for each prompt of the page: id (its number in its own run), task, prompt, labelled."""
+    """By column, a list with a cell for each prompt of the page: id (its own run's number), task, prompt, labelled."""
     columns = ["task", "prompt", "labelled"]
     known = [run.prompts for run in runs if len(run.prompts)]
     rows = pd.concat(known).drop_duplicates("prompt_id").set_index("prompt_id") if known else pd.DataFrame()

@@ -15,12 +15,15 @@ from tspin.cli import app
 from tspin.errors import UserError
 from tspin_analysis import studies
 from tspin_analysis.intervals import estimate
+from tspin_analysis.readme_labels import by_labels, own_labels, own_lead
 from tspin_analysis.style import contrast
 
 SETTINGS = {
     "data": ("labels", [250, 1000, 4000], ("sft", "tspin")),
     "ten": (None, [None], ("spin", "tspin")),
+    "own-labels": (None, [None], ("base", "sft", "spin", "tspin")),
 }
+FIGURES = ("data", "ten")
 
 
 def table(name: str) -> pd.DataFrame:
@@ -55,7 +58,7 @@ def write(root: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", FIGURES)
 def test_drawn_and_tabulated(name, tmp_path):
     folder = write(tmp_path, name)
     number = "4a" if name == "data" else name
@@ -153,3 +156,19 @@ def test_outcomes_that_are_not_there(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="ten_problems.parquet: no such file.*make study STUDY=ten"):
         studies.study_text("ten", tmp_path / "pocket")
+
+
+def test_what_is_said_of_self_play_and_sft_on_the_same_labels(tmp_path):
+    """The averages are 31 for SFT, two more after the last iteration; a seed alone, and a cell that is missing."""
+    folder = write(tmp_path / "data", "data")
+    whole = pd.read_csv(folder / "data.csv")
+    whole[(whole["method"] == "sft") | (whole["labels"] < 4000)].to_csv(folder / "data.csv", index=False)
+    head, _, sft, tspin, difference = by_labels(folder.parent).splitlines()
+    assert head == "| labels | 250 | 1,000 | 4,000 |" and sft.startswith("| SFT | 31.0 [") and "| 37.0 [" in sft
+    assert tspin.startswith("| T-SPIN | 33.0 [") and tspin.endswith(" | – |")
+    assert difference == "| T-SPIN − SFT | +2.0 [+2.0, +2.0] | +2.0 [+2.0, +2.0] | – |"
+    folder = write(tmp_path / "own", "own-labels").parent
+    rows = [row.split(" | ") for row in own_labels(folder).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| SFT", "| SPIN", "| T-SPIN"] and rows[0][-1] == "– |"
+    assert rows[2][1] == "2" and rows[2][3].startswith("+3.0 [") and rows[2][4] == "+2.0 [+2.0, +2.0] |"
+    assert own_lead(folder) == "+0.0 [+0.0, +0.0]"

@@ -1,0 +1,75 @@
+"""What README files say of self-play and SFT on the same labels: `readme` fills it in."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from tspin.schema import BASE
+
+from .intervals import Estimate, estimate
+from .studies import Study
+from .style import MISSING, look
+from .writing import pipes
+
+METHODS = ("sft", "spin", "tspin")
+
+
+def by_labels(folder: Path) -> str:
+    """The study `data`: Avg after the last iteration, a row per method, a column per number of labels.
+
+    95 % intervals; T-SPIN − SFT below, of the seeds that have both.
+    """
+    study = Study(folder, "data")
+    last = _last(study.table)
+    numbers = sorted(int(number) for number in last["labels"].unique())
+    cells = {key: rows.set_index("seed") for key, rows in last.groupby(["method", "labels"])}
+    rows = [
+        [look(method).label, *(_average(study, cells.get((method, number))) for number in numbers)]
+        for method in ("sft", "tspin")
+    ]
+    difference = [_difference(study, cells.get(("tspin", number)), cells.get(("sft", number))) for number in numbers]
+    return pipes(["labels", *(f"{n:,}" for n in numbers)], [*rows, ["T-SPIN − SFT", *difference]])
+
+
+def own_labels(folder: Path) -> str:
+    """The study `own-labels`: Avg at the end, what was gained, and self-play − SFT, a row per method."""
+    study = Study(folder, "own-labels")
+    cells = {str(method): rows.set_index("seed") for method, rows in _last(study.table).groupby("method")}
+    start = study.values(cells[BASE].iloc[:1])
+    rows = []
+    for method in METHODS:
+        if (of := cells.get(method)) is not None:
+            over = MISSING if method == "sft" else _difference(study, of, cells.get("sft"))
+            gain = _signed(estimate(study.values(of) - start))
+            rows.append([look(method).label, str(len(of)), _average(study, of), gain, over])
+    return pipes(["method", "seeds", "Avg", "above the start", "above SFT"], rows)
+
+
+def own_lead(folder: Path) -> str:
+    """T-SPIN − SPIN at the end of the study `own-labels`."""
+    study = Study(folder, "own-labels")
+    cells = {method: rows.set_index("seed") for method, rows in _last(study.table).groupby("method")}
+    return _difference(study, cells.get("tspin"), cells.get("spin"))
+
+
+def _last(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of methods without iterations, and of the last iteration of the others."""
+    return table[table["iteration"].isna() | (table["iteration"] == table["iteration"].max())]
+
+
+def _average(study: Study, cells: pd.DataFrame | None) -> str:
+    if cells is None:
+        return MISSING
+    mean = estimate(study.values(cells))
+    return f"{mean.mean:.1f} [{mean.low:.1f}, {mean.high:.1f}]"
+
+
+def _difference(study: Study, first: pd.DataFrame | None, second: pd.DataFrame | None) -> str:
+    """first − second of the seeds that both have; cells by seed."""
+    if first is None or second is None or not len(seeds := first.index.intersection(second.index)):
+        return MISSING
+    return _signed(estimate(study.values(first.loc[seeds]) - study.values(second.loc[seeds])))
+
+
+def _signed(found: Estimate) -> str:
+    return f"{found:+.1f}".replace("-", "−")
