@@ -64,7 +64,7 @@ study: $(READY)
 	set -e; for name in $(or $(FIGURE),$(FIGURES_$(STUDY)),$(STUDY)); do $(TSPIN) figure $$name $(OF); done
 
 studies: $(READY)
-	set -e; for name in map proto rate epochs ten; do $(MAKE) study STUDY=$$name; done
+	set -e; for name in map proto rate epochs own-labels ten; do $(MAKE) study STUDY=$$name; done
 
 notebooks: $(VENV)/.notebooks
 	cd analysis/notebooks && ../../$(VENV)/bin/jupyter lab

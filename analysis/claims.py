@@ -22,6 +22,10 @@ from .verdicts import NOT_TESTED, SIGNIFICANT, Part, judge, overall
 FIXED = "2026-11-26"
 SEEN = "pocket from the cold base, seeds 0–4; trials from a fine-tuned start, seeds 0–4; nothing of seeds 10 and up"
 
+FOUR_TIMES = (
+    "Not tested against SFT that had not about four times the labels (said since 2026-11-27; no verdict was another)"
+)
+
 
 class Claim(NamedTuple):
     """A claim of the paper and how it is judged: its rule in words, and what makes its parts.
@@ -49,7 +53,7 @@ CLAIMS = [
           "earlier one. T-SPIN: contradicted where one falls; replicated where none does and final − iteration 0 is "
           f"surely above −{MARGIN}.", questions=rules.c1),
     Claim("C2", "final T-SPIN beats final SPIN, and SFT on four times the labels", "Table 1", "+2.85; +1.46",
-          "paired difference surely above 0; contradicted where surely below", questions=rules.c2),
+          f"paired difference surely above 0; contradicted where surely below. {FOUR_TIMES}", questions=rules.c2),
     Claim("C3", "at iteration 1 a large share of SPIN's samples has a positive reward gap and a negative "
           "log-likelihood gap; T-SPIN's cannot", "Fig. 3", "about half; none",
           f"share of training prompts after iteration 1 surely above {LARGE_SHARE:.0%}; contradicted where surely "
@@ -63,7 +67,7 @@ CLAIMS = [
           parts=rules.c4),
     Claim("C5", "T-SPIN with 25 % of the labels does as well as SFT with all", "Fig. 4a, Table 1", "+1.46",
           f"paired difference surely above −{MARGIN}; contradicted where surely below 0. Not tested where π_θ0 was not "
-          "fine-tuned on the labels, or SFT on all does not surely gain over it", questions=rules.c5),
+          "fine-tuned on the labels, or SFT on all does not surely gain over it. {FOUR_TIMES}", questions=rules.c5),
     Claim("C6", "without the historical advantage iteration 1 drops, and later iterations plateau lower",
           "Table 2, Fig. 5", "+3.11; +1.68",
           "what it adds: paired differences, with it − without it, surely above 0; contradicted where surely below",

@@ -14,13 +14,15 @@ from pathlib import Path
 import pandas as pd
 
 from .map import Place
+from .readme_labels import by_labels, own_labels, own_lead
 from .readme_map import NOT_RUN, contrast, differences, ends, entropy, leads
-from .readme_sweeps import tuned, tuned_base, tuned_gain, tuned_lead, tuned_real, tuned_starts
+from .readme_sweeps import tuned, tuned_base, tuned_gain, tuned_labels, tuned_lead, tuned_real, tuned_starts
 from .scores import Scores
 from .verdicts import VERDICTS
 from .writing import counted, pipes
 
-FILES = ("README.md", "results/README.md", "results/benchmarks/README.md")
+PAGES = ("README", "map", "tuning", "smollm2", "benchmarks/README")
+FILES = ("README.md", *(f"results/{page}.md" for page in PAGES))
 PLACE = re.compile(r"<!-- fill (\w+) -->(.*?)<!-- end -->", re.DOTALL)
 PRESETS = ("pocket", "pocket-greedy", "smollm2-tuned", "smollm2-short", "smollm2-long")
 POCKET, MODES, REAL, UNTUNED, LONG = (Path("reference", preset) for preset in PRESETS)  # the committed results
@@ -185,6 +187,10 @@ PLACES: dict[str, Callable[[Path], str]] = {
         for method in ("spin", "tspin", "sft")
     },
     "tuned_lead": _of(UNTUNED, tuned_lead),
+    "by_labels": _of(POCKET, by_labels),
+    "own_labels": _of(POCKET, own_labels),
+    "own_lead": _of(POCKET, own_lead),
+    "tuned_labels": _of(POCKET, tuned_labels),
     "entropy_tspin": _of(POCKET, entropy, method="tspin", iteration=4, other=("tspin", 0)),
     "entropy_spin": _of(POCKET, entropy, method="spin", iteration=4, other=("spin", 0)),
     "entropy_lead": _of(POCKET, entropy, method="tspin", iteration=4, other=("spin", 4)),

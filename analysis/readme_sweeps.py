@@ -25,6 +25,12 @@ def tuned_starts(folder: Path) -> str:
     return _by_rate("method, start", labels, pd.concat(of.values()).sort_index(axis="columns"))
 
 
+def tuned_labels(folder: Path) -> str:
+    """The sweep of SFT on as many labels as self-play has, the mean over seeds, as a table."""
+    cells = _swept(folder, "sweep-labels", ["num_train_epochs"])
+    return _by_rate("epochs", [f"{epochs:g}" for epochs in cells.index], cells)
+
+
 def tuned_real(folder: Path) -> str:
     """The sweep of SmolLM2's rates, one seed, as a table."""
     cells = _swept(folder, "smollm2-rate", ["method"]).loc[["spin", "tspin", "sft"]]

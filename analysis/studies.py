@@ -1,6 +1,7 @@
 """Figures of studies: results/<preset>/studies/<name>.csv, each made by `make study STUDY=<name>`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from tspin.schema import BASE, RUN, STUDY_MEASURES
 from .drawing import (
     beside,
     contrast_texts,
+    draw_band,
+    draw_level,
     draw_means,
     draw_paper,
     label_iterations,
@@ -162,15 +165,23 @@ def figure4c(folder: Path) -> Figure:
         return figure
 
 
-def ten(folder: Path) -> Figure:
-    """Ten iterations: Avg against the iteration, a line per method, with 95 % intervals (`intervals`)."""
-    study = Study(folder, "ten")
+def course(folder: Path, name: str) -> Figure:
+    """A study without settings: Avg against the iteration, a line per method, with 95 % intervals (`intervals`).
+
+    SFT, which has no iterations, is a line across with its interval as a band, and the start a line.
+    """
+    study = Study(folder, name)
     means = study.averaged(["method", "iteration"])
-    methods = _by_method(means)
+    methods = _by_method(means[means["iteration"].notna()])
     with new_figure(1, 2.9) as figure:
         axes = figure.subplots()
         for (method, rows), shift in zip(methods, beside(len(methods)), strict=True):
             draw_means(axes, rows["iteration"] + shift, rows["avg"], rows["half"], look(method))
+        for method, rows in _by_method(means[means["iteration"].isna()]):
+            avg, half = rows[["avg", "half"]].to_numpy()[0]
+            draw_level(axes, method, avg)
+            if method != BASE:
+                draw_band(axes, method, avg - half, avg + half)
         label_iterations(axes, range(int(means["iteration"].max()) + 1), base=False)
         axes.set(xlabel="Iteration", ylabel="Avg (%)")
         put_legend(figure, [axes])
@@ -199,5 +210,9 @@ def _by_method(means: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 # The figure's name → its study, and how it is drawn.
-STUDY_OF = {"4a": "data", "4c": "grid", "ten": "ten"}
-FIGURES: dict[str, Callable[[Path], Figure]] = {"4a": figure4a, "4c": figure4c, "ten": ten}
+STUDY_OF = {"4a": "data", "4c": "grid", "ten": "ten", "own-labels": "own-labels"}
+FIGURES: dict[str, Callable[[Path], Figure]] = {
+    "4a": figure4a,
+    "4c": figure4c,
+    **{name: partial(course, name=name) for name in ("ten", "own-labels")},
+}

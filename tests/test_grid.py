@@ -366,6 +366,7 @@ def test_the_rule_of_choice(choice, expected):
 
 
 SWEEPS = ("sweep-rate", "sweep-scale")
+SWEEP_OF_LABELS = "sweep-labels"  # of SFT alone
 SWEEPS_OF_STARTS = ("sweep-half", "sweep-cold")  # of self-play alone
 SMOLLM2_SWEEP = "smollm2-rate"
 AS_RUN = ("pocket-greedy", "smollm2-short", "smollm2-tuned", "smollm2-long", "zephyr-7b")  # drawn as `tspin run` is
@@ -387,6 +388,17 @@ def test_the_preset_has_what_the_pocket_sweep_says():
         if method != "sft":
             assert training.learning_rate in set(rates[marks[rows.index]])
             assert rates.min() < training.learning_rate < rates.max()
+
+
+def test_sft_on_the_labels_of_self_play_has_what_the_sweep_chose():
+    sweep = load_sweep(Path(SWEEP_OF_LABELS), None, Path("runs"), REPOSITORY / "results" / "reference")
+    table = pd.read_csv(sweep.target.with_suffix(".csv"))
+    assert set(table["cell"]) == {cell.name for cell in sweep.cells}
+    scores = gathering.scores_of(table, settings := ["learning_rate", "num_train_epochs"])
+    best = scores[gathering.chosen(scores, sweep.study.choose)].set_index("method").loc["sft", settings].to_dict()
+    cells = load_sweep(Path("own-labels"), None, Path("runs"), Path("results")).cells
+    own = {name: {float(dict(cell.setting)[name]) for cell in cells if cell.method == "sft"} for name in settings}
+    assert own == {name: {value} for name, value in best.items()}
 
 
 def test_smollm2_tuned_has_the_rates_that_the_sweep_chose():
@@ -420,7 +432,13 @@ def test_the_sweeps_have_the_same_budget_for_every_method(names, methods):
 
 
 def test_studies_are_drawn():
-    assert {path.stem for path in FILES} == figures.STUDIES | {*SWEEPS, *SWEEPS_OF_STARTS, SMOLLM2_SWEEP, *AS_RUN}
+    assert {path.stem for path in FILES} == figures.STUDIES | {
+        *SWEEPS,
+        *SWEEPS_OF_STARTS,
+        SWEEP_OF_LABELS,
+        SMOLLM2_SWEEP,
+        *AS_RUN,
+    }
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     "experiments/README.md",
-    "results/README.md",
     "results/ledger.md",
-    "results/benchmarks/README.md",
+    *FILES[1:],
 ]
 
 

@@ -23,7 +23,7 @@ SETTINGS = {
     "ten": (None, [None], ("spin", "tspin")),
     "own-labels": (None, [None], ("base", "sft", "spin", "tspin")),
 }
-FIGURES = ("data", "ten")
+FIGURES = ("data", "ten", "own-labels")
 
 
 def table(name: str) -> pd.DataFrame:
