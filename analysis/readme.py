@@ -186,6 +186,7 @@ PLACES: dict[str, Callable[[Path], str]] = {
         for name, preset, sweep in (("rate", POCKET, "sweep-rate"), ("smollm2", UNTUNED, "smollm2-rate"))
         for method in ("spin", "tspin", "sft")
     },
+    "gain_labels_sft": _of(POCKET, tuned_gain, sweep="sweep-labels", method="sft"),
     "tuned_lead": _of(UNTUNED, tuned_lead),
     "by_labels": _of(POCKET, by_labels),
     "own_labels": _of(POCKET, own_labels),

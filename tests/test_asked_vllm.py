@@ -20,6 +20,7 @@ class Engine:
 
     model = tokenizer = None
     seen: list[list[int]] = []
+    settings: list[dict] = []
 
     def generate(self, prompts, sampling_params, use_tqdm):
         return [self._answer(prompt, settings) for prompt, settings in zip(prompts, sampling_params, strict=True)]
@@ -31,16 +32,16 @@ class Engine:
         request = types.SimpleNamespace(prompt_token_ids=prompt, num_cached_tokens=0)
         logps = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
         if "prompt_logprobs" in settings:
-            ranks = [(row > row[t]).sum() + 1 for t, row in zip(prompt[1:], logps, strict=False)]
             request.prompt_logprobs = [None] + [
-                {t: types.SimpleNamespace(logprob=float(row[t]), rank=int(rank))}
-                for t, row, rank in zip(prompt[1:], logps, ranks, strict=False)
+                {token: types.SimpleNamespace(logprob=float(row[token])) for token in (t, int(row.argmax()))}
+                for t, row in zip(prompt[1:], logps, strict=False)
             ]
             return request
         if "logprob_token_ids" in settings:
             found = {t: types.SimpleNamespace(logprob=float(logps[-1, t])) for t in settings["logprob_token_ids"]}
             request.outputs = [types.SimpleNamespace(token_ids=[int(logps[-1].argmax())], logprobs=[found])]
             return request
+        self.settings.append(settings)
         drawn = []
         while len(drawn) < settings["max_tokens"]:
             drawn.append(int(self.model(torch.tensor([[*prompt, *drawn]])).logits[0, -1].argmax()))
@@ -81,7 +82,7 @@ def vllm(monkeypatch, tmp_path):
         folder = tmp_path / "served"
         for part in (model, tokenizer):
             part.save_pretrained(folder)
-        for name, value in {"model": model, "tokenizer": tokenizer, "seen": []}.items():
+        for name, value in {"model": model, "tokenizer": tokenizer, "seen": [], "settings": []}.items():
             monkeypatch.setattr(Engine, name, value)
         evaluation = evaluate_folder(Served(str(folder), "float32", EngineSettings()), suite, limit=None)
         return evaluation.scores, evaluation.samples, Engine.seen
@@ -108,6 +109,25 @@ def test_vllm_is_asked_the_same_tokens(tasks, vllm, name, chat):
     ours = evaluate(model, tokenizer, suite, batch_size=3)
     assert list(samples.response.dropna()) == list(ours.samples.response.dropna())
     pd.testing.assert_frame_equal(scores, ours.scores, rtol=1e-4, check_dtype=False)
+
+
+def test_a_checkpoints_own_penalty_holds_there_too(tasks, vllm):
+    """As Transformers heeds it; how it would draw says nothing of what is greedy."""
+    model, tokenizer, _ = ending(next(iter(ENDS)))
+    model.generation_config.update(repetition_penalty=1.3, top_p=0.9, do_sample=True)
+    vllm(model, tokenizer, suite_of(tasks, "counts", apply_chat_template=True))
+    (penalties,) = {(each.get("repetition_penalty"), each.get("top_p")) for each in Engine.settings}
+    assert penalties == (1.3, None)
+    vllm(model, tokenizer, suite_of(tasks, "counts", gen_kwargs={"do_sample": True, "temperature": 1, "num_beams": 1}))
+    assert {(each["repetition_penalty"], each["top_p"]) for each in Engine.settings} == {(1.3, 0.9)}
+    assert not any("num_beams" in each for each in Engine.settings)
+
+
+def test_of_tokens_that_are_as_likely_the_first_is_what_greedy_decoding_gives():
+    found = {7: types.SimpleNamespace(logprob=-1.5), 3: types.SimpleNamespace(logprob=-1.5)}
+    assert vllm_worker._is_likeliest(found, 3) and not vllm_worker._is_likeliest(found, 7)
+    found[9] = types.SimpleNamespace(logprob=-1.0)
+    assert vllm_worker._is_likeliest(found, 9) and not vllm_worker._is_likeliest(found, 3)
 
 
 def test_vllm_has_a_suites_other_keys(tasks, vllm):

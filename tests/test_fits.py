@@ -145,6 +145,11 @@ def test_rows_that_are_too_long(tmp_path, tokenizer, rows, capsys):
         trainer(tmp_path, llama, rows, tokenizer, max_new_tokens=80)
     (line,) = told(capsys)
     assert f"{longest + 80} tokens long, and the model has 64 positions (max_position_embeddings)" in line
+    trainer(tmp_path, llama, rows, tokenizer, max_new_tokens=64 - longest, sampling_backend="vllm")
+    with pytest.raises(UserError, match="65 tokens long, .* 64 positions .*, past which vLLM draws nothing"):
+        trainer(tmp_path, llama, rows, tokenizer, max_new_tokens=65 - longest, sampling_backend="vllm")
+    with pytest.raises(UserError, match="temperature: 2.5, and vLLM takes 2 at most"):
+        trainer(tmp_path, llama, rows, tokenizer, max_new_tokens=8, sampling_backend="vllm", temperature=2.5)
 
 
 def test_a_shape_is_read_without_memory_or_random_numbers(model_folder, tiny_model):

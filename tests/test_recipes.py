@@ -1,10 +1,13 @@
 """Presets, suites and launch files are found by name from any folder, and a suite's tasks with them."""
 
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tspin.config import load_config
+from tspin.config import REPOSITORY, load_config
 from tspin.errors import UserError
 from tspin.evaluation.harness import task_manager_for
 from tspin.evaluation.suites import PACKAGE, load_suite
@@ -49,3 +52,23 @@ def test_a_launch_file_by_name(tmp_path):
     assert args.launcher == str(recipes() / "accelerate" / "cpu2.yaml")
     with pytest.raises(UserError, match="unknown launch file 'cpu3': did you mean 'cpu2'"):
         training_arguments(settings, tmp_path, 0, launcher=Path("cpu3"))
+
+
+@pytest.mark.parametrize(("code", "queued"), [(0, False), (2, False), (127, False), (140, True), (143, None)])
+def test_the_job_over_two_machines_ends_as_its_run_does(code, queued, tmp_path, monkeypatch):
+    """Even at once; after SIGUSR2 it is queued again, and after SIGTERM it waits for Slurm to end it."""
+    for name, line in {"tspin": f"exit {code}", "scontrol": f'echo "$*" >> {tmp_path}/calls'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    script = ["bash", REPOSITORY / "experiments/slurm/two-machines.sh", "--preset", "pocket"]
+    process = subprocess.Popen(script, start_new_session=True)
+    if queued is None:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    else:
+        assert process.wait(timeout=60) == code
+        assert (tmp_path / "calls").exists() == queued

@@ -160,6 +160,8 @@ def test_every_copy_has_ports_of_its_own(monkeypatch):
         assert len(taken) == 8 * PORTS and FIRST_PORT <= min(taken) and max(taken) < LAST_PORT
         assert [int(copy["MASTER_PORT"]) - start for copy, start in zip(copies, first, strict=True)] == [PORTS - 1] * 8
     assert first[0] == 30000
+    monkeypatch.setenv("VLLM_PORT", "tcp://10.0.0.1:80")  # by Kubernetes, of a service that is called vllm
+    assert FIRST_PORT <= int(_environment(0, 0)["VLLM_PORT"]) < LAST_PORT
 
 
 def test_a_run_draws_where_its_checkpoints_are_evaluated(tmp_path):

@@ -12,6 +12,7 @@ from tspin import SelfPlayConfig
 from tspin.data.encoding import encode_dataset
 from tspin.data.responses import read_responses, write_responses
 from tspin.engines.here import Scoring, score
+from tspin.engines.machines import ByShell
 from tspin.engines.scoring import score_in_processes
 from tspin.engines.workers import Worker, run_workers
 from tspin.errors import UserError
@@ -48,6 +49,31 @@ def test_what_workers_started_ends_with_them(tmp_path):
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(children) >= 1 and not any(map(alive, children))
+
+
+REFUSED = """
+import sys
+print("pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig", file=sys.stderr)
+print("  Value error, max_model_len (65) is too much [type=value_error, ...]", file=sys.stderr)
+sys.exit(1)
+"""
+
+
+def test_a_cause_that_stands_below_its_error_is_told(tmp_path):
+    worker = Worker(tmp_path / "refused", [sys.executable, "-c", REFUSED], dict(os.environ))
+    with pytest.raises(UserError, match=r"^vllm: Value error, max_model_len \(65\) is too much"):
+        run_workers("vllm", [worker], [{}])
+
+
+def test_no_secret_is_on_the_command_line_of_another_machine(tmp_path):
+    given = {
+        "HF_TOKEN": "hf_hidden",
+        "HF_HOME": "/models",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TSPIN_API_KEY": "hidden",
+    }
+    line = ByShell(tmp_path, ["python"], given, host="node2").arguments[-1]
+    assert "HF_HOME=/models" in line and "TOKENIZERS_PARALLELISM=false" in line and "hidden" not in line
 
 
 def test_log_probabilities_are_the_same_from_several_processes(tmp_path, model_folder, rows, tokenizer):

@@ -27,6 +27,7 @@ from tspin.errors import UserError, tell
 from tspin.models import dtype_name, load_shape
 from tspin.triplets import pad_token
 
+HOTTEST = 2.0  # temperature (vllm.sampling_params)
 LOOKED_AT = 2**16  # weights of a tensor
 LEAST_OF_ADAPTERS = 2e-6  # recipes have 5e-6 and more, and 5e-7 to 1e-6 for all weights
 
@@ -82,6 +83,33 @@ def check_positions(model: PreTrainedModel, longest: int) -> None:
     if table := position_table(model, made_for):
         raise UserError(f"{what}, a table ({table}): {remedy}")
     tell(f"{what} (max_position_embeddings); it was not made for what is past them: {remedy}")
+
+
+def check_engine(
+    source: str | PreTrainedModel, loading: Mapping[str, Any], args: SelfPlayConfig, examples: Examples
+) -> None:
+    """Raise UserError for what vLLM, where it draws the responses, refuses.
+
+    It takes no request past the positions that a model was made for, and no temperature above HOTTEST.
+    """
+    if args.sampling_backend != "vllm":
+        return
+    if args.temperature > HOTTEST:
+        raise UserError(
+            f"temperature: {args.temperature:g}, and vLLM takes {HOTTEST:g} at most: lower it, or set "
+            "sampling_backend=transformers"
+        )
+    config = (source if isinstance(source, PreTrainedModel) else load_shape(source, dict(loading))).config
+    text = config.get_text_config()
+    scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    made_for = getattr(text, "max_position_embeddings", None)
+    longest = int(_lists(examples.dataset, "prompt_ids")[0].max()) + args.max_new_tokens
+    if made_for and not scaled and longest > made_for:
+        raise UserError(
+            f"the longest prompt with max_new_tokens is {longest} tokens long, and the model has {made_for} positions "
+            "(max_position_embeddings), past which vLLM draws nothing: lower max_new_tokens or max_prompt_length, or "
+            "set sampling_backend=transformers"
+        )
 
 
 def position_table(model: PreTrainedModel, positions: int) -> str | None:

@@ -31,7 +31,7 @@ from tspin.engines.engine import Engine
 from tspin.engines.here import FIRST_STEP
 from tspin.engines.trackers import Tracked, check_trackers, end_trackers, run_id
 from tspin.errors import UserError
-from tspin.fits import check_rows, check_training
+from tspin.fits import check_engine, check_rows, check_training
 from tspin.iteration import (
     Earlier,
     Iteration,
@@ -120,6 +120,7 @@ class SelfPlayTrainer:
         self.examples = encode_dataset(train_dataset, tokenizer, args)
         loading = model_arguments or {}
         check_rows(self.source, loading, tokenizer, self.examples, new_tokens=args.max_new_tokens)
+        check_engine(self.source, loading, args, self.examples)
         check_training(self.source, loading, args, len(self.examples))
         self.held_out = None if eval_dataset is None else encode_dataset(eval_dataset, tokenizer, args)
         if self.held_out is not None:

@@ -16,6 +16,8 @@ tspin run --launcher accelerate --launcher-config fsdp2_two_machines "$@" &
 run=$!
 trap 'kill -USR2 $run' USR2
 trap 'kill -TERM $run' TERM
+wait $run; code=$?
 while kill -0 $run 2>/dev/null; do wait $run; code=$?; done     # a signal that is handed on ends a wait
 if [ $code -eq 140 ]; then scontrol requeue "$SLURM_JOB_ID"; fi  # 128 + SIGUSR2
+if [ $code -eq 143 ]; then sleep infinity & wait; fi             # SIGTERM: Slurm knows whether it is to come again
 exit $code

@@ -19,6 +19,7 @@ from accelerate.utils.launch import get_free_port
 
 from tspin.engines.workers import OWNER, Worker, owner
 from tspin.errors import UserError
+from tspin.runs.redaction import NAMES as SECRETS
 
 # What a process on another machine needs of this one's environment, besides what ssh's own shell gives it.
 CARRIED = (
@@ -29,23 +30,31 @@ CARRIED = (
     "OMP_",
     "MKL_",
     "TSPIN_",
-    "TOKENIZERS_",
+    "TOKENIZERS_PARALLELISM",
     "PYTHON",
     "LD_LIBRARY_PATH",
     "UCX_",
 )
+NO_SECRET = "TOKENIZERS_PARALLELISM"  # which is named like one
 SLURM_NODES = ("SLURM_JOB_NUM_NODES", "SLURM_NNODES")
 
 
 @dataclass(frozen=True)
 class ByShell(Worker):
-    """A worker on another machine: its command is run there by ssh, in this process's folder."""
+    """A worker on another machine: its command is run there by ssh, in this process's folder.
+
+    Its environment is on the command line, where others can read it: tokens and passwords stay here.
+    """
 
     host: str = ""
 
     @property
     def arguments(self) -> list[str]:
-        carried = {name: value for name, value in self.environment.items() if name.startswith(CARRIED)}
+        carried = {
+            name: value
+            for name, value in self.environment.items()
+            if name.startswith(CARRIED) and (name == NO_SECRET or not SECRETS.search(name))
+        }
         words = [f"{name}={value}" for name, value in {**carried, OWNER: owner()}.items()]
         there = shlex.join(["env", *words, *self.command, str(self.folder)])
         return ["ssh", "-o", "BatchMode=yes", self.host, f"cd {shlex.quote(os.getcwd())} && exec {there}"]

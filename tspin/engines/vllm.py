@@ -197,11 +197,12 @@ def _asking(served: Served, suite: Suite, seed: int) -> ServedLM:
 def _environment(number: int, gpus: int) -> dict[str, str]:
     """Of copy `number`: its GPUs, and ports of its own, where copies that start together would try the same ones.
 
-    VLLM_PORT, where it is set, is the first copy's.
+    VLLM_PORT, where it is a number, is the first copy's; Kubernetes sets an address of that name.
     """
     environment = gpu_environment(number, gpus)
     ranges = (LAST_PORT - FIRST_PORT) // PORTS
-    base = int(environment.get("VLLM_PORT") or FIRST_PORT + os.getpid() % ranges * PORTS)
+    given = environment.get("VLLM_PORT", "")
+    base = int(given) if given.isdecimal() else FIRST_PORT + os.getpid() % ranges * PORTS
     port = FIRST_PORT + (base - FIRST_PORT + number * PORTS) % (ranges * PORTS)
     ports = {"VLLM_PORT": str(port), "MASTER_PORT": str(port + PORTS - 1)}
     return {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", **environment, **ports}

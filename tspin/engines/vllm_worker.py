@@ -5,6 +5,7 @@ responses, of an evaluation; and responses to a folder of prompts, written besid
 """
 
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from tspin.engines.workers import read_job
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput
+    from vllm.logprobs import Logprob
 
 WINDOW = 50_000  # prompts that the engine holds at a time
 TOGETHER = 128  # tokens whose log-probabilities one request can name (vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS)
@@ -125,7 +127,7 @@ def _ends(llm: "LLM", rows: list[tuple[list[int], list[int]]]) -> tuple[list[Ans
     another continuation began alike: such ones are computed anew.
     """
     prompts = [context + tokens for context, tokens in rows]
-    settings = {"prompt_logprobs": 0, "flat_logprobs": True}
+    settings = {"prompt_logprobs": 1, "flat_logprobs": True}
     found = _generated(llm, prompts, [{**settings, "skip_reading_prefix_cache": False}] * len(rows))
     computed = _computed(found)
     again = [i for i, (context, _) in enumerate(rows) if (found[i].num_cached_tokens or 0) > len(context)]
@@ -135,9 +137,18 @@ def _ends(llm: "LLM", rows: list[tuple[list[int], list[int]]]) -> tuple[list[Ans
     answers = []
     for (_, tokens), request in zip(rows, found, strict=True):
         last = len(request.prompt_logprobs) - len(tokens) + 1
-        values = [request.prompt_logprobs[last + i][token] for i, token in enumerate(tokens[1:])]
-        answers.append((sum(value.logprob for value in values), all(value.rank == 1 for value in values)))
+        places = [(request.prompt_logprobs[last + i], token) for i, token in enumerate(tokens[1:])]
+        logp = sum(found[token].logprob for found, token in places)
+        answers.append((logp, all(_is_likeliest(found, token) for found, token in places)))
     return answers, computed + _computed(anew)
+
+
+def _is_likeliest(found: Mapping[int, "Logprob"], token: int) -> bool:
+    """Whether greedy decoding gives it. found: the token and the likeliest one; of like ones the first, as by argmax.
+
+    vLLM's ranks do not say: of two tokens that are as likely, which bfloat16 often makes them, both have rank 2.
+    """
+    return token == min(found, key=lambda each: (-found[each].logprob, each))
 
 
 def _generated(llm: "LLM", prompts: list[list[int]], settings: list[dict[str, Any]]) -> list["RequestOutput"]:
@@ -170,6 +181,11 @@ def _engine_arguments(job: dict[str, Any]) -> dict[str, Any]:
         "enforce_eager": engine["enforce_eager"],
         # Not the checkpoint's own sampling settings: responses are drawn from the policy.
         "generation_config": "vllm",
+        # The files that Transformers reads, where a folder has its maker's own format beside them (Mistral's).
+        "config_format": "hf",
+        "load_format": "hf",
+        "tokenizer_mode": "hf",
+        "language_model_only": True,  # a checkpoint of ours has no files of an image processor
         **evaluating,
     }
 

@@ -107,9 +107,11 @@ def _reason(folder: Path) -> str:
     if killed := re.search(r"exitcode\s*:\s*-(\d+)", text):  # as torchrun reports it
         name = signal.Signals(int(killed[1])).name
         return f"a process was ended by {name}; SIGKILL may mean that the host's memory ran out (log: {kept.name})"
-    lines = [line.strip() for line in text.splitlines() if re.search(r"Error\b.*:", line) and "Traceback" not in line]
+    said = re.compile(r"Error\b.*:|^\s*Value error, ")  # as Pydantic gives the cause, below the line with its own name
+    lines = [line.strip() for line in text.splitlines() if said.search(line) and "Traceback" not in line]
     # An engine's failure is reported once by itself, with the cause, and then by all that waited for it.
-    first = next((line for line in lines if "Engine core initialization failed" not in line), "it ended without a word")
+    waited = re.compile(r"Engine core initialization failed|validation errors? for ")
+    first = next((line for line in lines if not waited.search(line)), "it ended without a word")
     return f"{first[:300]} (log: {kept.name})"
 
 

@@ -32,6 +32,9 @@ PLAIN = Suite(columns=())
 ENGINES_OWN = 2  # positions of a model that an engine's prompts do not take
 # Of generation's settings: what engines are told in other words, or not at all.
 TRANSFORMERS_ALONE = {"attention_mask", "do_sample", "temperature", "eos_token_id", "pad_token_id", "use_cache"}
+# The checkpoint's own, which Transformers heeds where a task does not say; the others where responses are drawn alone.
+PENALTIES = {"repetition_penalty"}
+OWN = {*PENALTIES, "top_p", "top_k", "min_p"}
 
 
 class AsTrained(TemplateLM):
@@ -346,8 +349,12 @@ class ServedLM(SegmentedLM):
     def _decode(
         self, context: torch.Tensor, max_length: int, stop: list[str], generation_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        settings = {name: value for name, value in generation_kwargs.items() if name not in TRANSFORMERS_ALONE}
         drawn = generation_kwargs.get("do_sample")
+        own = {name: getattr(self._generation, name, None) for name in OWN if drawn or name in PENALTIES}
+        settings = {name: value for name, value in own.items() if value is not None}
+        settings |= {name: value for name, value in generation_kwargs.items() if name not in TRANSFORMERS_ALONE}
+        if settings.get("num_beams") == 1:  # one beam is none
+            del settings["num_beams"]
         settings["temperature"] = generation_kwargs.get("temperature") or (1.0 if drawn else 0.0)
         settings |= {"max_tokens": max_length - context.shape[1], "stop": self._texts(stop)}
         settings["stop_token_ids"] = generation_kwargs["eos_token_id"]

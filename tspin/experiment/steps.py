@@ -25,7 +25,7 @@ from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import check_chat_template, load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
-from tspin.fits import check_rows, check_tokens, check_training
+from tspin.fits import check_engine, check_rows, check_tokens, check_training
 from tspin.iteration import Iteration, Run
 from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
 from tspin.runs.dates import date_of_run
@@ -103,6 +103,7 @@ class Step:
 def sample_to_file(step: Step) -> dict[str, float]:
     """Sample one response per prompt into a Parquet file; returns response_statistics."""
     step.check_rows({}, new_tokens=step.run.args.max_new_tokens)
+    check_engine(step.policy.folder, step.run.engine.loading, step.run.args, step.run.examples)
     with _new_file(step.out) as target:
         return steps.sample(step.run, step.policy, step.run.examples, step.seed, target)
 
