@@ -121,6 +121,7 @@ def test_a_checkpoints_own_penalty_holds_there_too(tasks, vllm):
     vllm(model, tokenizer, suite_of(tasks, "counts", gen_kwargs={"do_sample": True, "temperature": 1, "num_beams": 1}))
     assert {(each["repetition_penalty"], each["top_p"]) for each in Engine.settings} == {(1.3, 0.9)}
     assert not any("num_beams" in each for each in Engine.settings)
+    assert len({each["seed"] for each in Engine.settings}) == len(Engine.settings) > 1
 
 
 def test_of_tokens_that_are_as_likely_the_first_is_what_greedy_decoding_gives():

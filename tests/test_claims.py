@@ -503,3 +503,30 @@ def test_the_papers_numbers_are_those_of_its_tables():
     assert printed["C5"] == signed(final - average["sft"][0])
     without = average["tspin_no_history"]
     assert printed["C6"] == f"{signed(average['tspin'][1] - without[1])}; {signed(final - without[-1])}"
+
+
+def test_an_iteration_costs_all_of_its_parts_and_iteration_0_is_none(results):
+    root = results()
+    path = root / "pocket" / "provenance.json"
+    runs = json.loads(path.read_text())["runs"]
+    for run in runs:
+        if run["method"] == "spin":
+            run["reference_seconds"] = 15.0
+        elif run["iteration"] == 0:
+            run["training_seconds"] *= 9
+    path.write_text(json.dumps({"runs": runs}))
+    assert "T-SPIN / SPIN: 0.50" in judged(root, "C9")["C9"]["ours"][0]
+
+
+def test_as_good_as_is_within_the_margin(results):
+    """SFT on all labels may be up to a point ahead: T-SPIN does as well."""
+    assert judged(results({**LEVELS, "sft": [65]}), "C5")["C5"]["verdict"] == REPLICATED
+
+
+def test_the_reference_is_judged_from_iteration_1_on(results):
+    row = judged(results({**LEVELS, "tspin_reference": [5, 45, 50, 55, 60]}), "C7")["C7"]
+    assert "mean of 1–4 +5" in row["ours"][0]
+
+
+def test_pairs_of_like_length_are_those_within_a_fifth(results):
+    assert any("0 pairs of like length" in text for text in judged(results(tokens=13), "C3")["C3"]["ours"])

@@ -86,6 +86,7 @@ def test_responses_survive_the_file(tmp_path):
 def test_subsets_are_nested(tmp_path):
     small, large = (nested_subset(50, n, seed=1) for n in (10, 30))
     assert len(small) == 10 and set(small) < set(large)
+    assert small != nested_subset(50, 10, seed=2)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": str(i), "completion": "x"}) + "\n" for i in range(50)))
     rows = load_rows(str(path), labels=10, seed=1).read()
@@ -150,3 +151,28 @@ def test_what_is_not_learned_whole_is_listed(tokenizer):
     rows = [{"prompt": "2 + 2 =", "completion": completion} for completion in (whole, long)]
     examples = encoded(rows, tokenizer, template="chat")
     assert examples.noted == {"cut": [1]} and "1 of 2 data rows cut to 16 tokens" in examples.remarks[1]
+
+
+def test_what_is_kept_of_a_large_file_is_of_its_subset(data_file, monkeypatch):
+    monkeypatch.setattr("tspin.data.sources.LARGE", 1)
+    keys = [load_rows(str(data_file), labels=4, seed=seed).key for seed in (0, 1, 0)]
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_prompts_are_told_apart_by_their_texts(tokenizer):
+    first, same, other = (
+        encoded([{"prompt": p, "completion": c}], tokenizer) for p, c in (("1", "2"), ("1", "3"), ("4", "2"))
+    )
+    assert first.prompts_fingerprint == same.prompts_fingerprint != other.prompts_fingerprint
+    assert first.fingerprint != same.fingerprint
+
+
+def test_what_is_exactly_as_long_as_it_may_be_is_whole(tokenizer):
+    rows = [{"prompt": "1 + 1 =", "completion": "2 and so on"}]
+    (free,) = encoded(rows, tokenizer)
+    sizes = {"max_prompt_length": len(free.prompt_ids), "max_completion_length": len(free.labelled.ids)}
+    assert list(encoded(rows, tokenizer, **sizes)) == [free] and free.labelled.finished
+    (cut,) = encoded(rows, tokenizer, **{**sizes, "max_completion_length": len(free.labelled.ids) - 1})
+    assert not cut.labelled.finished
+    with pytest.raises(UserError, match="max_prompt_length is"):
+        encoded(rows, tokenizer, max_prompt_length=len(free.prompt_ids) - 1)

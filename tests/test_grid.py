@@ -180,6 +180,9 @@ def test_a_grid_from_its_file_to_its_report(tmp_path, data_file, model_folder):
     other = load(tmp_path, **{**changes, "methods": ["sft"], "grids": {}, "choose": None, "overrides": TINY})
     assert gathering.gather(other, []) == "no cell has finished: there is nothing to gather"
     assert len(pd.read_csv(sweep.target.with_suffix(".csv"))) == 2  # and nothing is taken away
+    gathering.gather(load(tmp_path, **{**changes, "methods": ["base"], "grids": {}, "choose": None}), [])
+    kept = [pd.read_csv(sweep.target.with_name(f"tiny.old-{n}.csv"))[CELL].nunique() for n in (1, 2)]
+    assert kept == [5, 2]
 
 
 def forget(sweep, name: str) -> None:
@@ -510,3 +513,9 @@ def test_more_jobs_than_devices_share_them_and_it_is_said(kind, hip, variables, 
     assert "tspin: --jobs 2 on 1 of this machine's accelerators: jobs share them" in capsys.readouterr().err
     python = fleet._local(["6"])._executor.python
     assert shlex.split(python) == ["env", *(f"{name}=6" for name in variables), sys.executable]
+
+
+def test_a_cell_has_the_rows_of_its_own_seed(tmp_path):
+    cells = load(tmp_path, methods=["spin"], seeds=[0, 1]).cells
+    table = pd.DataFrame({"method": ["spin", "spin", "sft"], "seed": [0, 1, 1]})
+    assert [gathering._of_run(table, cell).index.tolist() for cell in cells] == [[0], [1]]

@@ -5,7 +5,7 @@ import torch
 
 from tspin.data.responses import Response
 from tspin.layouts import choose_layout
-from tspin.logprobs import flat_logps, flat_run, pad_rows, sequence_logps
+from tspin.logprobs import _token_logps, flat_logps, flat_run, pad_rows, sequence_logps
 from tspin.triplets import Triplet, TripletCollator, compute_logps, token_logps_of
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16], [17, 18]]
@@ -117,3 +117,12 @@ def test_token_by_token(tiny_model, layout):
         assert [sum(values) for values in tokens[role]] == pytest.approx(sums[role], abs=1e-5)
     first = torch.log_softmax(tiny_model(input_ids=torch.tensor([PROMPTS[3]])).logits[0, -1].float(), -1)
     assert tokens["synthetic"][3][0] == pytest.approx(first[other[3][0]].item(), abs=1e-5)
+
+
+def test_half_precision_logits_are_normalised_in_float32():
+    logits, target = (
+        (10 * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))).bfloat16(),
+        torch.arange(50),
+    )
+    wanted = logits.float().log_softmax(-1)[range(50), target]
+    torch.testing.assert_close(_token_logps(logits, target), wanted, atol=1e-5, rtol=0)

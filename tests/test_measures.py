@@ -72,6 +72,10 @@ def test_signal_of_gradients_against_its_definition():
     for gradient in steps:
         signal.add(with_gradients(gradient[:20], gradient[20:]))
     assert signal.ratio() == pytest.approx(0.3, rel=0.05)  # ‖E g‖² = 50 · 0.09 over E‖g − E g‖² = 50
+    two = GradientSignal()
+    for gradient in ((1.0, 0.0), (1.0, 1.0)):  # (5 − 3) / 2 = 1 of signal², 3 / 2 − 1 of noise²
+        two.add(with_gradients(torch.tensor(gradient)))
+    assert two.ratio() == pytest.approx(2**0.5)
     cancelling = GradientSignal()
     for sign in (1.0, -1.0):
         cancelling.add(with_gradients(sign * torch.ones(2)))

@@ -40,8 +40,15 @@ def test_a_suites_tasks_are_in_this_folder_or_in_the_package(tmp_path):
     suite = load_suite("pocket")
     assert suite.task_folder == PACKAGE / "pocket" / "lm_eval"
     assert "pocket_gcd" in task_manager_for(suite).all_tasks
+    known = suite.definition()
+    assert known.keys() == {"lm_eval", "reasoning_gym", "files"}
     (tmp_path / "pocket" / "lm_eval").mkdir(parents=True)
     assert suite.task_folder == Path("pocket/lm_eval")
+    seen = [known["files"]]
+    for text in ("task: a", "task: b"):  # scores of other files are other scores
+        (tmp_path / "pocket/lm_eval/task.yaml").write_text(text)
+        seen.append(suite.definition()["files"])
+    assert len(set(seen)) == 3
     with pytest.raises(UserError, match="include_path nowhere: no such folder"):
         suite.model_copy(update={"include_path": Path("nowhere")}).definition()
 

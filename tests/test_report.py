@@ -204,6 +204,7 @@ def test_cells_and_sentences() -> None:
     for absent in (
         lambda: cells.cell("t.csv", "avg", method="b", iteration=None),
         lambda: cells.cell("t.csv", "avg", method="c"),
+        lambda: cells.cell("t.csv", "method"),  # of two rows
         lambda: cells.cell("u.csv", "avg"),
         lambda: cells.value("j.json", "b"),
         lambda: cells.value("j.json", "a", 7),

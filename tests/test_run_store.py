@@ -17,7 +17,7 @@ import pytest
 from tspin.errors import UserError
 from tspin.runs import locks
 from tspin.runs.claims import claim_folder
-from tspin.runs.files import HOST, atomic_path, fingerprint, read_json
+from tspin.runs.files import HOST, atomic_path, fingerprint, folder_fingerprint, read_json
 from tspin.runs.locks import owned
 from tspin.runs.provenance import _of_checkout, provenance
 from tspin.runs.stages import DamagedStage, check_stage, run_stage, stage_record
@@ -377,3 +377,13 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
         pass
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "has no locks" in lines[0]
+
+
+def test_fingerprints_are_of_names_and_contents_in_any_order(tmp_path):
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 2, "b": 1})
+    seen = []
+    for name in ("first", "second"):
+        (tmp_path / name).write_text("the same")
+        seen.append(folder_fingerprint(tmp_path))
+        (tmp_path / name).unlink()
+    assert len(set(seen)) == 2

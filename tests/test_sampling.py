@@ -217,3 +217,10 @@ def test_choices_share_a_context_where_rows_can_leave(tokenizer, kept):
             logps = model(torch.tensor([[*context, *continuation]])).logits[0].log_softmax(dim=-1)
         wanted = sum(float(logps[len(context) - 1 + i, token]) for i, token in enumerate(continuation))
         assert logp == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_left_as_it_was(training, tiny_model, tokenizer):
+    own = tiny_model.generation_config
+    draw(tiny_model.train(training), tokenizer)
+    assert tiny_model.training is training and tiny_model.generation_config is own

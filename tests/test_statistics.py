@@ -231,3 +231,9 @@ def test_errors_without_outcomes_are_taken_to_be_shared():
     assert found.error == pytest.approx((8 / 2 + 0.25) ** 0.5)
     assert of_errors([15.0], [2.0]).half == pytest.approx(1.96 * 2, rel=1e-3)
     assert np.isnan(of_errors([15.0], [np.nan]).error)
+
+
+def test_other_numbers_of_seeds_have_other_degrees_of_freedom():
+    """In proportion to what was seen: 12 of 4 seeds are 24 of 7."""
+    seen = Estimate(1, 4, 2, 0.5, 100, 12)
+    assert seen.at(7).seed_df == 24 and seen.at(7).seed_variance == pytest.approx(8 / 7)
