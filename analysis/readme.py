@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .map import Place
-from .readme_labels import by_labels, own_labels, own_lead
+from .readme_labels import by_labels, own_average, own_labels, own_lead
 from .readme_map import NOT_RUN, contrast, differences, ends, entropy, leads
 from .readme_sweeps import tuned, tuned_base, tuned_gain, tuned_labels, tuned_lead, tuned_real, tuned_starts
 from .scores import Scores
@@ -191,6 +191,7 @@ PLACES: dict[str, Callable[[Path], str]] = {
     "by_labels": _of(POCKET, by_labels),
     "own_labels": _of(POCKET, own_labels),
     "own_lead": _of(POCKET, own_lead),
+    "own_sft": _of(POCKET, own_average, method="sft"),
     "tuned_labels": _of(POCKET, tuned_labels),
     "entropy_tspin": _of(POCKET, entropy, method="tspin", iteration=4, other=("tspin", 0)),
     "entropy_spin": _of(POCKET, entropy, method="spin", iteration=4, other=("spin", 0)),

@@ -45,6 +45,12 @@ def own_labels(folder: Path) -> str:
     return pipes(["method", "seeds", "Avg", "above the start", "above SFT"], rows)
 
 
+def own_average(folder: Path, method: str) -> str:
+    """A method's average at the end of the study `own-labels`, with its interval."""
+    study = Study(folder, "own-labels")
+    return _average(study, _last(study.table[study.table["method"] == method]))
+
+
 def own_lead(folder: Path) -> str:
     """T-SPIN − SPIN at the end of the study `own-labels`."""
     study = Study(folder, "own-labels")

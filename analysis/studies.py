@@ -27,7 +27,7 @@ from .grid import cells_of
 from .intervals import estimate
 from .reading import PAPER, labels_of, read_suite
 from .scores import outcomes
-from .style import in_order, look
+from .style import MISSING, in_order, look
 from .writing import markdown, seeds_in_words
 
 NO_SETTINGS = {*RUN, *STUDY_MEASURES, "cell"}  # every other column of a study is a setting
@@ -202,6 +202,9 @@ def study_text(name: str, folder: Path) -> str:
     if seeds[seeds.index.get_level_values("method") != BASE].nunique() > 1:  # then it is said of each
         wide = wide.merge(seeds.reset_index())
     wide["method"] = [look(str(method)).label for method in wide["method"]]
+    for name in settings:  # of some methods alone
+        wide[name] = [MISSING if pd.isna(value) else f"{value:g}" if isinstance(value, float) else value
+                      for value in wide[name].astype(object)]  # fmt: skip
     return f"Avg (%), {study.seeds()}, 95 % intervals, seeds and problems crossed.\n\n{markdown(wide.astype(str))}\n"
 
 

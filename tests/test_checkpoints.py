@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_selfplay import SETTINGS
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from tspin.cli import app
 from tspin.errors import UserError
 from tspin.runs import files, stages
 from tspin.runs.files import checksums, sha256
+from tspin.runs.seeds import stage_seed
 from tspin.runs.stages import check_stage, give_up, run_stage
 
 THREE = {"iterations": 3, "method": "spin"}
@@ -104,6 +106,32 @@ def test_the_best_stays_beside_the_last(tmp_path, model_folder, rows, monkeypatc
     trainer.train()
     assert models(tmp_path / "run") == [False, True, True]
     trainer.save_model(tmp_path / "copy", which="best")
+
+
+def test_held_out_rows_are_scored_anew_for_another_policy(tmp_path, model_folder, rows, monkeypatch):
+    """Here of other responses, as another machine may draw them: the run has the same settings."""
+    rule = {"iterations": 1, "best_iteration": "held_out_nll", "diagnostics": False}
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    build(run, model_folder, rows, **rule).train()
+    before = (run / "iteration-0" / "held_out.json").read_text()
+    monkeypatch.setattr("tspin.selfplay.stage_seed", lambda seed, *stage: stage_seed(seed + 1, *stage))
+    for folder in (run, fresh):
+        build(folder, model_folder, rows, **rule).train()
+    now, wanted = ((folder / "iteration-0" / "held_out.json").read_text() for folder in (run, fresh))
+    assert now == wanted != before
+
+
+def test_steps_and_epochs_are_those_of_the_whole_run(tmp_path, model_folder, rows):
+    """In the run's state, and in what trackers are told."""
+    settings = {"best_iteration": "held_out_nll", "num_train_epochs": 2, "diagnostics": False}
+    trainer = build(tmp_path / "run", model_folder, rows, **settings)
+    steps = [result.training["steps"] for result in trainer.train()]
+    ends, state = [sum(steps[: t + 1]) for t in range(3)], trainer.state
+    assert [entry["step"] for entry in state.log_history if "eval_nll" in entry] == ends
+    assert [entry["step"] for entry in state.log_history if "loss" in entry] == list(range(1, ends[-1] + 1))
+    assert (state.epoch, state.global_step, state.max_steps) == (6, ends[-1], ends[-1])
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in events] == list(range(1, ends[-1] + 1))
 
 
 class Crash(BaseException):

@@ -22,6 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tspin import SelfPlayConfig, SelfPlayTrainer
 from tspin.errors import UserError
 from tspin.runs.signals import Stopped
+from tspin.runs.stages import run_stage
+from tspin.runs.unfinished import State, Unfinished
 
 
 class StopAt(TrainerCallback):
@@ -138,6 +140,41 @@ def test_a_signal_in_training_keeps_its_steps(tmp_path, model_folder, rows, numb
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", iterations=1)
 
 
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return content
+
+
+def test_a_kept_state_that_is_damaged_is_not_gone_on_from(tmp_path, model_folder, rows):
+    settings = {"num_train_epochs": 3, "method": "spin", "iterations": 1}
+    play(tmp_path / "whole", model_folder, rows, **settings)
+    args = SelfPlayConfig(output_dir=str(tmp_path / "run"), **{**SETTINGS, **settings})
+    with pytest.raises(Stopped):
+        callbacks = [SignalAt(3, signal.SIGTERM)]
+        SelfPlayTrainer(model_folder, args=args, train_dataset=rows, callbacks=callbacks).train()
+    (weights,) = (tmp_path / "run" / "iteration-0" / "unfinished").glob("step-3/*/model.safetensors")
+    flip_a_byte(weights)
+    play(tmp_path / "run", model_folder, rows, **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "run", iterations=1)
+
+
+def test_of_two_kept_states_the_newest_whole_one_is_taken(tmp_path):
+    """Both are there where a process was killed before it removed the older one."""
+    kept = Unfinished(tmp_path, {"seed": 3})
+
+    def produce(target):
+        target.write_text("state")
+        return {"training_seconds": 1.0}
+
+    for step in (9, 10):
+        run_stage(tmp_path / f"step-{step}", kept.inputs, produce)
+    assert kept.steps() == [10, 9] and kept.newest().step == 10
+    flip_a_byte(tmp_path / "step-10")
+    assert kept.newest().step == 9 and Unfinished(tmp_path, {"seed": 4}).newest() == State()
+
+
 def test_how_often_states_are_kept_is_no_part_of_a_run(tmp_path, model_folder, rows):
     play(tmp_path / "run", model_folder, rows, iterations=1)
     play(tmp_path / "run", model_folder, rows, iterations=1, checkpoint_steps=1)
@@ -149,9 +186,7 @@ def test_a_damaged_checkpoint_is_made_again(tmp_path, model_folder, rows, capsys
     play(tmp_path / "whole", model_folder, rows)
     play(tmp_path / "run", model_folder, rows, iterations=1)
     weights = tmp_path / "run" / "iteration-0" / "model" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    content = flip_a_byte(weights)
     play(tmp_path / "run", model_folder, rows)
     assert capsys.readouterr().err.count("is damaged") == 1
     assert (tmp_path / "run" / "iteration-0" / "model.damaged" / "model.safetensors").read_bytes() == content
@@ -180,3 +215,12 @@ def test_a_loaded_model_does_not_replace_another_ones_files(tmp_path, rows, tiny
     with pytest.raises(UserError, match="holds a run of another config"):
         play(tmp_path / "run", tiny_model, rows, tokenizer=tokenizer, iterations=1)
     assert (tmp_path / "run" / "initial" / "model.safetensors").read_bytes() == before
+
+
+def test_a_damaged_copy_of_a_loaded_model_is_written_anew(tmp_path, rows, tiny_model, tokenizer):
+    play(tmp_path / "run", tiny_model, rows, tokenizer=tokenizer, iterations=1)
+    copy = tmp_path / "run" / "initial" / "model.safetensors"
+    before = copy.read_bytes()
+    assert flip_a_byte(copy) != before
+    play(tmp_path / "run", tiny_model, rows, tokenizer=tokenizer, iterations=1)
+    assert copy.read_bytes() == before

@@ -13,6 +13,7 @@ from tspin.data.mapped import spread
 from tspin.data.responses import read_responses
 from tspin.engines.engine import WATCHED, Engine
 from tspin.logprobs import pad_rows, sequence_logps
+from tspin.models import Policy
 from tspin.runs.files import read_json
 from tspin.runs.stages import remove_stage
 from tspin.sampling import sample
@@ -98,6 +99,23 @@ def test_the_numbers_are_those_that_were_computed(tmp_path, model_folder, rows, 
         logps = [response.logp for response in drawn.of(range(COUNT))]
         before = of_role(table(run, t), "synthetic", "before")
         np.testing.assert_array_equal(before, np.float32(logps))
+
+
+def test_the_reference_of_earlier_responses_is_that_of_each(tmp_path, model_folder, rows, monkeypatch):
+    """Iteration 2 trains on the y′ of all three, and iteration 1 knew the reference of two."""
+    trained, plain = [], Engine.train
+
+    def noted(self, policy, training, *rest):
+        trained.append(training.triplets)
+        return plain(self, policy, training, *rest)
+
+    monkeypatch.setattr(Engine, "train", noted)
+    settings = {**TIMES, "method": "dpo", "history": 2, "diagnostics": False}
+    trainer, _ = play(tmp_path / "run", model_folder, rows, **settings)
+    assert [len(triplets) for triplets in trained] == [COUNT, 2 * COUNT, 3 * COUNT]
+    for triplets in trained:
+        wanted = trainer.run.engine.score(Policy(str(model_folder), ""), triplets.of(["synthetic"]), "each")
+        np.testing.assert_allclose(triplets.dataset["synthetic/reference"], wanted["synthetic"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["tspin", "spin", "dpo"])

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from transformers import (
 from tspin import SelfPlayConfig, SelfPlayTrainer, triplets
 from tspin import trainer as trainer_module
 from tspin.data.responses import read_responses
+from tspin.data.sources import source_of
 from tspin.devices import give_back
 from tspin.errors import UserError
 from tspin.models import load_model
@@ -204,6 +206,29 @@ def test_proto_responses_are_sampled_once_and_shared(tmp_path, model_folder, row
     assert proto.keys() == synthetic.keys() and proto != synthetic
 
 
+def test_responses_of_another_seed_or_policy_are_not_shared(tmp_path, model_folder, tiny_model, rows, tokenizer):
+    with torch.no_grad():
+        tiny_model.lm_head.weight.mul_(-1)
+    settings = {"shared_dir": str(tmp_path / "shared"), "iterations": 1, "diagnostics": False}
+    drawn = {"proto": [], "iteration-0-synthetic": []}
+    for number, (model, seed) in enumerate(((model_folder, 3), (model_folder, 4), (tiny_model, 4))):
+        play(tmp_path / f"{number}", model, rows, tokenizer, seed=seed, **settings)
+        for name, found in drawn.items():
+            responses = read_responses(tmp_path / "shared" / f"{name}.parquet").values()
+            found.append([response.ids for response in responses])
+    for first, other_seed, other_policy in drawn.values():
+        assert first != other_seed != other_policy
+
+
+def test_responses_of_other_data_are_not_shared(tmp_path, model_folder, rows):
+    settings = {"shared_dir": str(tmp_path / "shared"), "iterations": 1, "method": "spin", "diagnostics": False}
+    for words in ("I say", "You say"):
+        brought = [{**row, "generated": f"{words} {n}."} for n, row in enumerate(rows)]
+        trainer, _ = play(tmp_path / words, model_folder, source_of(brought, generated=True), **settings)
+        drawn = read_responses(trainer.response_path("synthetic"))
+        assert [response.text for response in drawn.values()] == [row["generated"] for row in brought]
+
+
 def test_same_seed_same_run_other_seed_other_run(tmp_path, model_folder, rows, tiny_model, tokenizer):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         play(tmp_path / name, model_folder, rows, seed=seed)
@@ -317,6 +342,24 @@ def test_less_memory_gives_the_same_run_up_to_rounding(tmp_path, model_folder, r
     monkeypatch.setattr(trainer_module, "logps_of", lambda *arguments: limited_always(error))
     with pytest.raises(UserError, match=r"out of memory with a single prompt.*\(prompts "):
         play(tmp_path / "none", model_folder, rows, method="tspin", iterations=1)
+
+
+def test_a_step_that_runs_out_of_memory_half_way_starts_anew(tmp_path, model_folder, rows, monkeypatch, capsys):
+    """What its first micro-batch left, gradients and logged sums, is gone by then."""
+    settings = {"method": "spin", "iterations": 1, "batch_size": 4, "micro_batch_tokens": 100, "diagnostics": False}
+    play(tmp_path / "whole", model_folder, rows, **settings)
+    original, calls = trainer_module.logps_of, itertools.count(1)
+
+    def second_fails(*arguments):
+        return limited_always(torch.OutOfMemoryError()) if next(calls) == 2 else original(*arguments)
+
+    monkeypatch.setattr(trainer_module, "logps_of", second_fails)
+    play(tmp_path / "short", model_folder, rows, **settings)
+    runs = (tmp_path / "whole", tmp_path / "short")
+    assert "step 1: out of memory" in capsys.readouterr().err
+    pd.testing.assert_frame_equal(*(steps_of(run, 0) for run in runs), rtol=1e-3, atol=1e-3)
+    left, right = (load_file(run / "iteration-0" / "model" / "model.safetensors") for run in runs)
+    assert all(np.abs(left[name] - right[name]).max() < 1e-4 for name in left)
 
 
 def limited_always(error):

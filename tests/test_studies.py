@@ -34,6 +34,8 @@ def table(name: str) -> pd.DataFrame:
             avg = 30 + 3 * position + 2 * seed + (iteration or 0)
             cell = f"{method} seed {seed} {value}"
             row = {"cell": cell, "method": method, "seed": seed, "iteration": iteration, "avg": avg, "avg_se": 1.0}
+            if name == "own-labels":
+                row["learning_rate"] = 1e-5 if method == "sft" else None
             row |= {"mean_tokens": 7.5 + seed, "end_token_share": 0.9}  # of no setting
             rows.append({column: value, **row} if column else row)
     return pd.DataFrame(rows)
@@ -172,3 +174,6 @@ def test_what_is_said_of_self_play_and_sft_on_the_same_labels(tmp_path):
     assert [row[0] for row in rows] == ["| SFT", "| SPIN", "| T-SPIN"] and rows[0][-1] == "– |"
     assert rows[2][1] == "2" and rows[2][3].startswith("+3.0 [") and rows[2][4] == "+2.0 [+2.0, +2.0] |"
     assert own_lead(folder) == "+0.0 [+0.0, +0.0]"
+    settings = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in
+                studies.study_text("own-labels", folder).splitlines()[4:]}  # fmt: skip
+    assert settings["SFT"] == "1e-05" and settings["SPIN"] == "–"
