@@ -1,5 +1,6 @@
 """Loading, templating and encoding prompt–completion data."""
 
+import copy
 import json
 
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tspin import SelfPlayConfig
-from tspin.data.encoding import encode_examples
+from tspin.data.encoding import encode_dataset, encode_examples
 from tspin.data.responses import Response, read_responses, write_responses
 from tspin.data.sources import Source, load_rows, nested_subset, source_of
 from tspin.errors import UserError
@@ -176,3 +177,13 @@ def test_what_is_exactly_as_long_as_it_may_be_is_whole(tokenizer):
     assert not cut.labelled.finished
     with pytest.raises(UserError, match="max_prompt_length is"):
         encoded(rows, tokenizer, max_prompt_length=len(free.prompt_ids) - 1)
+
+
+def test_what_is_kept_of_examples_is_of_their_settings_and_their_tokenizer(tmp_path, data_file, tokenizer, monkeypatch):
+    monkeypatch.setattr("tspin.data.sources.LARGE", 1)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<more>"])
+    for made_by, settings in [(tokenizer, {}), (tokenizer, {"long_prompts": "drop"}), (other, {}), (tokenizer, {})]:
+        args = SelfPlayConfig(**{**LIMITS, "output_dir": str(tmp_path / "run"), **settings})
+        encode_dataset(load_rows(str(data_file)), made_by, args)
+    assert len(list((tmp_path / "run").glob("examples-*[0-9a-f]"))) == 3

@@ -515,6 +515,14 @@ def test_more_jobs_than_devices_share_them_and_it_is_said(kind, hip, variables, 
     assert shlex.split(python) == ["env", *(f"{name}=6" for name in variables), sys.executable]
 
 
+def test_nothing_is_chosen_while_cells_are_missing(tmp_path):
+    study = load(tmp_path, methods=["spin"], choose={}, rule="The best.").study
+    path = tmp_path / "swept.csv"
+    swept().query("method == 'spin'").to_csv(path, index=False)
+    assert "| **" in gathering.report(study, path, complete=True)
+    assert "**" not in gathering.report(study, path, complete=False)
+
+
 def test_a_cell_has_the_rows_of_its_own_seed(tmp_path):
     cells = load(tmp_path, methods=["spin"], seeds=[0, 1]).cells
     table = pd.DataFrame({"method": ["spin", "spin", "sft"], "seed": [0, 1, 1]})

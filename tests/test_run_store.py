@@ -280,6 +280,15 @@ def test_a_job_that_slurm_starts_again_takes_its_own_folder_over(tmp_path, elsew
         assert "which Slurm has started again: this is it" in capsys.readouterr().err
 
 
+def test_a_job_that_slurm_did_not_start_again_takes_nothing_over(tmp_path, elsewhere, monkeypatch):
+    """The same start, or another job: two processes of one start are told apart by nothing else."""
+    for job, count in (("4711", "1"), ("4712", "2")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        with pytest.raises(UserError, match="in use by .* on node7"), owned(tmp_path):
+            pass
+
+
 def test_an_owner_that_lost_its_folder_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(locks, "LEASE_SECONDS", 0.4)
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.1)
