@@ -42,7 +42,8 @@ def _end(known: Map, arm: Arm, place: Place) -> str:
     if end.empty:
         return MISSING
     avg, entropy = number(end["avg"].mean(), ".1f"), end["nats"].mean()
-    return avg if pd.isna(entropy) else f"{avg}; {entropy:.1f}"
+    few = f" (n={len(end)})" if arm != START and len(end) < ENOUGH else ""  # the start is asked once
+    return (avg if pd.isna(entropy) else f"{avg}; {entropy:.1f}") + few
 
 
 def differences(folder: Path) -> str:
