@@ -336,8 +336,8 @@ def test_the_map_in_a_readme(folder):
     header, _, *rows = (line.split(" | ") for line in ends(folder).splitlines())
     assert header[1:3] == ["fine-tuned, temperature 1", "fine-tuned, greedy"]
     cells = {row[0].removeprefix("| "): row[1:3] for row in rows}
-    assert cells["start"] == ["50.0", "50.0"] and cells["SFT"] == ["53.0", "53.0"]
-    assert cells["T-SPIN α 1"] == ["55.5; 3.0", "55.5; 3.0"] and "DPO λ 0.1" not in cells
+    assert cells["start"] == ["50.0", "50.0"] and cells["SFT"] == ["53.0 (n=2)", "53.0 (n=2)"]
+    assert cells["T-SPIN α 1"] == ["55.5; 3.0 (n=2)"] * 2 and "DPO λ 0.1" not in cells
     by_iteration = leads(folder).splitlines()[2]
     assert by_iteration.startswith("| fine-tuned, temperature 1, n=2 | +0.00 [") and "| +3.50 [" in by_iteration
     assert contrast(folder, CONTRASTS[0].words, SAMPLED) == "2 seeds yet"
