@@ -20,7 +20,7 @@ def by_labels(folder: Path) -> str:
     95 % intervals; T-SPIN − SFT below, of the seeds that have both.
     """
     study = Study(folder, "data")
-    last = _last(study.table)
+    last = study.last
     numbers = sorted(int(number) for number in last["labels"].unique())
     cells = {key: rows.set_index("seed") for key, rows in last.groupby(["method", "labels"])}
     rows = [
@@ -34,7 +34,7 @@ def by_labels(folder: Path) -> str:
 def own_labels(folder: Path) -> str:
     """The study `own-labels`: Avg at the end, what was gained, and self-play − SFT, a row per method."""
     study = Study(folder, "own-labels")
-    cells = {str(method): rows.set_index("seed") for method, rows in _last(study.table).groupby("method")}
+    cells = {str(method): rows.set_index("seed") for method, rows in study.last.groupby("method")}
     start = study.values(cells[BASE].iloc[:1])
     rows = []
     for method in METHODS:
@@ -48,19 +48,14 @@ def own_labels(folder: Path) -> str:
 def own_average(folder: Path, method: str) -> str:
     """A method's average at the end of the study `own-labels`, with its interval."""
     study = Study(folder, "own-labels")
-    return _average(study, _last(study.table[study.table["method"] == method]))
+    return _average(study, study.last[study.last["method"] == method])
 
 
 def own_lead(folder: Path) -> str:
     """T-SPIN − SPIN at the end of the study `own-labels`."""
     study = Study(folder, "own-labels")
-    cells = {method: rows.set_index("seed") for method, rows in _last(study.table).groupby("method")}
+    cells = {method: rows.set_index("seed") for method, rows in study.last.groupby("method")}
     return _difference(study, cells.get("tspin"), cells.get("spin"))
-
-
-def _last(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of methods without iterations, and of the last iteration of the others."""
-    return table[table["iteration"].isna() | (table["iteration"] == table["iteration"].max())]
 
 
 def _average(study: Study, cells: pd.DataFrame | None) -> str:

@@ -47,7 +47,7 @@ def tuned_base(folder: Path, sweep: str) -> str:
 def tuned_gain(folder: Path, sweep: str, method: str) -> str:
     """The best of a method's settings − the start on a sweep's problems, in points; of one seed the problems' noise."""
     study = Study(folder, sweep)
-    table = study.table[study.table["iteration"].isna() | (study.table["iteration"] == study.table["iteration"].max())]
+    table = study.last
     settings = dict(list(table[table["method"] == method].groupby(study.settings, dropna=False)))
     best = max(settings.values(), key=lambda rows: float(rows["avg"].mean()))
     start = study.values(table[table["method"] == BASE])

@@ -73,6 +73,12 @@ class Study:
         return pd.DataFrame(averages)
 
     @property
+    def last(self) -> pd.DataFrame:
+        """The rows of methods without iterations, and of the last iteration of the others."""
+        numbers = self.table["iteration"]
+        return self.table[numbers.isna() | (numbers == numbers.max())]
+
+    @property
     def settings(self) -> list[str]:
         """The columns that the study sets."""
         return [str(column) for column in self.table if column not in NO_SETTINGS]
@@ -114,10 +120,10 @@ def figure4a(folder: Path) -> Figure:
     All labels are those of the preset's SFT, where it says how many. Raises UserError where no T-SPIN has finished.
     """
     study = Study(folder, "data")
-    table, last = study.table, study.table["iteration"].max()
+    last = study.table["iteration"].max()
     if pd.isna(last):
         raise UserError(f"{study.path}: no cell of T-SPIN has finished yet; {study.again}")
-    means = study.averaged(["method", "labels"], table[table["iteration"].isna() | (table["iteration"] == last)])
+    means = study.averaged(["method", "labels"], study.last)
     printed = pd.read_csv(PAPER / "figure4a_data_efficiency.csv")
     everything = [labels_of(folder, "sft") or int(means["labels"].max()), int(printed["labels"].max())]
     with new_figure(1, 3.8) as figure:
