@@ -6,7 +6,8 @@ import pandas as pd
 
 from tspin.schema import BASE
 
-from .intervals import Estimate, estimate
+from .intervals import estimate
+from .map import points
 from .studies import Study
 from .style import MISSING, look
 from .writing import pipes
@@ -40,7 +41,7 @@ def own_labels(folder: Path) -> str:
     for method in METHODS:
         if (of := cells.get(method)) is not None:
             over = MISSING if method == "sft" else _difference(study, of, cells.get("sft"))
-            gain = _signed(estimate(study.values(of) - start))
+            gain = points(estimate(study.values(of) - start))
             rows.append([look(method).label, str(len(of)), _average(study, of), gain, over])
     return pipes(["method", "seeds", "Avg", "above the start", "above SFT"], rows)
 
@@ -51,11 +52,15 @@ def own_average(folder: Path, method: str) -> str:
     return _average(study, study.last[study.last["method"] == method])
 
 
-def own_lead(folder: Path) -> str:
-    """T-SPIN − SPIN at the end of the study `own-labels`."""
+def own_lead(folder: Path, method: str, other: str, iteration: int | None = None) -> str:
+    """method − other in the study `own-labels`, after an iteration or at the end; SFT, which has none, at its end."""
     study = Study(folder, "own-labels")
-    cells = {method: rows.set_index("seed") for method, rows in study.last.groupby("method")}
-    return _difference(study, cells.get("tspin"), cells.get("spin"))
+    table = study.last if iteration is None else study.table
+    first, second = (
+        rows[rows["iteration"].isna() | (iteration is None) | (rows["iteration"] == iteration)].set_index("seed")
+        for rows in (table[table["method"] == name] for name in (method, other))
+    )
+    return _difference(study, first, second)
 
 
 def _average(study: Study, cells: pd.DataFrame | None) -> str:
@@ -69,8 +74,4 @@ def _difference(study: Study, first: pd.DataFrame | None, second: pd.DataFrame |
     """first − second of the seeds that both have; cells by seed."""
     if first is None or second is None or not len(seeds := first.index.intersection(second.index)):
         return MISSING
-    return _signed(estimate(study.values(first.loc[seeds]) - study.values(second.loc[seeds])))
-
-
-def _signed(found: Estimate) -> str:
-    return f"{found:+.1f}".replace("-", "−")
+    return points(estimate(study.values(first.loc[seeds]) - study.values(second.loc[seeds])))

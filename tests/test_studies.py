@@ -168,12 +168,13 @@ def test_what_is_said_of_self_play_and_sft_on_the_same_labels(tmp_path):
     head, _, sft, tspin, difference = by_labels(folder.parent).splitlines()
     assert head == "| labels | 250 | 1,000 | 4,000 |" and sft.startswith("| SFT | 31.0 [") and "| 37.0 [" in sft
     assert tspin.startswith("| T-SPIN | 33.0 [") and tspin.endswith(" | – |")
-    assert difference == "| T-SPIN − SFT | +2.0 [+2.0, +2.0] | +2.0 [+2.0, +2.0] | – |"
+    assert difference == "| T-SPIN − SFT | +2.0 | +2.0 | – |"  # two seeds decide nothing
     folder = write(tmp_path / "own", "own-labels").parent
     rows = [row.split(" | ") for row in own_labels(folder).splitlines()[2:]]
     assert [row[0] for row in rows] == ["| SFT", "| SPIN", "| T-SPIN"] and rows[0][-1] == "– |"
-    assert rows[2][1] == "2" and rows[2][3].startswith("+3.0 [") and rows[2][4] == "+2.0 [+2.0, +2.0] |"
-    assert own_lead(folder) == "+0.0 [+0.0, +0.0]"
+    assert rows[2][1] == "2" and rows[2][3:] == ["+3.0", "+2.0 |"]
+    assert own_lead(folder, "tspin", "spin") == "+0.0"
+    assert [own_lead(folder, "tspin", "sft", iteration) for iteration in (0, 1, None)] == ["+0.0", "+1.0", "+2.0"]
     settings = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in
                 studies.study_text("own-labels", folder).splitlines()[4:]}  # fmt: skip
     assert settings["SFT"] == "1e-05" and settings["SPIN"] == "–"

@@ -21,6 +21,7 @@ from tspin.engines.workers import OWNER, Worker, owner
 from tspin.errors import UserError
 from tspin.runs.redaction import NAMES as SECRETS
 
+NO_SECRET = "TOKENIZERS_PARALLELISM"  # which is named like one
 # What a process on another machine needs of this one's environment, besides what ssh's own shell gives it.
 CARRIED = (
     "HF_",
@@ -30,12 +31,11 @@ CARRIED = (
     "OMP_",
     "MKL_",
     "TSPIN_",
-    "TOKENIZERS_PARALLELISM",
+    NO_SECRET,
     "PYTHON",
     "LD_LIBRARY_PATH",
     "UCX_",
 )
-NO_SECRET = "TOKENIZERS_PARALLELISM"  # which is named like one
 SLURM_NODES = ("SLURM_JOB_NUM_NODES", "SLURM_NNODES")
 
 
