@@ -27,7 +27,7 @@ from test_turns import DATED, GEMMA, IM, QWEN_2_5, QWEN_3, byte_level
 
 from tspin.config import load_config
 from tspin.errors import UserError
-from tspin.evaluation.backend import SegmentedLM
+from tspin.evaluation.backend import ENGINES_OWN, SegmentedLM, ServedLM
 from tspin.evaluation.harness import evaluate
 from tspin.evaluation.suites import Suite, load_suite
 from tspin.experiment.preset import Evaluator
@@ -69,6 +69,7 @@ def test_what_is_wrong_in_a_suite_is_one_line(tmp_path, keys, told):
         {"apply_chat_template": True, "gen_kwargs": {"until": [" "], "max_gen_toks": 5}},
         {"apply_chat_template": True, "gen_kwargs": {"do_sample": True, "temperature": 0.7, "top_p": 0.9}},
         {"apply_chat_template": True, "enable_thinking": False, "chat_template_args": {"other": 1}},
+        {"max_length": 24, "gen_kwargs": {"max_gen_toks": 5}},
     ],
     ids=str,
 )
@@ -83,7 +84,8 @@ def test_the_same_keys_ask_what_lm_eval_asks(tasks, keys):
     suite = suite_of(tasks, "counts", "told", **given)
     columns = [column.model_copy(update={"num_fewshot": shots}) for column in suite.columns]
     found = evaluate(model, tokenizer, suite.model_copy(update={"columns": tuple(columns)}), batch_size=4)
-    of_model = {name: given.pop(name) for name in ("enable_thinking", "chat_template_args") if name in given}
+    models = ("enable_thinking", "chat_template_args", "max_length")
+    of_model = {name: given.pop(name) for name in models if name in given}
     given.setdefault("fewshot_as_multiturn", bool(given.get("apply_chat_template")))
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     loaded = manager.load(["told", "counts"])["tasks"]
@@ -96,6 +98,23 @@ def test_the_same_keys_ask_what_lm_eval_asks(tasks, keys):
         ours = found.samples[found.samples.task == name]
         assert list(ours.response) == [sample["resps"][0][0] for sample in theirs] and len(ours) == len(ROWS)
         assert list(ours.value) == [100 * sample["exact_match"] for sample in theirs]
+
+
+def test_a_suite_may_give_a_model_less_context_than_it_has(tasks, capsys):
+    tokenizer = byte_level(IM, "<|im_end|>", pad="<|endoftext|>", template=QWEN_3)
+    model, suite = tiny(tokenizer), suite_of(tasks, "counts", gen_kwargs={"max_gen_toks": 5})
+    own = SegmentedLM(model, suite, tokenizer=tokenizer).max_length
+    for asked, given in ((None, own), (24, 24), (own + 1, own)):
+        less = suite.model_copy(update={"max_length": asked})
+        assert SegmentedLM(model, less, tokenizer=tokenizer).max_length == given
+        assert ServedLM(model, less, 0, tokenizer=tokenizer).max_length + ENGINES_OWN == given
+    prompts, rows = asked_of(model, tokenizer, suite.model_copy(update={"max_length": 9}))
+    assert max(map(len, rows)) == 4 and "a context of 9 tokens has no room" in capsys.readouterr().err
+
+
+def test_a_key_that_came_later_renames_no_cell_of_a_suite_without_it():
+    assert "max_length" not in load_suite("pocket").model_dump(mode="json")
+    assert Suite(columns=(), max_length=9).model_dump(mode="json")["max_length"] == 9
 
 
 def test_generation_settings_are_not_kept_for_the_next_evaluation(tasks):

@@ -143,9 +143,16 @@ class SegmentedLM(AsTrained, HFLM):
 
     def __init__(self, pretrained: PreTrainedModel, suite: Suite = PLAIN, **kwargs: Any):
         super().__init__(pretrained=pretrained, suite=suite, generation=pretrained.generation_config, **kwargs)
+        self._at_most = suite.max_length
         self._shortened = 0
         if self.think_end_token in special_tokens(self.tokenizer):  # which texts of responses do not show
             self.think_end_token = self.tokenizer.convert_tokens_to_ids(self.think_end_token)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a prompt and its response: the model's context, or fewer where the suite says so."""
+        own = int(super().max_length)
+        return own if self._at_most is None else min(own, self._at_most)
 
     def tok_batch_encode(
         self,
@@ -166,8 +173,8 @@ class SegmentedLM(AsTrained, HFLM):
         responses = super().generate_until(requests, disable_tqdm)
         if self._shortened:
             tell(
-                f"{self._shortened} of {len(requests)} prompts were asked without their beginnings: the model's "
-                f"context of {self.max_length} tokens has no room for them and their answers"
+                f"{self._shortened} of {len(requests)} prompts were asked without their beginnings: a context of "
+                f"{self.max_length} tokens has no room for them and their answers"
             )
         return responses
 
@@ -312,7 +319,7 @@ class ServedLM(SegmentedLM):
     @property
     def max_length(self) -> int:
         """Tokens of a context: an engine's prompt leaves a position to a token that it draws."""
-        return int(super().max_length) - ENGINES_OWN
+        return super().max_length - ENGINES_OWN
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -322,12 +329,12 @@ class ServedLM(SegmentedLM):
         for number, (_, context, continuation) in enumerate(requests):
             room = self.max_length + 1 - len(continuation)  # as lm-eval has it: nothing is asked after the last token
             if room < 1:
-                raise UserError(f"an answer has {len(continuation)} tokens, and the model's context {self.max_length}")
+                raise UserError(f"an answer has {len(continuation)} tokens, and the context {self.max_length}")
             cut += len(context) > room
             by_context[tuple(context[-room:])].append(number)
         if cut:
             tell(
-                f"{cut} of {len(requests)} contexts were scored without their beginnings: the model's context of "
+                f"{cut} of {len(requests)} contexts were scored without their beginnings: a context of "
                 f"{self.max_length} tokens has no room for them"
             )
         lengths = [len(continuation) for _, _, continuation in requests]

@@ -50,6 +50,9 @@ class Suite(Section):
     chat_template_args: dict[str, Any] = {}
     enable_thinking: bool | None = None  # told to the chat template; None: nothing is
     think_end_token: str | int | None = None  # what is before it is no part of the response: its text, or its number
+    # Tokens of a prompt and its response at most; None, or more than the model's context: that. Where it is None no
+    # record has it: it came after results whose cells are known by their suite's keys.
+    max_length: int | None = Field(default=None, ge=1, exclude_if=lambda value: value is None)
     # Ours, as training has them (tspin.config.SelfPlayConfig).
     turn_end: NonEmpty | None = None
     date: IsoDate | None = None
