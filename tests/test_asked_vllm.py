@@ -12,7 +12,10 @@ from test_turns import IM, QWEN_2_5, byte_level
 from tspin.config import EngineSettings
 from tspin.engines import vllm_worker
 from tspin.engines.vllm import Served, evaluate_folder
+from tspin.errors import UserError
+from tspin.evaluation.backend import ENGINES_OWN, ServedLM
 from tspin.evaluation.harness import evaluate
+from tspin.evaluation.suites import Suite
 
 
 class Engine:
@@ -129,6 +132,28 @@ def test_of_tokens_that_are_as_likely_the_first_is_what_greedy_decoding_gives():
     assert vllm_worker._is_likeliest(found, 3) and not vllm_worker._is_likeliest(found, 7)
     found[9] = types.SimpleNamespace(logprob=-1.0)
     assert vllm_worker._is_likeliest(found, 9) and not vllm_worker._is_likeliest(found, 3)
+
+
+def test_choices_are_asked_with_as_much_context_as_there_is_room_for(capsys):
+    model, tokenizer, _ = ending(next(iter(ENDS)))
+    lm = ServedLM(model, Suite(columns=(), max_length=10 + ENGINES_OWN), 0, tokenizer=tokenizer)
+    pieces = []
+
+    def ask(task, asked, sizes):
+        pieces.extend(asked)
+        return [[(0.0, True)] * len(piece["continuations"]) for piece in asked]
+
+    lm.ask = ask
+    context = list(range(3, 23))
+    lm._loglikelihood_tokens([(("", ""), context[:8], [1, 2, 3]), (("", ""), context, [4] * 10)])
+    # As by lm-eval's own class: of both, the last eleven tokens, as nothing is asked after the last one.
+    assert [(piece["context"], len(piece["continuations"][0])) for piece in pieces] == [
+        (context[:8], 3),
+        (context[-1:], 10),
+    ]
+    assert "1 of 2 contexts were scored without their beginnings: a context of 10 tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="an answer has 11 tokens, and the context 10"):
+        lm._loglikelihood_tokens([(("", ""), context, [4] * 11)])
 
 
 def test_vllm_has_a_suites_other_keys(tasks, vllm):

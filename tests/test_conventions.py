@@ -23,6 +23,7 @@ from tspin.engines.trackers import check_trackers
 from tspin.errors import UserError
 from tspin.models import policy_fingerprint
 from tspin.objectives import METHODS
+from tspin.runs.stages import run_stage
 from tspin.states import IterationResult, advance
 
 SETTINGS = {
@@ -268,6 +269,21 @@ def test_an_upload(trained, monkeypatch):
     scores.write_text('benchmark,metric,value,stderr,n\nwikitext,"word_perplexity,none",31.5,,62\n')
     with pytest.raises(UserError, match="wikitext: word_perplexity,none is no share"):
         trained.push_to_hub("me/policy", benchmarks={"wikitext": ("a/b", "c")})
+
+
+def test_what_is_damaged_is_not_uploaded(trained, monkeypatch):
+    monkeypatch.setattr("tspin.cards.HfApi", None)
+    model = trained.results[0].model_path
+
+    def make(folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    run_stage(model, "its inputs", make)
+    (model / "config.json").write_text('{"changed": "afterwards"}')
+    with pytest.raises(UserError, match=r"^\S+model was damaged, and is set aside: train\(\) makes it again"):
+        trained.push_to_hub("me/policy")
+    assert not model.exists()
 
 
 def test_an_upload_without_a_network_is_one_line(trained):

@@ -280,10 +280,14 @@ class SelfPlayTrainer:
         """Upload an iteration's policy with its card; returns the repository's address.
 
         token: without, args.hub_token or the one that is logged in. benchmarks: evaluated benchmarks that the hub has
-        leaderboards of, see tspin.cards.write_eval_results. Raises UserError.
+        leaderboards of, see tspin.cards.write_eval_results. Raises UserError, for a checkpoint that is no longer what
+        was written too: it is set aside, and nothing uploaded.
         """
         result = self.result_of(which)
-        check_stage(result.model_path)
+        try:
+            check_stage(result.model_path)
+        except DamagedStage as error:
+            raise UserError(f"{error}, and is set aside: train() makes it again, upload it then") from error
         self.write_card(result)
         write_eval_results(result, benchmarks or {})
         message = commit_message or f"{self.args.method}, iteration {result.iteration}"
