@@ -2,7 +2,8 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,14 @@ def tasks(tmp_path) -> Path:
     from asking import make_tasks
 
     return make_tasks(tmp_path)
+
+
+@pytest.fixture
+def results(tmp_path) -> Callable[..., Path]:
+    """Writes results whose verdicts are known in advance (judging.py)."""
+    from judging import write_results
+
+    return partial(write_results, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,100 +1,15 @@
-"""Scores, claims, dynamics and their figures, on results whose verdicts are known in advance."""
+"""Claims and their verdicts, on results whose verdicts are known in advance."""
 
 import json
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from judging import LEVELS, PROBLEMS, grid, judged, made
 
-from tspin.cli import app
-from tspin.errors import UserError
-from tspin_analysis import benchmarks, claims, curves, dynamics, entropy, evidence, scores, tables, verdicts
+from tspin_analysis import benchmarks, claims, curves, evidence, scores, tables, verdicts
 from tspin_analysis.reading import read_paper, read_settings
 from tspin_analysis.verdicts import BY_DEFINITION, CONTRADICTED, NOT_TESTED, REPLICATED, UNDECIDED
-
-PROBLEMS, BENCHMARKS = 40, 3
-LEVELS = {  # percent; the shapes that the paper prints
-    "base": [20],
-    "sft": [50],
-    "spin": [40, 30, 45, 40, 35],
-    "tspin": [45, 50, 55, 60, 65],
-    "tspin_no_history": [45, 35, 40, 45, 45],
-    "tspin_reference": [40, 45, 50, 55, 60],
-}
-
-
-def made(levels: dict[str, list[int]], seeds: int) -> pd.DataFrame:
-    """Problems right in the share that `levels` says; the same ones first, so that methods are paired."""
-    rows = []
-    for method, course in levels.items():
-        for seed in range(seeds):
-            for iteration, level in enumerate(course):
-                right = np.arange(PROBLEMS) < level / 100 * PROBLEMS + (seed % 2) * 0.5
-                for benchmark in range(BENCHMARKS):
-                    rows.append(pd.DataFrame({
-                        "method": method, "seed": seed, "iteration": pd.NA if len(course) == 1 else iteration,
-                        "benchmark": f"b{benchmark}", "doc_id": range(PROBLEMS), "value": 100.0 * right,
-                    }))  # fmt: skip
-    return pd.concat(rows).astype({"iteration": "Int8"})
-
-
-def diagnostics(seeds: int, tokens: int = 10) -> pd.DataFrame:
-    """After every iteration SPIN's y has the higher reward and the lower log-likelihood; T-SPIN's has both.
-
-    tokens: of y; every y′ has 10.
-    """
-    rows = []
-    for method, gap in (("spin", -2.0), ("tspin", 3.0)):
-        for seed in range(seeds):
-            for iteration in range(5):
-                for role, value in (("labelled", gap - 5), ("synthetic", -5.0), ("proto", -5.0)):
-                    reward = {"labelled": 1.0}.get(role, 0.0)
-                    noise = np.random.default_rng(seed).normal(0, 0.1, 20)
-                    rows.append(pd.DataFrame({
-                        "method": method, "seed": seed, "iteration": iteration, "prompt_id": range(20), "role": role,
-                        "after": value + noise * (role == "labelled"), "reward_after": reward,
-                        "tokens": tokens if role == "labelled" else 10,
-                    }))  # fmt: skip
-    return pd.concat(rows).astype({"iteration": "Int8"})
-
-
-def steps(seeds: int) -> pd.DataFrame:
-    cells = [(m, s, t, n) for m in ("spin", "tspin") for s in range(seeds) for t in range(3) for n in range(1, 7)]
-    table = pd.DataFrame(cells, columns=["method", "seed", "iteration", "step"])
-    for kind in ("reward", "log_likelihood"):
-        for role, sign in (("labelled", 1), ("synthetic", -1)):
-            table[f"{kind}/{role}"] = sign * table["step"] + table["seed"]
-    return table.astype({"iteration": "Int8"})
-
-
-@pytest.fixture
-def results(tmp_path):
-    def write(levels=LEVELS, seeds=5, tokens=10):
-        scores.scores_of.cache_clear()
-        folder = tmp_path / "pocket"
-        folder.mkdir(exist_ok=True)
-        columns = [{"benchmark": f"b{i}", "label": f"B{i}", "group": f"g{i}", "metric": "em"} for i in range(3)]
-        (folder / "suite.json").write_text(json.dumps({"columns": columns}))
-        made(levels, seeds).to_parquet(folder / "problems.parquet")
-        diagnostics(seeds, tokens).to_parquet(folder / "diagnostics.parquet")
-        steps(seeds).to_parquet(folder / "steps.parquet")
-        settings = {"model": {"fine_tuned": True}, "temperature": 1.0, "top_p": 1.0}
-        (folder / "config.json").write_text(json.dumps({"config": settings}))
-        facts = {"training_seconds": 10.0, "sampling_seconds": 5.0, "peak_memory_bytes": 1000}
-        runs = [(m, s, t) for m in ("spin", "tspin") for s in range(seeds) for t in range(5)]
-        costs = [{"method": m, "seed": s, "iteration": t, **facts} for m, s, t in runs]
-        (folder / "provenance.json").write_text(json.dumps({"runs": costs}))
-        return tmp_path
-
-    return write
-
-
-def judged(root: Path, *names: str) -> dict[str, dict]:
-    asked = [claim for claim in claims.CLAIMS if not names or claim.name in names]
-    return {row["claim"]: row for row in claims.scorecard(root / "pocket", asked)}
 
 
 def test_the_papers_shapes_replicate(results):
@@ -290,94 +205,6 @@ def test_paired_differences(results):
     assert (average["wide_low"] <= average["low"]).all() and means["wide_low"].isna().sum() == len(means) * 3 // 4
 
 
-def counted(monkeypatch, module, name: str) -> Counter:
-    """How often a function is called, by its first argument."""
-    calls, real = Counter(), getattr(module, name)
-
-    def call(first, *args, **kwargs):
-        calls[str(first)] += 1
-        return real(first, *args, **kwargs)
-
-    monkeypatch.setattr(module, name, call)
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("command", "files", "policies"),
-    [("table 1", {"evaluations.csv", "problems.parquet"}, 12), ("claims", {"diagnostics.parquet", "grid.csv"}, 22)],
-)
-def test_a_command_reads_and_computes_everything_once(results, monkeypatch, command, files, policies):
-    root = results()
-    folder = root / "pocket"
-    scored = made(LEVELS, 5).groupby(["method", "seed", "iteration", "benchmark"], dropna=False)["value"].mean()
-    evaluations = scored.reset_index().assign(preset="pocket", metric="em", stderr=1.0, n=PROBLEMS)
-    evaluations.to_csv(folder / "evaluations.csv", index=False)
-    (folder / "studies").mkdir()
-    cells = {"method": "tspin", "alpha": [0.1, 1.0], "beta": 0.1, "seed": 0, "iteration": 1, "avg": [40.0, 41.0]}
-    pd.DataFrame(cells).to_csv(folder / "studies" / "grid.csv", index=False)
-    read = [counted(monkeypatch, pd, name) for name in ("read_csv", "read_parquet")]
-    drawn, computed = counted(monkeypatch, tables, "score_table"), counted(monkeypatch, scores, "estimates")
-    result = CliRunner().invoke(app, [*command.split(), "--results", str(root)])
-    assert result.exit_code == 0, result.output
-    paths = Counter(read[0] + read[1])
-    assert {Path(path).name for path in paths} >= files and set(paths.values()) == {1}
-    assert drawn.total() == (command == "table 1") and computed.total() == policies
-
-
-def test_figures_say_which_iterations_were_not_run(results):
-    root = results(seeds=1)
-    for name in ("steps", "diagnostics"):
-        path = root / "pocket" / f"{name}.parquet"
-        table = pd.read_parquet(path)
-        table[(table["method"] == "spin") | (table["iteration"] == 0)].to_parquet(path)
-    for draw, missing in ((dynamics.figure3, [1]), (dynamics.figure7, [1, 2])):
-        said = [text.get_text() for axes in draw(root / "pocket").axes for text in axes.texts]
-        wanted = [f"T-SPIN:\niteration {t} was not run" for t in missing]
-        assert set(wanted) == {text for text in said if "not run" in text}
-    with pytest.raises(UserError, match="no steps of iteration 3"):
-        dynamics.figure3(root / "pocket", iteration=3)
-    with pytest.raises(UserError, match="no samples of iteration 9"):
-        dynamics.figure3(root / "pocket", iteration=9)
-
-
-@pytest.mark.parametrize("seeds", [1, 5])
-def test_commands_draw(results, seeds, monkeypatch):
-    root = results(seeds=seeds)
-    run = CliRunner()
-    for number in ("2", "3", "4b", "5", "6", "7"):
-        result = run.invoke(app, ["figure", number, "--preset", "pocket", "--results", str(root)])
-        assert result.exit_code == 0, result.output
-        for form in ("png", "svg"):
-            assert (root / "pocket" / f"figure{number}.{form}").stat().st_size > 10_000
-    result = run.invoke(app, ["claims", "--results", str(root)])
-    assert result.exit_code == 0, result.output
-    text = (root / "pocket" / "claims.md").read_text()
-    assert all(text.count(f"\n| C{n} ") >= 2 for n in range(1, 10)) and text.count("| 2026-11-26 ") == 9
-    assert json.loads((root / "pocket" / "claims.json").read_text())["claims"][0]["verdict"]
-    assert run.invoke(app, ["figure", "4c", "--results", str(root)]).exit_code == 2
-    assert run.invoke(app, ["figure", "9", "--results", str(root)]).exit_code == 2
-
-
-def test_a_second_base_model_is_named(results):
-    root = results(seeds=1)
-    for command in (["figure", "6"], ["table", "4"]):
-        result = CliRunner().invoke(app, [*command, "--results", str(root)])
-        said = " ".join(result.output.split())
-        assert result.exit_code == 2 and f"{command[1]} is of a second base model: name the preset" in said
-
-
-def grid(root: Path, effect: float, noise: float, seeds: int = 5) -> None:
-    """An α × β study: α = 1 is `effect` points better; iteration 0, before β acts, is far apart and must not count."""
-    generator, settings = np.random.default_rng(0), [0.1, 0.3, 0.5, 1.0]
-    rows = [
-        (a, b, "tspin", seed, t, 40 + (effect * (a == 1) + noise * generator.standard_normal() if t else 20 * a))
-        for seed in range(seeds) for a in settings for b in settings for t in (0, 1)
-    ]  # fmt: skip
-    (root / "pocket" / "studies").mkdir(exist_ok=True)
-    table = pd.DataFrame(rows, columns=["alpha", "beta", "method", "seed", "iteration", "avg"])
-    table.to_csv(root / "pocket" / "studies" / "grid.csv", index=False)
-
-
 def test_the_grid(results):
     root = results()
     for effect, noise, verdict in (
@@ -420,71 +247,6 @@ def test_what_the_rules_can_decide(results):
     assert len(chances) == 6 and len(rows["C2"]["chances"]) == 5 and len(rows["C7"]["chances"]) == 1
     for row in chances.values():
         assert sum(share for name, share in row.items() if name in verdicts.VERDICTS) == pytest.approx(1)
-
-
-def test_figure_2_pairs_what_decides_with_the_papers_of_the_same_group(results):
-    """B0 and B2 are in one group: T-SPIN is ahead by 10 more points on B2."""
-    folder = results() / "pocket"
-    groups = zip(["B0", "B1", "B2"], ["math", "instruction", "math"], strict=True)
-    columns = [{"benchmark": name.lower(), "label": name, "group": group, "metric": "em"} for name, group in groups]
-    (folder / "suite.json").write_text(json.dumps({"columns": columns}))
-    table = pd.read_parquet(folder / "problems.parquet")
-    ahead = (table["benchmark"] == "b2") & (table["method"] == "tspin") & (table["doc_id"] >= 36)
-    table.assign(value=table["value"].mask(ahead, 100.0)).to_parquet(folder / "problems.parquet")
-    scores.scores_of.cache_clear()
-    figure = curves.FIGURES["2"](folder)
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == [
-        "B2, ours",
-        "GSM8K, the paper's",
-        "B1, ours",
-        "IFEval, the paper's",
-        "Avg, ours",
-        "Avg, the paper's",
-    ]
-    assert f"5 seeds, {PROBLEMS} problems a benchmark" in " ".join(figure.get_supxlabel().split())
-
-
-def test_like_scales(results):
-    folder = results() / "pocket"
-    three, seven = dynamics.figure3(folder).axes, dynamics.figure7(folder).axes
-    assert three[0].get_ylim() == three[1].get_ylim()  # log π of both methods
-    assert len({axes.get_ylim() for axes in seven[:6]}) == 1 and len({axes.get_ylim() for axes in seven[6:]}) == 1
-    assert "running mean of 5 steps" in " ".join(dynamics.figure7(folder).get_supxlabel().split())
-    cells = [text.get_text() for text in three[4].texts]  # of SPIN's 20 prompts all have one sign
-    assert "100.0%" in cells and cells.count("0%\n(< 16.1%)") == 8
-
-
-def test_the_entropy_curve(results):
-    folder = results() / "pocket"
-    table = pd.read_parquet(folder / "diagnostics.parquet")
-    prompts = table["prompt_id"].astype(float)
-    table = table.assign(before=-3.0 - table["seed"] - prompts % 2, tokens=5 + 10 * (prompts % 2).astype(int))
-    table.to_parquet(folder / "diagnostics.parquet")
-    found = entropy.nats(table).set_index(["method", "seed", "iteration"])
-    assert len(found) == 2 * 5 * 5 and found.loc[("spin", 0, 0)].tolist() == [3.5, 3.5 / 10, 20]  # 5 or 15 tokens each
-    response, token = entropy.figure(folder).axes
-    assert response.containers[0].lines[0].get_ydata().tolist() == [5.5] * 5  # seeds 0 to 4
-    assert token.containers[1].lines[0].get_ydata() == pytest.approx([0.55] * 5)
-    note = " ".join(response.figure.get_supxlabel().split())
-    assert "20 prompts, 5 seeds" in note and "at temperature 1, top-p 1" in note
-    table[table["role"] == "labelled"].to_parquet(folder / "diagnostics.parquet")
-    with pytest.raises(UserError, match="no responses of self-play"):
-        entropy.figure(folder)
-
-
-def test_a_picture_benchmark_by_benchmark(results):
-    figure = benchmarks.FIGURES["benchmarks"](results() / "pocket")
-    panels = figure.axes
-    assert [axes.get_title(loc="left") for axes in panels] == [
-        "T-SPIN 4 − SPIN 4", "T-SPIN 4 − SFT", "SPIN 4 − SFT"]  # fmt: skip
-    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["B0", "B1", "B2", "Avg"]
-    assert len(panels[0].containers) == 5  # Avg has two intervals
-    known = scores.scores_of(results() / "pocket").difference(("tspin", 4), ("spin", 4))
-    assert [container.lines[0].get_xdata()[0] for container in panels[0].containers][-1] == pytest.approx(known.mean)
-    assert f"5 seeds, {PROBLEMS} problems a benchmark" in " ".join(figure.get_supxlabel().split())
-    with pytest.raises(UserError, match="no two of spin, tspin and sft"):
-        benchmarks.benchmarks(results({"base": [20], "sft": [50]}) / "pocket")
 
 
 def test_the_papers_numbers_are_those_of_its_tables():
