@@ -13,7 +13,8 @@ ALL     := base,sft,spin,tspin,tspin_no_history,tspin_reference
 TSPIN   := $(VENV)/bin/tspin
 OF       = --preset $(PRESET) --results $(RESULTS)
 
-# What each table and figure of the paper is made from: METHODS on the command line replaces it.
+# What each table and figure of the paper is made from: METHODS on the command line replaces it. RUN: further options of
+# `tspin run`, such as RUN='--launcher accelerate --launcher-config fsdp2' for a 7B.
 table1 table4 figure2 figure6: NEEDS = base,sft,spin,tspin
 # Of a second base model: this one, or PRESET=mistral-7b.
 table4 figure6: PRESET = smollm2
@@ -28,20 +29,20 @@ SCORES  := table1 table2 table4 table5 figure2 figure3 figure4b figure5 figure6 
 $(SCORES:%=reproduce-%): reproduce-%: %
 
 $(SCORES): $(READY)
-	$(TSPIN) run $(OF) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(NEEDS))"
+	$(TSPIN) run $(OF) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(NEEDS))" $(RUN)
 	$(TSPIN) $(if $(filter table%,$@),table,figure) $(patsubst figure%,%,$(patsubst table%,%,$@)) $(OF)
 
 reproduce-figure4: reproduce-figure4a reproduce-figure4b reproduce-figure4c
 
 reproduce-figure4a: $(READY)
-	$(MAKE) study STUDY=data FIGURE=4a
+	$(MAKE) study STUDY=data
 
 reproduce-figure4c: $(READY)
-	$(MAKE) study STUDY=grid FIGURE=4c
+	$(MAKE) study STUDY=grid
 
 # Everything that the paper shows, from every method, and the verdicts on its claims.
 reproduce-all: $(READY)
-	$(TSPIN) run $(OF) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(ALL))"
+	$(TSPIN) run $(OF) --seeds "$(SEEDS)" --methods "$(or $(METHODS),$(ALL))" $(RUN)
 	$(MAKE) reproduce-figure4a reproduce-figure4c
 	set -e; for n in 1 2 5; do $(TSPIN) table $$n $(OF); done
 	set -e; for n in 2 3 4b 5 7 entropy; do $(TSPIN) figure $$n $(OF); done
@@ -54,14 +55,18 @@ claims: $(READY)
 report: $(if $(PDF),$(VENV)/.report,$(READY))
 	$(TSPIN) report $(OF) --out $(or $(OUT),report.html) $(if $(PDF),--pdf $(PDF))
 
-# STUDY: a file of experiments/studies/, drawn as the figure of its name (or FIGURE).
+# STUDY: a file of experiments/studies/, run, gathered, and drawn as these figures (or FIGURE), if any.
 FIGURES_rate := map map_benchmarks map_sft map_course map_entropy
 FIGURES_epochs := $(FIGURES_rate)
 FIGURES_map := $(FIGURES_rate) map_greedy
 FIGURES_proto := $(FIGURES_map)
+FIGURES_data := 4a
+FIGURES_grid := 4c
+FIGURES_own-labels := own-labels
+FIGURES_ten := ten
 study: $(READY)
 	$(TSPIN) sweep experiments/studies/$(STUDY).yaml --results $(RESULTS)
-	set -e; for name in $(or $(FIGURE),$(FIGURES_$(STUDY)),$(STUDY)); do $(TSPIN) figure $$name $(OF); done
+	set -e; for name in $(or $(FIGURE),$(FIGURES_$(STUDY))); do $(TSPIN) figure $$name $(OF); done
 
 studies: $(READY)
 	set -e; for name in map proto rate epochs own-labels ten; do $(MAKE) study STUDY=$$name; done

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from tspin import cli
 from tspin_analysis import agreement, commands, tables
+from tspin_analysis.figures import FIGURES
 from tspin_analysis.reading import COMMITTED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,3 +184,14 @@ def test_make_writes_where_it_is_told(results):
     lines = re.findall(r"bin/tspin (?:run|table|figure|claims|sweep) [^;\n]*", done.stdout)
     assert {line.split()[1] for line in lines} == {"run", "table", "figure", "claims", "sweep"}
     assert {re.findall(r"--results (\S+)", line)[0] for line in lines} == {results or "results"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("study", sorted(path.stem for path in (ROOT / "experiments" / "studies").glob("*.yaml")))
+def test_what_make_draws_of_a_study_is_there_to_draw(study):
+    outside = {"PATH": os.environ["PATH"]}
+    words = ["make", "-n", "study", f"STUDY={study}"]
+    said = subprocess.run(words, cwd=ROOT, env=outside, capture_output=True, text=True, check=True).stdout
+    (names,) = re.findall(r"for name in (.*?); do", said)
+    assert set(names.split()) <= FIGURES.keys()
+    assert names or study.startswith(("sweep", "smollm2", "zephyr", "pocket"))  # tables, or another preset's

@@ -81,6 +81,7 @@ def test_methods_may_have_grids_of_their_own_and_keys_may_change_together(tmp_pa
         ({"choose": {"over": ["tspin"]}}, "choose.over: unknown method 'tspin'"),
         ({"choose": {"common": ["heat"], "over": ["sft"]}}, "choose.common: unknown setting of sft 'heat'"),
         ({"results": "results", "grid": {"iterations": [2]}}, "results: the settings of a grid"),
+        ({"runs": "runs", "across": {"iterations": [2]}}, "runs: the settings of a grid have runs of their own"),
         ({"runs": "/elsewhere"}, "runs: unknown value '/elsewhere': .known: study, runs"),
     ],
 )

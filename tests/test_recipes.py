@@ -1,6 +1,7 @@
 """Presets, suites and launch files are found by name from any folder, and a suite's tasks with them."""
 
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -27,6 +28,21 @@ def test_recipes_by_name():
     assert find_yaml("paper", "experiments/suites", "suite") == recipes() / "suites" / "paper.yaml"
     with pytest.raises(UserError, match="did you mean 'pocket'"):
         load_config("pockett")
+
+
+def test_the_recipe_for_ones_own_experiment(tmp_path):
+    """What experiments/README.md shows, as it stands there: nothing of the preset that it extends is left by mistake."""
+    (text,) = re.findall(
+        r"```yaml\n(# llama-8b\.yaml.*?)```", (REPOSITORY / "experiments" / "README.md").read_text(), re.DOTALL
+    )
+    path = tmp_path / "llama-8b.yaml"
+    path.write_text(text)
+    config = load_config(str(path))
+    assert (config.model.path, config.model.revision) == ("meta-llama/Llama-3.1-8B-Instruct", None)
+    assert (config.data.path, config.data.revision, config.data.labels) == ("my-data.jsonl", None, None)
+    training = config.training
+    assert (training.template, training.keep_checkpoints, training.report_to) == ("chat", "last", "wandb")
+    assert config.evaluation.limit == 200 and config.evaluation.backend == "vllm"
 
 
 def test_those_of_this_folder_come_first(tmp_path):

@@ -206,6 +206,8 @@ def test_settings_lists_every_field():
     assert "temperature: NonNegative = 1.0  # of y′ and y0; 0 is greedy" in listed and "data.labels: " in listed
     assert call("settings", "--help").exit_code == 0
     assert call("settings", "lr").output.startswith("learning_rate: ")
+    assert "engine.tensor_parallel: PositiveInt = 1  # GPUs" in listed
+    assert call("settings", "lora.rank").output.startswith("lora.rank: PositiveInt = 16  # of")
 
 
 def test_the_version_and_what_shells_complete():

@@ -34,6 +34,17 @@ def declared(kind: str) -> Mapping[str, Declared]:
     return {field.name: field for field in (_declared(node, lines[(node.end_lineno or 0) - 1]) for node in fields)}
 
 
+def find_section(kind: str) -> str | None:
+    """The section of tspin.settings that a field's type names: EngineSettings, of a field `engine`."""
+    return next((name for name in kind.split(" | ") if name in _sections()), None)
+
+
+@cache
+def _sections() -> frozenset[str]:
+    nodes = ast.parse((HERE / "settings.py").read_text(encoding="utf-8")).body
+    return frozenset(node.name for node in nodes if isinstance(node, ast.ClassDef))
+
+
 def _source(kind: str) -> Path:
     if kind == "TrainingArguments":
         spec = find_spec("transformers")  # where it is, without its import

@@ -68,9 +68,9 @@ class EngineSettings(Section):
 class LoraSettings(Section):
     """Low-rank adapters, in float32 on frozen weights, in place of all weights (PEFT): see tspin.engines.adapters."""
 
-    rank: PositiveInt = 16
-    alpha: Positive = 32.0
-    target_modules: str | list[str] = "all-linear"
+    rank: PositiveInt = 16  # of the two factors whose product is added to a weight
+    alpha: Positive = 32.0  # the product is scaled by alpha / rank
+    target_modules: str | list[str] = "all-linear"  # layers, by PEFT's rules; all-linear: all but the head
     options: dict[str, Any] = {}  # further ones of peft.LoraConfig (tspin.engines.adapters.OPTIONS)
     learning_rate: Positive | Annotated[list[Positive], Field(min_length=1)] | None = None  # None: as of all weights
     quantize: Literal["nf4"] | None = None  # the frozen weights in 4 bits, by bitsandbytes (QLoRA, arXiv 2305.14314)

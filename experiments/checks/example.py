@@ -2,13 +2,14 @@
 
     python -m experiments.checks.example
 
-Writes results/example/transcript.txt and provenance.json.
+Writes results/example/my-data.jsonl, transcript.txt and provenance.json.
 """
 
 import argparse
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,9 +18,10 @@ from pathlib import Path
 from tspin.runs.files import write_json, write_text
 from tspin.runs.provenance import provenance
 
+DATA = "my-data.jsonl"
 COMMANDS = [
-    "head -n 1 my-data.jsonl",
-    "tspin run --model pocket --data my-data.jsonl --methods spin,tspin --iterations 2 --out runs/mine "
+    f"head -n 1 {DATA}",
+    f"tspin run --model pocket --data {DATA} --methods spin,tspin --iterations 2 --out runs/mine "
     "--batch-size 4 --lr 3e-6",
 ]
 
@@ -29,7 +31,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/example"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write_sums(Path(folder) / "my-data.jsonl")
+        write_sums(arguments.out / DATA)
+        shutil.copy(arguments.out / DATA, folder)
         text = "".join(transcript(command, Path(folder)) for command in COMMANDS)
     write_text(arguments.out / "transcript.txt", text)
     write_json(arguments.out / "provenance.json", provenance())
@@ -41,7 +44,7 @@ def write_sums(path: Path) -> None:
     """Twelve sums as JSON Lines, in TRL's columns."""
     sums = [(a, b) for a in range(3, 6) for b in range(4, 8)]
     lines = [json.dumps({"prompt": f"What is {a} + {b}?", "completion": f"The answer is {a + b}."}) for a, b in sums]
-    path.write_text("\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def transcript(command: str, folder: Path) -> str:

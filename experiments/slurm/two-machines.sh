@@ -1,5 +1,5 @@
 #!/bin/bash
-# One run over two machines: sbatch experiments/slurm/two-machines.sh --preset llama-70b
+# One run over two machines: sbatch experiments/slurm/two-machines.sh --preset llama-70b --methods tspin
 # It samples and evaluates on the first machine's GPUs, and trains on those of both.
 #SBATCH --job-name=tspin
 #SBATCH --nodes=2

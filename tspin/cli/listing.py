@@ -31,14 +31,21 @@ def settings(
 
 
 def _lines() -> dict[str, str]:
-    """Key → its line: ours, the coefficients of methods, the sections, Transformers' own."""
-    from tspin.declared import Declared, declared
+    """Key → its line: ours, and what is in those that are sections; methods' coefficients; the preset's sections;
+    Transformers' own.
+    """
+    from tspin.declared import Declared, declared, find_section
     from tspin.names import COEFFICIENTS, SECTIONS, find_declared, preset_fields
 
     kinds = {f"{part}.": declared(kind) for part, kind in SECTIONS.items() if kind}
     ours = declared("SelfPlayConfig")
     fields = {name: find_declared(name) for name in preset_fields()}
-    rows: dict[str, Declared] = {name: field for name, field in fields.items() if name in ours}
+    rows: dict[str, Declared] = {}
+    for name, field in fields.items():
+        if name in ours:
+            rows[name] = field
+            if section := find_section(field.type):
+                rows |= {f"{name}.{key}": inner for key, inner in declared(section).items()}
     for name, c in COEFFICIENTS.items():
         kind = "float" if isinstance(c.allowed, str) else " | ".join(c.allowed)
         rows[f"methods.<method>.{name}"] = Declared(name, kind, str(c.default), f"{c.meaning} ({c.source})")

@@ -65,10 +65,10 @@ class Study(Section):
     grids: dict[str, Grid | Settings] = {}
     across: Grid = {}  # combined with each setting, whichever way it is given; the first value's cells come first
     suite: str | None = None  # in place of the preset's
-    # Whose folders runs and results are in: the study's, or those of `tspin run`, so that what the main experiment has
-    # trained is not trained again, and tables and figures draw from the results.
+    # Of a study without a grid, whose folders runs and results are in: the study's, or those of `tspin run`, so that
+    # what the main experiment has trained is not trained again, and tables and figures draw from the results.
     runs: Literal["study", "runs"] = "study"
-    results: Literal["study", "results"] = "study"  # of a study without a grid
+    results: Literal["study", "results"] = "study"
     prepare: dict[str, str] = {}  # a folder → the command, python …, that makes it where it is missing
     choose: Choice | None = None
     rule: str = ""  # `choose` in words, for the report
@@ -301,8 +301,9 @@ def _check(study: Study) -> None:
         for method in names:
             if method not in known[key]:
                 raise UserError(f"{key}: {unknown('method', method, known[key])}")
-    if study.results == "results" and (study.grid or study.grids):
-        raise UserError("results: the settings of a grid have results of their own; leave this key out")
+    for key in ("runs", "results"):
+        if getattr(study, key) == key and (study.grid or study.grids or study.across):
+            raise UserError(f"{key}: the settings of a grid have {key} of their own; leave this key out")
     if choice.common and not choice.over:
         raise UserError("choose.common: name the methods that decide in choose.over")
     for method in study.methods:
