@@ -31,7 +31,7 @@ def test_recipes_by_name():
 
 
 def test_the_recipe_for_ones_own_experiment(tmp_path):
-    """What experiments/README.md shows, as it stands there: nothing of the preset that it extends is left by mistake."""
+    """As experiments/README.md shows it: nothing of the preset that it extends is left by mistake."""
     (text,) = re.findall(
         r"```yaml\n(# llama-8b\.yaml.*?)```", (REPOSITORY / "experiments" / "README.md").read_text(), re.DOTALL
     )
