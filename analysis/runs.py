@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from tspin.errors import UserError
-from tspin.schema import ONCE, SYNTHETIC, averaged, gaps, misaligned, unit
+from tspin.schema import FIRST_RESPONSES, ONCE, PROTO, RESPONSE_NAMES, SYNTHETIC, averaged, gaps, misaligned, unit
 
 from .entropy import nats
 from .reading import read_evaluations, read_scores, read_settings, read_suite, read_table
@@ -233,7 +233,7 @@ def _from_folder(folder: Path) -> Run:
     if len(drawn[1]):  # of the policy that an iteration ended with
         drawn[1]["iteration"] += 1
     method = config["settings"]["method"]
-    first, proto = (_shared(folder, name) for name in ("iteration-0-synthetic.parquet", "proto.parquet"))
+    first, proto = (_shared(folder, role) for role in (SYNTHETIC, PROTO))
     if first is not None and 0 in iterations and method not in ONCE:
         drawn.insert(0, pd.read_parquet(first, columns=TEXT).assign(seed=seed, iteration=0))
     prompts = pd.read_parquet(folder / "prompts.parquet") if (folder / "prompts.parquet").is_file() else pd.DataFrame()
@@ -282,9 +282,12 @@ def _method_settings(config: Mapping[str, Any], method: str) -> dict[str, Any]:
     return {"method": method, **flat(common), **flat(own)}
 
 
-def _shared(folder: Path, name: str) -> Path | None:
-    """A file that methods share: in the run's folder, or beside it."""
-    return next((path for path in (folder / name, folder.parent / "shared" / name) if path.is_file()), None)
+def _shared(folder: Path, role: str) -> Path | None:
+    """A file of responses that methods share: in the run's folder or beside it, by its own name or the usual one."""
+    own = _json(folder / RESPONSE_NAMES).get(role) if (folder / RESPONSE_NAMES).is_file() else None
+    names = [name for name in (own, FIRST_RESPONSES[role]) if name]
+    paths = [place / name for name in names for place in (folder, folder.parent / "shared")]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _columns(iteration: Path) -> pd.DataFrame:

@@ -72,3 +72,12 @@ def test_a_run_records_what_the_command_computes(tmp_path, model_folder, data_fi
     assert result.exit_code == 0, result.output
     # The run has some of these from its sampler and from an earlier iteration: the same up to rounding.
     pd.testing.assert_frame_equal(pd.read_parquet(out), recorded, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_response_has_its_number_of_tokens():
+    """Reasoning of 32,768 tokens and more, as thinking models are given room for."""
+    responses = {"labelled": Response([3], "", True), "synthetic": Response([3] * 40_000, "", False)}
+    values = {"labelled": [-1.0], "synthetic": [-2.0]}
+    coefficients = {"alpha": 1.0, "loss_type": "logistic"}
+    table = sample_table(METHODS["tspin_no_history"], coefficients, [Triplet(0, [1], responses)], values, values, None)
+    assert table["tokens"].tolist() == [1, 40_000]

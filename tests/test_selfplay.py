@@ -27,6 +27,9 @@ from tspin.devices import give_back
 from tspin.errors import UserError
 from tspin.models import load_model
 from tspin.objectives import METHODS
+from tspin.runs.files import read_json
+from tspin.schema import RESPONSE_NAMES
+from tspin_analysis.runs import load_run
 
 SETTINGS = {
     "iterations": 2,
@@ -210,14 +213,38 @@ def test_responses_of_another_seed_or_policy_are_not_shared(tmp_path, model_fold
     with torch.no_grad():
         tiny_model.lm_head.weight.mul_(-1)
     settings = {"shared_dir": str(tmp_path / "shared"), "iterations": 1, "diagnostics": False}
-    drawn = {"proto": [], "iteration-0-synthetic": []}
+    drawn = {"proto": [], "synthetic": []}
     for number, (model, seed) in enumerate(((model_folder, 3), (model_folder, 4), (tiny_model, 4))):
-        play(tmp_path / f"{number}", model, rows, tokenizer, seed=seed, **settings)
-        for name, found in drawn.items():
-            responses = read_responses(tmp_path / "shared" / f"{name}.parquet").values()
-            found.append([response.ids for response in responses])
+        trainer, _ = play(tmp_path / f"{number}", model, rows, tokenizer, seed=seed, **settings)
+        for role, found in drawn.items():
+            found.append([response.ids for response in read_responses(trainer.response_path(role)).values()])
     for first, other_seed, other_policy in drawn.values():
         assert first != other_seed != other_policy
+
+
+def test_a_runs_responses_stay_its_own_beside_one_that_draws_otherwise(tmp_path, model_folder, rows):
+    """y0 is read at every iteration: another method's, at another temperature in that folder, has its own name."""
+    runs = {}
+    for method, temperature in (("tspin", 1.0), ("spin", 0.0)):
+        settings = {**SETTINGS, "iterations": 2, "temperature": temperature, "method": method}
+        args = SelfPlayConfig(output_dir=str(tmp_path / method), shared_dir=str(tmp_path / "shared"), **settings)
+        runs[method] = SelfPlayTrainer(str(model_folder), args=args, train_dataset=rows)
+    started = {method: trainer.iterate() for method, trainer in runs.items()}
+    for each in (*started.values(), *started.values()):  # in turn
+        next(each)
+    first, second = (read_json(tmp_path / "tspin" / f"iteration-{t}" / "model.stage.json")["inputs"] for t in (0, 1))
+    assert first["responses"]["proto"] == second["responses"]["proto"]
+    assert not (tmp_path / "tspin" / RESPONSE_NAMES).exists()
+    names = read_json(tmp_path / "spin" / RESPONSE_NAMES)
+    assert runs["spin"].response_path("proto") == tmp_path / "shared" / names["proto"]
+    texts = {method: set(load_run(tmp_path / method).proto["text"]) for method in runs}
+    for method, trainer in runs.items():  # what is looked at is each one's own
+        assert texts[method] == {response.text for response in read_responses(trainer.response_path("proto")).values()}
+    assert texts["spin"] != texts["tspin"]
+    again = SelfPlayTrainer(str(model_folder), args=runs["spin"].args, train_dataset=rows)
+    again.train()
+    assert again.response_path("proto").name == names["proto"]
+    assert len([*(tmp_path / "shared").glob("proto*.parquet")]) == 2
 
 
 def test_responses_of_other_data_are_not_shared(tmp_path, model_folder, rows):
@@ -381,9 +408,9 @@ def test_responses_that_end_otherwise_are_not_shared(tmp_path, model_folder, row
     """The end of a turn is no setting of decoding, and responses follow from it all the same."""
     drawn, settings = [], {"shared_dir": str(tmp_path / "shared"), "iterations": 1}
     for number, end in enumerate(({}, {}, {"turn_end": "."})):
-        play(tmp_path / f"run-{number}", model_folder, rows, **settings, **end)
-        drawn.append((tmp_path / "shared" / "proto.parquet").stat().st_mtime_ns)
-    assert drawn[0] == drawn[1] < drawn[2]
+        trainer, _ = play(tmp_path / f"run-{number}", model_folder, rows, **settings, **end)
+        drawn.append(trainer.response_path("proto"))
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_what_is_no_model_or_no_data_is_refused(tmp_path, model_folder, tiny_model, tokenizer, rows):

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 LABELLED, SYNTHETIC, PROTO = "labelled", "synthetic", "proto"  # the roles of a triplet's responses: y, y′, y0
 ROLES = (LABELLED, SYNTHETIC, PROTO)
 BASE = "base"  # the initial policy, where a method's name is asked for
+FIRST_RESPONSES = {PROTO: "proto.parquet", SYNTHETIC: "iteration-0-synthetic.parquet"}  # which methods can share
+RESPONSE_NAMES = (
+    "responses.json"  # in a run's folder: role → its own name, where another run has the usual one
+)
 ONCE = (BASE, "sft")  # evaluated once: their `iteration` is empty
 
 RUN_TYPES = {"method": "str", "seed": "int64", "iteration": "Int64"}
@@ -79,7 +83,7 @@ DIAGNOSTICS = pa.schema(
     [
         ("prompt_id", pa.int32()),  # the prompt's row in the data set
         ("role", pa.string()),
-        ("tokens", pa.int16()),  # the response's, the end token included
+        ("tokens", pa.int32()),  # the response's, the end token included
         ("finished", pa.bool_()),  # whether it has an end token, and was not cut
         ("reference", pa.float32()),  # log π under the method's reference policy; empty where it has none
         ("before", pa.float32()),  # log π_θt, the policy that the iteration started from

@@ -48,13 +48,13 @@ from tspin.iteration import (
 from tspin.models import Adapter, Policy, load_model, load_tokenizer, policy_fingerprint, resolve, tokenizer_fingerprint
 from tspin.runs.claims import claim_folder
 from tspin.runs.dates import date_of_run, record_date
-from tspin.runs.files import atomic_path, fingerprint_of, folder_fingerprint, read_json, sha256, write_json
+from tspin.runs.files import atomic_path, fingerprint, fingerprint_of, folder_fingerprint, read_json, sha256, write_json
 from tspin.runs.locks import owned
 from tspin.runs.seeds import stage_seed
 from tspin.runs.signals import stopping_when_asked
-from tspin.runs.stages import DamagedStage, Stage, check_stage, note_damage, run_stage
+from tspin.runs.stages import DamagedStage, Stage, check_stage, made_otherwise, note_damage, run_stage
 from tspin.runs.unfinished import Unfinished
-from tspin.schema import PROTO, SYNTHETIC
+from tspin.schema import FIRST_RESPONSES, PROTO, RESPONSE_NAMES, SYNTHETIC
 from tspin.states import HELD_OUT_NLL, IterationResult, advance, begun, best_of, write_state
 
 PROMPT_SCHEMA = pa.schema(
@@ -105,6 +105,7 @@ class SelfPlayTrainer:
         self.source = model if isinstance(model, PreTrainedModel) else resolve(str(model))
         self.folder = Path(str(args.output_dir))
         self.shared = Path(args.shared_dir) if args.shared_dir else self.folder
+        self._names: dict[str, str] = {}  # of y0 and the first y′ in `shared`, where they are not the usual ones
         self.callbacks: list[TrainerCallback] = []
         tokenizer = processing_class or load_tokenizer(str(self.source), model_arguments)
         self.args = args = copy.copy(args)
@@ -296,11 +297,11 @@ class SelfPlayTrainer:
     def response_path(self, role: str, number: int = 0) -> Path:
         """Where y0 (PROTO) or an iteration's y′ (SYNTHETIC) is kept, as read_responses reads it.
 
-        All methods start from the same policy: y0 and the first y′ are sampled once for all of them.
+        All methods start from the same policy: y0 and the first y′ are sampled once for all of them that draw alike.
         """
         if number > 0:
             return self.folder / f"iteration-{number}" / f"{role}.parquet"
-        return self.shared / (f"iteration-0-{role}.parquet" if role == SYNTHETIC else f"{role}.parquet")
+        return self.shared / self._names.get(role, FIRST_RESPONSES[role])
 
     def sample_last(self, result: IterationResult, examples: Sequence[Example]) -> Path:
         """Responses of an iteration's trained policy to some prompts, in its folder: to look at, not to train on."""
@@ -356,18 +357,32 @@ class SelfPlayTrainer:
     def _sample(self, role: str, policy: Policy, number: int = 0) -> Stage | None:
         if not self.run.method.self_play:
             return None
-        path = self.response_path(role, number)
         if role == SYNTHETIC and number == 0 and (generated := self.examples.generated):
             brought = {"data": self.examples.prompts_fingerprint, "generated": fingerprint_of(r.ids for r in generated)}
-            with owned(path.parent, wait=True):
-                return run_stage(path, brought, partial(take_generated, self.run))
+            with owned(self.shared, wait=True):
+                return run_stage(self._shared_path(role, brought), brought, partial(take_generated, self.run))
         seed = stage_seed(self.args.seed, role, None if role == PROTO else number)
         prompts = self.examples.prompts_fingerprint
         inputs = {**self.run.decoding, "policy": policy.fingerprint, "data": prompts, "seed": seed}
         whose = f"iteration {number}'s policy" if number else "the initial policy"
         produce = partial(sample, self.run, policy, self.examples, seed, of=f"{role} responses of {whose}")
-        with owned(path.parent, wait=True):  # runs of other methods may be at the same responses
+        folder = self.folder / f"iteration-{number}" if number else self.shared
+        with owned(folder, wait=True):  # runs of other methods may be at the same responses
+            path = self.response_path(role, number) if number else self._shared_path(role, inputs)
             return run_stage(path, inputs, produce)
+
+    def _shared_path(self, role: str, inputs: Any) -> Path:
+        """Where this run keeps y0 or the first y′: under a name of its own where another run has drawn otherwise there.
+
+        The run's folder says so then, for who reads it: what a run has drawn stays, whatever others draw beside it.
+        """
+        usual = self.shared / FIRST_RESPONSES[role]
+        own = usual.with_stem(f"{usual.stem}-{fingerprint(inputs)[:12]}")
+        if not (own.exists() or made_otherwise(usual, inputs)):
+            return usual
+        self._names[role] = own.name
+        write_json(self.folder / RESPONSE_NAMES, self._names)
+        return own
 
     def _iteration(
         self,

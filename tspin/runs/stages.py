@@ -96,6 +96,12 @@ def stage_record(output: Path, inputs: Any) -> dict[str, Any] | None:
     return record if there and record is not None and record["fingerprint"] == fingerprint(inputs) else None
 
 
+def made_otherwise(output: Path, inputs: Any) -> bool:
+    """Whether an output is there, finished, that was made from other inputs than these."""
+    record = read_sealed(_record_path(output), AGAIN)
+    return record is not None and output.exists() and record["fingerprint"] != fingerprint(inputs)
+
+
 def check_stage(output: Path, whole: bool = True) -> None:
     """Raise DamagedStage if a stage's output, about to be read, is not what was written; it is set aside then.
 
