@@ -7,11 +7,15 @@ import torch
 from torch.nn.functional import log_softmax
 
 from tspin import SelfPlayConfig
+from tspin.config import load_config
 from tspin.data.encoding import encode_dataset
 from tspin.data.sources import load_rows
-from tspin.experiment.held_out import held_out_scores
+from tspin.errors import UserError
+from tspin.evaluation.suites import load_suite
+from tspin.experiment.held_out import held_out_examples, held_out_scores
 from tspin.experiment.measures import measures_of_iteration, of_pairs
-from tspin.models import load_model, load_tokenizer
+from tspin.experiment.preset import Evaluator, Where, run_experiment
+from tspin.models import Policy, load_model, load_tokenizer
 from tspin.schema import HELD_OUT
 from tspin.trainer import GradientSignal
 
@@ -46,7 +50,8 @@ def test_measures_that_cannot_be_had_are_none():
 def test_held_out_labels_are_scored_as_a_plain_forward_pass_scores_them(tmp_path, model_folder):
     model, tokenizer = load_model(str(model_folder)), load_tokenizer(str(model_folder))
     args = SelfPlayConfig(output_dir=str(tmp_path), method="sft", bf16=False, report_to=[])
-    table = held_out_scores(model, tokenizer, "pocket-validation", args, limit=3).set_index("metric")
+    examples = held_out_examples("pocket-validation", tokenizer, args, limit=3)
+    table = held_out_scores(model, tokenizer, examples, args).set_index("metric")
     assert (table["benchmark"] == HELD_OUT).all() and (table["n"] == 3).all() and table["stderr"].notna().all()
     nats, tokens = [], 0
     for example in encode_dataset(load_rows("pocket-validation", labels=3), tokenizer, args):
@@ -56,6 +61,41 @@ def test_held_out_labels_are_scored_as_a_plain_forward_pass_scores_them(tmp_path
         tokens += len(answer)
     assert table["value"]["nll,none"] == pytest.approx(np.mean(nats), rel=1e-4)
     assert table["value"]["nll_per_token,none"] == pytest.approx(sum(nats) / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", ["sft_weight=0.5", "scoring=sharded", "hosts=[one, two]", "evaluation.limit=100000", "batch_size=3"]
+)
+def test_held_out_labels_need_no_training_setting(tmp_path, settings):
+    """Of a trial's limit there may be fewer; how a run trains is nothing to them. All are read before any training."""
+    config = load_config("pocket", ["evaluation.held_out=pocket-validation", "methods={tspin: {}}", settings])
+    evaluator = Evaluator(config, load_suite("pocket"), tmp_path)
+    assert evaluator.held_out is not None and len(evaluator.held_out) == 1000
+
+
+def test_held_out_rows_that_are_no_labels_end_a_run_before_it_trains(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "2 + 2", "completion": "4"}\n{"prompt": "3", "completion": ""}\n')
+    config = load_config("pocket", [f"evaluation.held_out={tmp_path / 'rows.jsonl'}"])
+    with pytest.raises(UserError, match="rows.jsonl, row 2: empty response"):
+        run_experiment("pocket", config, ["tspin"], [0], Where(tmp_path / "runs", tmp_path / "results"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_base_of_adapters_on_4_bits_is_evaluated_in_4_bits(monkeypatch, tmp_path):
+    config = load_config("pocket", ["lora={rank: 4, quantize: nf4}"])
+    evaluator = Evaluator(config, load_suite("pocket"))
+    asked = []
+
+    def load(policy, loading, whole):
+        asked.append(loading.get("quantize"))
+        raise UserError("not here")
+
+    monkeypatch.setattr("tspin.experiment.preset.load_policy", load)
+    other = Policy(evaluator.policy.folder, "of an iteration")
+    for policy in (evaluator.policy, other):
+        with pytest.raises(UserError, match="not here"):
+            evaluator._write(policy, tmp_path / "scores")
+    assert asked == ["nf4", None]
 
 
 def with_gradients(*gradients: torch.Tensor) -> list[torch.nn.Parameter]:

@@ -15,9 +15,7 @@ LABELLED, SYNTHETIC, PROTO = "labelled", "synthetic", "proto"  # the roles of a 
 ROLES = (LABELLED, SYNTHETIC, PROTO)
 BASE = "base"  # the initial policy, where a method's name is asked for
 FIRST_RESPONSES = {PROTO: "proto.parquet", SYNTHETIC: "iteration-0-synthetic.parquet"}  # which methods can share
-RESPONSE_NAMES = (
-    "responses.json"  # in a run's folder: role → its own name, where another run has the usual one
-)
+RESPONSE_NAMES = "responses.json"  # in a run's folder: role → its own name, where another run has the usual one
 ONCE = (BASE, "sft")  # evaluated once: their `iteration` is empty
 
 RUN_TYPES = {"method": "str", "seed": "int64", "iteration": "Int64"}

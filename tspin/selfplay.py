@@ -123,7 +123,9 @@ class SelfPlayTrainer:
         check_rows(self.source, loading, tokenizer, self.examples, new_tokens=args.max_new_tokens)
         check_engine(self.source, loading, args, self.examples)
         check_training(self.source, loading, args, len(self.examples))
-        self.held_out = None if eval_dataset is None else encode_dataset(eval_dataset, tokenizer, args)
+        self.held_out = None
+        if eval_dataset is not None:
+            self.held_out = encode_dataset(eval_dataset, tokenizer, args, "eval_dataset")
         if self.held_out is not None:
             check_rows(self.source, loading, tokenizer, self.held_out)
         self.run = Run(args, self.examples, Engine(args, tokenizer, loading))

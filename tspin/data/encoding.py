@@ -102,14 +102,17 @@ class Examples(TypedRows[Example]):
 
 
 def encode_dataset(
-    dataset: Source | Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, args: SelfPlayConfig
+    dataset: Source | Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    args: SelfPlayConfig,
+    name: str = "train_dataset",
 ) -> Examples:
-    """Rows of any format (tspin.data.formats) as examples. Raises UserError.
+    """Rows of any format (tspin.data.formats) as examples. name: of rows in memory, for messages. Raises UserError.
 
     What is made of large data sets (`Source.key`) is kept in args.shared_dir, or the run's folder, and read from there
     the next time. Rows of note are told on stderr.
     """
-    source = dataset if isinstance(dataset, Source) else source_of(dataset)
+    source = dataset if isinstance(dataset, Source) else source_of(dataset, name=name)
     if source.key is None:
         examples = encode_examples(source.read(), tokenizer, args)
     else:
@@ -161,7 +164,7 @@ def encode_examples(
     if not len(dataset):
         raise UserError("no data left: every prompt is longer than max_prompt_length")
     if len(np.unique(column(dataset, "prompt_id"))) < len(dataset):
-        raise UserError("train_dataset: two rows have the same prompt_id; responses are matched by it")
+        raise UserError("two rows of the data have the same prompt_id; responses are matched by it")
     return Examples(dataset, encoder.noted, [encoder.manner(), *encoder.remarks(count)])
 
 

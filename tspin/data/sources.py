@@ -50,22 +50,25 @@ def load_rows(
     rounds: Rounds = "first",
     generated: bool = False,
     labels: int | None = None,
+    limit: int | None = None,
     seed: int = 0,
 ) -> Source:
     """Rows of a file, a folder, the hub, or an embedded pool. Raises UserError where there is no such data set.
 
     name, split: of a folder, or on the hub. revision: on the hub.
     columns, rounds, generated: see `checked_rows`.
-    labels, seed: take only the examples that `nested_subset` chooses.
+    labels, seed: take only the examples that `nested_subset` chooses. limit: likewise, of fewer rows all.
     """
     given, key = _find(path, name, split, revision)
     choice: dict[str, Any] = {"columns": dict(columns or {}), "rounds": rounds, "generated": generated}
 
     def read() -> Dataset:
         rows = read_in(lambda: checked_rows(given(), path, **choice), ROWS)
-        return rows if labels is None else rows.select(nested_subset(len(rows), labels, seed), new_fingerprint="rows")
+        size = labels if limit is None else min(limit, len(rows))
+        return rows if size is None else rows.select(nested_subset(len(rows), size, seed), new_fingerprint="rows")
 
-    return Source(read, None if key is None else [key, choice, labels, seed])
+    chosen = [choice, labels, seed] if limit is None else [choice, labels, seed, limit]
+    return Source(read, None if key is None else [key, *chosen])
 
 
 def check_first_row(path: str, columns: Mapping[str, str] | None = None, generated: bool = False) -> None:
@@ -90,13 +93,14 @@ def source_of(
     columns: Mapping[str, str] | None = None,
     rounds: Rounds = "first",
     generated: bool = False,
+    name: str = "train_dataset",
 ) -> Source:
     """Rows that are there already: a datasets.Dataset, or any iterable of mappings.
 
     An integer "prompt_id" replaces the number, unless a row can make several examples.
-    split: of a DatasetDict, or any mapping of splits. columns, rounds, generated: see `checked_rows`.
+    split: of a DatasetDict, or any mapping of splits. columns, rounds, generated: see `checked_rows`. name: the
+    argument's, for messages.
     """
-    name = "train_dataset"
     if isinstance(dataset, Mapping):
         given = split_of(dataset, split, name)
         tell(f"{name}: split {split} of {', '.join(map(str, dataset))}")

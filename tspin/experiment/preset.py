@@ -29,6 +29,7 @@ from tspin.config import (
     rendering_of,
     warmup_of,
 )
+from tspin.data.encoding import Examples
 from tspin.data.mapped import spread
 from tspin.data.sources import Source, load_rows
 from tspin.data.turns import writes_date
@@ -40,7 +41,7 @@ from tspin.engines.vllm import Served, Serving, context_of, evaluate_folder, req
 from tspin.errors import UserError
 from tspin.evaluation.harness import Evaluation, evaluate
 from tspin.evaluation.suites import Suite, check_chat_template, load_suite, tabulated
-from tspin.experiment.held_out import held_out_inputs, held_out_scores
+from tspin.experiment.held_out import held_out_arguments, held_out_examples, held_out_inputs, held_out_scores
 from tspin.experiment.results import EXAMPLES, TEXTS, Collected, problems_of, read_results, write_results
 from tspin.models import Policy, dtype_name, load_shape, load_tokenizer, policy_fingerprint, resolve
 from tspin.names import check_methods
@@ -90,12 +91,16 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
         raise UserError("evaluation: this config names no suite, so there is nothing to put into results")
     if config.evaluation.backend == "vllm":
         require_vllm("evaluation.backend")
+        if BASE in methods and config.training.lora and config.training.lora.quantize:
+            raise UserError(
+                "evaluation.backend: vllm would evaluate base as the whole model, not in lora.quantize's bits"
+            )
         if config.evaluation.held_out:
             raise UserError("evaluation.held_out: vllm evaluates in an engine of its own; it is scored by transformers")
     runs, target = where.runs / preset, where.results / preset
     # Everything that can be wrong with settings, model and data is found before anything is written.
     suite, config = load_suite(config.evaluation.suite), dated(config, runs)
-    evaluator = Evaluator(config, suite)
+    evaluator = Evaluator(config, suite, runs)
     check_chat_template(evaluator.suite, load_tokenizer(evaluator.policy.folder, evaluator.loading))
     trainers = {
         (method, seed): build_trainer(
@@ -320,10 +325,11 @@ class Evaluator:
     """Scores checkpoints on a config's suite, each kept as a stage.
 
     suite: asks as the config's runs write their prompts, in all that it does not say itself.
+    runs: the experiment's folder, where large held-out sets are kept encoded. Raises UserError for what they lack.
     serving: vLLM's engines, which stay there for what is drawn from a checkpoint after its evaluation.
     """
 
-    def __init__(self, config: Config, suite: Suite):
+    def __init__(self, config: Config, suite: Suite, runs: Path = Path("runs")):
         assert config.evaluation is not None
         self.config = config
         self.suite = suite.alike(rendering_of(config.training))
@@ -332,6 +338,11 @@ class Evaluator:
         self.policy = Policy(folder, policy_fingerprint(folder))
         if self.settings.dtype is not None:
             self.loading["dtype"] = getattr(torch, self.settings.dtype)
+        self.held_out: Examples | None = None
+        if self.settings.held_out:  # read and encoded once, and before anything is trained
+            tokenizer = load_tokenizer(folder, self.loading)
+            self.arguments = held_out_arguments(config.training, runs)
+            self.held_out = held_out_examples(self.settings.held_out, tokenizer, self.arguments, self.settings.limit)
         vllm = self.settings.backend == "vllm"
         self.serving = Serving(context_of(self._served(self.policy), self.suite) if vllm else 0)
 
@@ -346,7 +357,7 @@ class Evaluator:
         say(f"[bold]{title}[/bold]: evaluation on {len(self.suite.columns)} benchmarks")
         inputs = {
             "policy": policy.fingerprint,
-            "loading": {name: str(value) for name, value in self.loading.items()},
+            "loading": {name: str(value) for name, value in self._loading(policy).items()},
             "suite": self.suite.model_dump(mode="json"),
             "tasks": self.suite.definition(),
             "settings": self.settings.model_dump(mode="json"),
@@ -363,16 +374,21 @@ class Evaluator:
             served, limit = self._served(policy), self.settings.limit
             self._keep(evaluate_folder(served, self.suite, limit=limit, serving=self.serving), [], target)
             return
-        model = load_policy(policy, self.loading, whole=True)
+        model = load_policy(policy, self._loading(policy), whole=True)
         model.to(device())  # type: ignore[arg-type]
         tokenizer = load_tokenizer(policy.folder, self.loading)
         settings = self.settings
         evaluation = evaluate(model, tokenizer, self.suite, batch_size=settings.batch_size, limit=settings.limit)
         further = []
-        if settings.held_out:
-            args = training_arguments(self.config.for_method("sft"), target, seed=0)  # lengths and rendering alone
-            further.append(held_out_scores(model, tokenizer, settings.held_out, args, settings.limit))
+        if self.held_out is not None:
+            further.append(held_out_scores(model, tokenizer, self.held_out, self.arguments))
         self._keep(evaluation, further, target)
+
+    def _loading(self, policy: Policy) -> dict[str, Any]:
+        """What a policy is loaded with: π_θ0 in 4 bits where runs of adapters start from it so."""
+        lora = self.config.training.lora
+        quantized = lora is not None and lora.quantize is not None and policy.fingerprint == self.policy.fingerprint
+        return {**self.loading, "quantize": lora.quantize} if lora and quantized else self.loading
 
     def _served(self, policy: Policy) -> Served:
         engine, trusted = self.config.training.engine, self.config.model.trust_remote_code
