@@ -20,6 +20,7 @@ from tspin import cli
 from tspin.cli.guard import one_line_errors
 from tspin.config import load_config
 from tspin.errors import UserError
+from tspin.models import load_model, load_tokenizer
 from tspin.runs.claims import claim_folder
 from tspin.trainer import TripletTrainer
 from tspin.yaml_files import REPOSITORY
@@ -64,6 +65,29 @@ def test_sample_and_train_on_files(tmp_path, model_folder, data_file):
     assert len(pd.read_parquet(tmp_path / "step" / "steps.parquet")) == 2
     assert (tmp_path / "step" / "model.safetensors").exists() and (tmp_path / "step" / "tokenizer.json").exists()
     assert_refused(call("train", *common, *files), "exists")
+    for command, given in (("train", [*common[: -len(SMALL)], *files]), ("diagnose", [*common, *files])):
+        again = [tmp_path / "more" if value == tmp_path / "step" else value for value in given]
+        assert_refused(call(command, *again, "--method", "dpo", "--iteration", 2), "--reference: dpo at iteration 2")
+
+
+def test_tokens_past_the_tokenizers_that_a_model_has_are_its_own(tmp_path, model_folder, data_file):
+    """Embeddings are often padded, and such rows are drawn now and then, early in training at least."""
+    padded, drawn = tmp_path / "padded", tmp_path / "synthetic.parquet"
+    model, tokenizer = load_model(str(model_folder)), load_tokenizer(str(model_folder))
+    model.resize_token_embeddings(len(tokenizer) + 64)
+    for part in (model, tokenizer):
+        part.save_pretrained(padded)
+    common = ["--model", padded, "--data", data_file]
+    assert call("sample", *common, "--out", drawn, *SMALL).exit_code == 0
+    table = pd.read_parquet(drawn)
+    table["ids"] = [[len(tokenizer) + 3, *ids[1:]] for ids in table["ids"]]
+    table.to_parquet(drawn)
+    result = call("train", *common, "--method", "spin", "--synthetic", drawn, "--out", tmp_path / "step", *SMALL)
+    assert result.exit_code == 0, result.output
+    table["ids"] = [[len(tokenizer) + 64, *ids[1:]] for ids in table["ids"]]
+    table.to_parquet(drawn)
+    result = call("train", *common, "--method", "spin", "--synthetic", drawn, "--out", tmp_path / "again", *SMALL)
+    assert_refused(result, "vocabulary")
 
 
 def test_a_stopped_training_on_files_goes_on(tmp_path, model_folder, data_file, monkeypatch):

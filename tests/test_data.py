@@ -6,6 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import LlamaTokenizer
 
 from tspin import SelfPlayConfig
 from tspin.data.encoding import encode_dataset, encode_examples
@@ -145,6 +146,21 @@ def test_special_tokens_that_data_spells_are_text_and_are_listed(template, token
     assert hostile.labelled.ids[-1] == tokenizer.eos_token_id and len(hostile.labelled.ids) > 5
     assert end in hostile.prompt and examples.noted == {"special_tokens": [1]}
     assert "1 of 2 data rows spell special tokens" in examples.remarks[1]
+
+
+def test_a_row_that_spells_special_tokens_has_the_others_tokens_where_it_is_alike():
+    """Llama's tokenizer puts a space before a text's first word, and before none that follows a control token."""
+    bytes_ = {f"<0x{value:02X}>": 3 + value for value in range(256)}
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **bytes_, **{text: 259 + n for n, text in enumerate("▁abcdefghij")}}
+    llama = LlamaTokenizer(vocab=vocabulary, merges=[], legacy=False, add_bos_token=True)
+    llama.chat_template = (
+        "{% for m in messages %}{{ '|' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a' }}{% endif %}"
+    )
+    rows = [{"prompt": "b", "completion": "c"}, {"prompt": "b </s>", "completion": "c"}]
+    plain, hostile = encoded(rows, llama, template="chat")
+    ends = [llama.convert_ids_to_tokens(e.prompt_ids)[-3:] for e in (plain, hostile)]
+    assert ends[0] == ends[1] == ["</s>", "<0x0A>", "a"]
 
 
 def test_what_is_not_learned_whole_is_listed(tokenizer):

@@ -356,6 +356,18 @@ def test_sharegpts_calls_of_functions():
     assert found[0]["tools"] == TOOLS
 
 
+@pytest.mark.parametrize("given", [json.dumps([CALL]), [json.dumps(CALL)], json.dumps(CALL), CALL], ids=str)
+def test_tool_calls_may_be_json(given):
+    """As sets whose rows call functions of many shapes have them; `tools` may be JSON too."""
+    rows = [
+        {"prompt": [user("Add."), assistant("", tool_calls=given)], "completion": [assistant(None, tool_calls=given)]}
+    ]
+    same = [
+        {"prompt": [user("Add."), assistant("", tool_calls=[CALL])], "completion": [assistant(None, tool_calls=[CALL])]}
+    ]
+    assert read(source_of(rows)) == read(source_of(same))
+
+
 def test_parts_of_text_are_joined_and_dates_are_texts():
     parts = [{"type": "text", "text": "1 + "}, "1", {"type": "text", "text": " ="}]
     rows = [{"messages": [user(parts), {**assistant("2"), "at": datetime(2024, 5, 1)}]}]
@@ -404,6 +416,9 @@ BAD_ROWS = [
     ({"messages": [user("a\ud800"), assistant("b")]}, "the prompt has half of a surrogate pair"),
     ({"messages": [user("a"), assistant("b", x="\ud800")]}, "the response has half of a surrogate pair"),
     ({"messages": [user("a"), assistant("b", x={1, 2})]}, r"the response holds what is no JSON \(a set\)"),
+    ({"messages": [user("a"), assistant(None, tool_calls="[1")]}, "tool_calls is no JSON"),
+    ({"messages": [user("a"), assistant(None, tool_calls=[1])]}, "tool_calls: 1 is no call: {type: function"),
+    ({"messages": [user("a"), assistant(None, tool_calls=[{"function": "add"}])]}, "tool_calls: .* is no call"),
     ({**GOOD, "tools": "[1"}, "column 'tools' is no JSON"),
     ({**GOOD, "tools": "1"}, "column 'tools' is no list of definitions"),
     ({**GOOD, "tools": [1]}, "column 'tools' is no list of definitions"),

@@ -196,7 +196,20 @@ def _message(message: Any) -> Message:
     if not isinstance(content, str | None):
         content = _joined(content)
     more = {key: without_none(of) for key, of in message.items() if of is not None and key not in ("role", "content")}
+    if "tool_calls" in more:
+        more["tool_calls"] = _tool_calls(more["tool_calls"])
     return {"role": role, "content": content, **more}
+
+
+def _tool_calls(value: Any) -> list[Any]:
+    """A message's tool calls, or their JSON, as a list of mappings."""
+    given = from_json(value or "[]", "tool_calls")
+    calls = [from_json(call, "a tool call") for call in given] if isinstance(given, Sequence) else [given]
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            raise UserError(f"tool_calls: {call!r} is no call: {{type: function, function: {{name: …, arguments: …}}}}")
+    return calls
 
 
 def _joined(parts: Any) -> str | list[Any]:

@@ -186,8 +186,26 @@ class Template:
             elif part:
                 for mark, token in hidden:
                     part = part.replace(mark, token)
-                ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                ids += self._amid(part) if number and self._joins else self._as_text(part)
         return ids
+
+    def _as_text(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _amid(self, text: str) -> list[int]:
+        """Token ids of a text that follows others, with no space before it that nobody wrote."""
+        line, ids = self._as_text("\n"), self._as_text("\n" + text)
+        return ids[len(line) :] if ids[: len(line)] == line else self._as_text(text)
+
+    @cached_property
+    def _joins(self) -> bool:
+        """Whether the tokenizer writes a word after a control token otherwise than at a text's beginning.
+
+        Some put a space before a text's first word, and before none that follows a control token.
+        """
+        control, word = next(iter(self.special), ""), FIRST_WORDS[0]
+        whole = self.tokenizer(control + word, add_special_tokens=False)["input_ids"]
+        return bool(control) and list(whole[1:]) != self._as_text(word)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

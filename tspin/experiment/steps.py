@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from tspin import iteration as steps
 from tspin.config import RunSettings, build_config
@@ -27,7 +26,7 @@ from tspin.evaluation.suites import check_chat_template, load_suite, tabulated
 from tspin.experiment.preset import load_dataset, model_source, training_arguments
 from tspin.fits import check_engine, check_rows, check_tokens, check_training
 from tspin.iteration import Iteration, Run
-from tspin.models import Policy, load_model, load_tokenizer, policy_fingerprint, resolve
+from tspin.models import Policy, load_model, load_shape, load_tokenizer, policy_fingerprint, resolve
 from tspin.runs.dates import date_of_run
 from tspin.runs.files import atomic_path, write_text
 from tspin.runs.locks import owned
@@ -89,10 +88,18 @@ class Step:
         iteration = Iteration(self.run, self.number, policy, initial, self.out.parent, responses, self.history)
         given = {path: iteration.sampled[role] for role, path in responses.items()}
         given |= {path: read_responses(path) for path in self.history}
+        if self.run.method.reference == "initial" and self.number > 0 and self.reference is None:
+            raise UserError(f"--reference: {self.method} at iteration {self.number} needs the initial policy")
         for path, drawn in given.items():
-            _check_responses(path, drawn, self.run.engine.tokenizer, self.run.examples.prompt_ids)
+            _check_responses(path, drawn, self._known_tokens, self.run.examples.prompt_ids)
         self.check_rows(iteration.sampled)
         return iteration
+
+    @property
+    def _known_tokens(self) -> int:
+        """Of the tokenizer, or of the model's embedding, where that has rows past them, which are drawn at times."""
+        shape = load_shape(self.policy.folder, self.run.engine.loading)
+        return max(len(self.run.engine.tokenizer), len(next(shape.get_input_embeddings().parameters())))
 
     def check_rows(self, responses: Mapping[str, Responses], new_tokens: int = 0) -> None:
         """See tspin.fits.check_rows."""
@@ -119,8 +126,6 @@ def train_from_files(step: Step) -> dict[str, Any]:
         raise UserError(f"{step.out} exists: choose a new folder for the checkpoint, nothing is written over")
     method, iteration = step.run.method, step.iteration()
     check_training(step.policy.folder, step.run.engine.loading, step.run.args, len(step.run.examples))
-    if method.reference == "initial" and step.number > 0 and step.reference is None:
-        raise UserError(f"--reference: {step.method} at iteration {step.number} needs the initial policy")
     for role in method.gradient_roles(iteration.coefficients):
         if role in (SYNTHETIC, PROTO) and role not in iteration.responses:
             raise UserError(
@@ -198,15 +203,13 @@ def _new_file(out: Path) -> Iterator[Path]:
         yield target
 
 
-def _check_responses(
-    path: Path, responses: Responses, tokenizer: PreTrainedTokenizerBase, prompt_ids: np.ndarray
-) -> None:
-    """Raise UserError where a file lacks a response to one of the prompts, or has tokens of another vocabulary."""
+def _check_responses(path: Path, responses: Responses, known: int, prompt_ids: np.ndarray) -> None:
+    """Raise UserError where a file lacks a response to one of the prompts, or has tokens from `known` on."""
     for prompt_id, response in zip(responses, responses.of(responses.prompt_ids), strict=True):
-        if max(response.ids) >= len(tokenizer):
+        if max(response.ids) >= known:
             raise UserError(
                 f"{path}: token {max(response.ids)} in the response to data row {prompt_id + 1} is not in this model's "
-                f"vocabulary of {len(tokenizer)}: sample the responses with a model of the same tokenizer"
+                f"vocabulary of {known}: sample the responses with a model of the same tokenizer"
             )
     missing = np.setdiff1d(prompt_ids, responses.prompt_ids)
     if len(missing):
