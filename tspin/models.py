@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -105,7 +106,7 @@ def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> Pr
     """A causal language model, float32 unless told otherwise.
 
     model_arguments: of `from_pretrained`; and `quantize`, "nf4" for its layers' matrices in 4 bits, which are computed
-    with in the type of the others (LoraSettings).
+    with in the type of the others (LoraSettings). Its generation settings can be saved where `say_sampling` helps.
     Raises UserError for files that cannot be read, and for weights that are missing: Transformers
     would fill them with random numbers.
     """
@@ -121,7 +122,29 @@ def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> Pr
     model, info = _load(AutoModelForCausalLM.from_pretrained, folder, {**arguments, "output_loading_info": True})
     if info["missing_keys"]:
         raise UserError(f"{folder}: the weights of {sorted(info['missing_keys'])[0]} are missing from this model")
+    if model.can_generate():
+        say_sampling(model.generation_config)
     return model
+
+
+def say_sampling(generation: GenerationConfig) -> None:
+    """Have settings of how to sample (temperature, top_p) say that there is sampling (do_sample), as Vicuna's do not.
+
+    Transformers reads such settings, and refuses to save them: a trained model would be lost. Whoever asks for greedy
+    responses says so.
+    """
+    if not _can_be_saved(generation):
+        said, generation.do_sample = generation.do_sample, True
+        if not _can_be_saved(generation):  # for another reason (tspin.fits.check_generation)
+            generation.do_sample = said
+
+
+def _can_be_saved(generation: GenerationConfig) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

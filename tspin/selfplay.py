@@ -45,7 +45,16 @@ from tspin.iteration import (
     take_generated,
     train,
 )
-from tspin.models import Adapter, Policy, load_model, load_tokenizer, policy_fingerprint, resolve, tokenizer_fingerprint
+from tspin.models import (
+    Adapter,
+    Policy,
+    load_model,
+    load_tokenizer,
+    policy_fingerprint,
+    resolve,
+    say_sampling,
+    tokenizer_fingerprint,
+)
 from tspin.runs.claims import claim_folder
 from tspin.runs.dates import date_of_run, record_date
 from tspin.runs.files import atomic_path, fingerprint_of, folder_fingerprint, read_json, sha256, write_json
@@ -339,6 +348,8 @@ class SelfPlayTrainer:
         # under another name until the run is known to be the same one.
         initial = self.folder / "initial"
         candidate = self.folder / "initial.candidate"
+        if self.source.can_generate():
+            say_sampling(self.source.generation_config)
         with atomic_path(candidate) as temporary:
             self.source.save_pretrained(temporary)
             self.run.engine.tokenizer.save_pretrained(temporary)
