@@ -26,7 +26,7 @@ from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.data.encoding import Example, encode_dataset
 from tspin.data.responses import write_parquet
 from tspin.data.turns import writes_date
-from tspin.engines.adapters import ADAPTER, CONFIG, WEIGHTS, check_lora, check_source, lora_settings
+from tspin.engines.adapters import ADAPTER, CONFIG, WEIGHTS, check_lora, check_source, check_targets, lora_settings
 from tspin.engines.engine import Engine
 from tspin.engines.here import FIRST_STEP
 from tspin.engines.trackers import Tracked, check_trackers, end_trackers, run_id
@@ -131,6 +131,8 @@ class SelfPlayTrainer:
         check_rows(self.source, loading, tokenizer, self.examples, new_tokens=args.max_new_tokens)
         check_engine(self.source, loading, args, self.examples)
         check_training(self.source, loading, args, len(self.examples))
+        if args.lora:
+            check_targets(self.source, loading, args.lora)
         self.held_out = None if eval_dataset is None else encode_dataset(eval_dataset, tokenizer, args)
         if self.held_out is not None:
             check_rows(self.source, loading, tokenizer, self.held_out)
