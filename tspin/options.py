@@ -21,6 +21,7 @@ NO_EVALUATION = "no training here has an evaluation set: benchmarks are the sect
 NO_UPLOAD = "nothing is uploaded while a run goes on: trainer.push_to_hub() uploads the iteration that you choose"
 NO_LENGTHS = "micro-batches are planned by tokens already, for which no triplet has to move to another step"
 SHARDS = "a launch file says how processes share a training: --launcher accelerate --launcher-config fsdp2"
+WITHIN_BACKWARD = "it moves weights within a backward pass, of which a step here has one for each micro-batch"
 NEWEST = "only the newest state of a training is kept, until it ends"
 EVALUATION = (
     *(
@@ -63,6 +64,7 @@ UNUSABLE_VALUES = {
     ("save_strategy", "best"): NO_EVALUATION,
     ("train_sampling_strategy", "group_by_length"): NO_LENGTHS,
     ("train_sampling_strategy", "batch_rebalance"): NO_LENGTHS,
+    **{("optim", name.value): WITHIN_BACKWARD for name in OptimizerNames if name.endswith(("layerwise", "lomo"))},
 }
 # Option → the one without which it would do nothing.
 BESIDE = {

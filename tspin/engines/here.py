@@ -121,6 +121,9 @@ def train(
         )
         _train_until_asked(trainer, unfinished, begun.checkpoint, training.args.checkpoint_steps)
     seconds = round(time.perf_counter() - start, 2)
+    optimizer: Any = trainer.optimizer
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()  # a schedule-free one puts averaged weights in the place of those that it takes gradients at
     changed = changed_share(weights, sampled_weights(model))
     measured = {"training_seconds": seconds, "changed_share": changed, "peak_memory_bytes": peak_bytes()}
     if training.args.lora and training.args.process_index == 0:
