@@ -102,16 +102,46 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint([type(tokenizer).__name__, rules, tokenizer.chat_template, str(tokenizer.special_tokens_map)])
 
 
+def loading_of(source: str | PreTrainedModel, model_arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` in one form: `torch_dtype` is `dtype`, and "auto" what it stands for in `source`.
+
+    source: the model, or its folder. Raises UserError for two types of weights, for what is none, and for "auto" where
+    the model's config says none.
+    """
+    loading = {name: value for name, value in (model_arguments or {}).items() if value is not None or name != "dtype"}
+    if older := loading.pop("torch_dtype", None):  # its name before Transformers 5
+        if dtype_name({"dtype": loading.setdefault("dtype", older)}) != dtype_name({"dtype": older}):
+            raise UserError(
+                f"model_arguments: dtype is {loading['dtype']} and torch_dtype {older}, two names of one argument: "
+                "leave torch_dtype out"
+            )
+    if loading.get("dtype") == "auto":
+        loading["dtype"] = _own_dtype(source, bool(loading.get("trust_remote_code")))
+    if not isinstance(getattr(torch, dtype_name(loading), None), torch.dtype):
+        given = (model_arguments or {}).get("dtype", older)
+        raise UserError(f"model_arguments: dtype is {given!r}: give torch.float32 or torch.bfloat16")
+    return loading
+
+
+def _own_dtype(source: str | PreTrainedModel, trusted: bool) -> torch.dtype | str | None:
+    """The type that a model says its weights have; None where its config does not."""
+    if isinstance(source, PreTrainedModel):
+        return source.dtype
+    own: torch.dtype | str | None = _load(AutoConfig.from_pretrained, source, {"trust_remote_code": trusted}).dtype
+    return own
+
+
 def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> PreTrainedModel:
     """A causal language model, float32 unless told otherwise.
 
-    model_arguments: of `from_pretrained`; and `quantize`, "nf4" for its layers' matrices in 4 bits, which are computed
-    with in the type of the others (LoraSettings). Its generation settings can be saved where `say_sampling` helps.
+    model_arguments: of `from_pretrained` (see `loading_of`); and `quantize`, "nf4" for its layers' matrices in 4 bits,
+    which are computed with in the type of the others (LoraSettings). Generation settings are such as can be saved,
+    where `say_sampling` helps.
     Raises UserError for files that cannot be read, and for weights that are missing: Transformers
     would fill them with random numbers.
     """
     refuse_pickles(Path(folder))
-    arguments = {"dtype": torch.float32, "use_safetensors": True, **(model_arguments or {})}
+    arguments = {"dtype": torch.float32, "use_safetensors": True, **loading_of(folder, model_arguments)}
     if kind := arguments.pop("quantize", None):
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

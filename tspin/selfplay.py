@@ -50,6 +50,7 @@ from tspin.models import (
     Policy,
     load_model,
     load_tokenizer,
+    loading_of,
     policy_fingerprint,
     resolve,
     say_sampling,
@@ -80,7 +81,7 @@ class SelfPlayTrainer:
         carry an integer "prompt_id". tspin.data.sources.source_of says more: other columns, all rounds, a split.
     processing_class: the tokenizer, loaded from `model` when left out.
     callbacks: transformers callbacks for every iteration's training.
-    model_arguments: arguments of `from_pretrained`.
+    model_arguments: arguments of `from_pretrained`; weights are float32 where they name no dtype.
     eval_dataset: labelled rows that are not trained on: −log π(y) of them is recorded after each iteration, and by it
         args.best_iteration can choose.
     peft_config: a peft.LoraConfig, in place of args.lora.
@@ -115,19 +116,19 @@ class SelfPlayTrainer:
         self.folder = Path(str(args.output_dir))
         self.shared = Path(args.shared_dir) if args.shared_dir else self.folder
         self.callbacks: list[TrainerCallback] = []
-        tokenizer = processing_class or load_tokenizer(str(self.source), model_arguments)
+        loading = loading_of(self.source, model_arguments)
+        tokenizer = processing_class or load_tokenizer(str(self.source), loading)
         self.args = args = copy.copy(args)
         for callback in callbacks or ():
             self.add_callback(callback)
         if peft_config is not None:
-            args.lora = self._lora(peft_config, model_arguments or {})
+            args.lora = self._lora(peft_config, loading)
         check_lora(args)
         check_trackers(args)
-        self.proto_source = args.proto_model and _alike(args.proto_model, tokenizer, model_arguments)
+        self.proto_source = args.proto_model and _alike(args.proto_model, tokenizer, loading)
         if args.date is None and writes_date(tokenizer):
             args.date = date_of_run(self.shared)
         self.examples = encode_dataset(train_dataset, tokenizer, args)
-        loading = model_arguments or {}
         check_rows(self.source, loading, tokenizer, self.examples, new_tokens=args.max_new_tokens)
         check_engine(self.source, loading, args, self.examples)
         check_training(self.source, loading, args, len(self.examples))
@@ -465,10 +466,10 @@ class SelfPlayTrainer:
         return run_stage(iteration.folder / "held_out.json", inputs, produce)
 
 
-def _alike(model: str, tokenizer: PreTrainedTokenizerBase, model_arguments: dict[str, Any] | None) -> str:
+def _alike(model: str, tokenizer: PreTrainedTokenizerBase, loading: dict[str, Any]) -> str:
     """The folder of a model whose responses are tokens of this tokenizer's too. Raises UserError where they are not."""
     folder = resolve(model)
-    if tokenizer_fingerprint(load_tokenizer(folder, model_arguments)) != tokenizer_fingerprint(tokenizer):
+    if tokenizer_fingerprint(load_tokenizer(folder, loading)) != tokenizer_fingerprint(tokenizer):
         raise UserError(f"proto_model: {model} has another tokenizer than the model: its y0 would be other texts")
     return folder
 
