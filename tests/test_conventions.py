@@ -22,10 +22,13 @@ from tspin.engines.adapters import lora_settings
 from tspin.engines.trackers import check_trackers
 from tspin.errors import UserError
 from tspin.models import (
+    POCKET_MODEL,
     dtype_name,
     load_model,
+    load_tokenizer,
     loading_of,
     policy_fingerprint,
+    tokenizer_fingerprint,
 )
 from tspin.objectives import METHODS
 from tspin.runs.stages import run_stage
@@ -148,6 +151,16 @@ def test_types_of_weights_that_are_none_are_refused(model_folder):
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "dtype"}))
     with pytest.raises(UserError, match="^model_arguments: dtype is 'auto': give"):
         loading_of(str(model_folder), {"dtype": "auto"})
+
+
+def test_a_tokenizer_that_has_padded_is_the_same_one():
+    """An untouched one has the name that kept examples have in their own."""
+    tokenizer = load_tokenizer(str(POCKET_MODEL))
+    assert tokenizer_fingerprint(tokenizer) == "82c7ab8f65b9aa34"
+    tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
+    assert tokenizer.backend_tokenizer.padding and tokenizer.backend_tokenizer.truncation
+    assert tokenizer_fingerprint(tokenizer) == "82c7ab8f65b9aa34"
+    assert tokenizer.backend_tokenizer.padding and tokenizer.backend_tokenizer.truncation
 
 
 def test_what_cannot_be_is_refused_at_construction(tmp_path, model_folder, rows):

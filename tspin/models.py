@@ -1,5 +1,6 @@
 """Loading policies and tokenizers, with one clear line when there is none."""
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,6 +99,10 @@ def in_hub_cache(folder: Path) -> bool:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """What identifies a tokenizer: all that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and (backend.padding or backend.truncation):  # left there by a call: the next sets its own
+        backend = copy.deepcopy(backend)
+        backend.no_padding()
+        backend.no_truncation()
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return fingerprint([type(tokenizer).__name__, rules, tokenizer.chat_template, str(tokenizer.special_tokens_map)])
 
