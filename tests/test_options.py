@@ -103,8 +103,8 @@ def test_the_rest_stands_and_draws_no_random_number(given):
 def test_what_several_processes_have_a_use_for_reaches_them(tmp_path):
     """A preset is read before its launch file is known, and the processes are told that there is one."""
     given = {"ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 10, "ddp_broadcast_buffers": True,
-             "ddp_static_graph": True}  # fmt: skip
-    assert given.keys() == set(OF_SEVERAL)
+             "ddp_static_graph": True, "accelerator_config": {"use_seedable_sampler": False}}  # fmt: skip
+    assert given.keys() > set(OF_SEVERAL)
     settings = build_config({**given, "use_cpu": True}).for_method("spin")
     file = tmp_path / "two.yaml"
     file.write_text("{distributed_type: MULTI_CPU, num_processes: 1, use_cpu: true}")
@@ -112,6 +112,7 @@ def test_what_several_processes_have_a_use_for_reaches_them(tmp_path):
     there = SelfPlayConfig(**json.loads(json.dumps(plain_arguments(args))))
     for name in OF_SEVERAL:
         assert getattr(there, name) == getattr(args, name) == given[name]
+    assert there.accelerator_config == args.accelerator_config and not there.accelerator_config.use_seedable_sampler
     assert there.computed() == args.computed()
     file.write_text("{distributed_type: FSDP, fsdp_config: {fsdp_version: 2}}")
     with pytest.raises(UserError, match="^ddp_find_unused_parameters: does nothing under FSDP, as .*two.yaml has it"):

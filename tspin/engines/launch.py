@@ -177,6 +177,6 @@ def launch_scoring(
 def plain_arguments(args: SelfPlayConfig) -> dict[str, Any]:
     """What SelfPlayConfig is made from again, as JSON values."""
     given = args.to_dict()
-    for name in ("hub_token", "push_to_hub_token", "accelerator_config", "hosts", "scoring"):
+    for name in ("hub_token", "push_to_hub_token", "hosts", "scoring"):
         given.pop(name, None)  # tokens are masked by to_dict; the others are the launched process's own
     return given
