@@ -1,5 +1,6 @@
 """Adapters on frozen weights that are coarse: nothing that they learn is lost, in bfloat16 and in 4 bits."""
 
+import json
 import signal
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +13,10 @@ from safetensors.torch import load_file
 from test_continued import SignalAt
 from test_selfplay import SETTINGS, assert_same_run
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from tspin import SelfPlayConfig, SelfPlayTrainer
+from tspin import SelfPlayConfig, SelfPlayTrainer, cli
+from tspin.doctor.tiny import write_rows
 from tspin.engines.adapters import ADAPTER, WEIGHTS, load_policy
 from tspin.errors import UserError
 from tspin.models import load_model
@@ -150,3 +153,35 @@ def test_4_bits_need_bitsandbytes_and_no_vllm(tmp_path, model_folder, rows, monk
     monkeypatch.setattr("tspin.engines.adapters.find_spec", lambda name: "there")
     with pytest.raises(UserError, match="lora.quantize: the first responses are the 4-bit model's"):
         build(tmp_path / "run", model_folder, rows, torch.bfloat16, lora=NF4, sampling_backend="vllm")
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["q_proj", "lm_head", "embed_tokens"], "model.e.*"])
+def test_a_weight_of_two_layers_takes_no_adapters(tmp_path, model_folder, tiny_model, tokenizer, rows, targets):
+    """In training they would act in one of both, in the merged checkpoint in both."""
+
+    def trainer(model):
+        args = SelfPlayConfig(output_dir=str(tmp_path / "run"), **SETTINGS, lora={**LORA, "target_modules": targets})
+        return SelfPlayTrainer(model, args, rows, processing_class=tokenizer)
+
+    trainer(str(model_folder))
+    tiny_model.config.tie_word_embeddings = True
+    tiny_model.tie_weights()
+    for saved in (tiny_model, tokenizer):
+        saved.save_pretrained(tmp_path / "tied")
+    line = r"^lora.target_modules: the weight of \S+ is another layer's too"
+    for model in (str(tmp_path / "tied"), tiny_model):
+        with pytest.raises(UserError, match=line) as refused:
+            trainer(model)
+        assert "\n" not in str(refused.value)
+    arguments = ["train", "--model", tmp_path / "tied", "--data", write_rows(tmp_path / "data.jsonl", rows)]
+    arguments += ["--method", "sft", "--out", tmp_path / "m", "--set", f"lora.target_modules={json.dumps(targets)}"]
+    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    assert result.exit_code == 2 and "is another layer's too" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_without_a_place_are_refused_before_anything_is_drawn(tmp_path, model_folder, rows):
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match="^lora.target_modules: Target modules .*c_attn"):
+        build(tmp_path / "run", model_folder, rows, torch.float32, lora={**LORA, "target_modules": ["c_attn"]})
+    assert torch.equal(torch.get_rng_state(), state) and not (tmp_path / "run").exists()

@@ -1,16 +1,19 @@
 """Canaries: numbers of a run that are known beforehand, and what is said where they are off."""
 
 import math
+import re
 
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from tspin import SelfPlayConfig, SelfPlayTrainer, canaries
 from tspin.canaries import Canary
 from tspin.config import Decoding
 from tspin.data.responses import Response, read_responses
 from tspin.data.sources import source_of
+from tspin.engines import here
 from tspin.objectives import METHODS
 from tspin.runs.files import read_json
 from tspin.sampling import sample
@@ -62,6 +65,22 @@ def test_weights_too_coarse_for_the_rate_are_told(tmp_path, tiny_model, tokenize
     guards = [read_json(result.model_path.parent / "guards.json") for result in trainer.iterate()]
     assert guards[0]["canaries"]["changed"]["value"] < 0.5
     assert "the rate is too small for their data type" in guards[0]["warnings"]["changed"]
+
+
+def test_weights_that_no_text_reaches_are_not_expected_to_change(tmp_path, tokenizer, rows):
+    """Of a model that reads images too, whose weights for these are most."""
+    sizes = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_key_value_heads": 1, "head_dim": 8, **sizes}
+    images = {**sizes, "hidden_size": 64, "num_hidden_layers": 8, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config)
+    reading = {name for name, _ in model.named_parameters() if re.search("vision|multi_modal", name)}
+    before = here.sampled_weights(model)
+    assert sum(len(before[name]) for name in reading) > 0.5 * sum(map(len, before.values()))
+    args = SelfPlayConfig(str(tmp_path / "run"), method="sft", learning_rate=1e-3, bf16=False)
+    (result,) = SelfPlayTrainer(model, args, rows, tokenizer).train()
+    assert result.training["changed_share"] > 0.5 and "changed" not in result.warnings
 
 
 @pytest.mark.parametrize("decoding", [Decoding(1.0, 1.0, 40, 8), Decoding(0.7, 0.9, 20, 3), Decoding(0.0, 1.0, 9, 8)])

@@ -8,6 +8,7 @@ from shutil import rmtree
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_selfplay import LORA, SETTINGS, assert_same_run, play, steps_of
 from transformers import (
     AutoModelForCausalLM,
@@ -15,11 +16,13 @@ from transformers import (
     LlamaConfig,
     OPTConfig,
     PhimoeConfig,
+    Trainer,
     TrainerCallback,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tspin import SelfPlayConfig, SelfPlayTrainer
+from tspin.engines.adapters import ADAPTER
 from tspin.errors import UserError
 from tspin.runs.signals import Stopped
 from tspin.runs.stages import run_stage
@@ -137,6 +140,62 @@ def test_a_signal_in_training_keeps_its_steps(tmp_path, model_folder, rows, numb
         assert state.name == f"step-{step}" and not list(state.rglob("training_args.bin"))
     play(tmp_path / "stopped", model_folder, rows, **settings)
     assert not (tmp_path / "stopped" / "iteration-0" / "unfinished").exists()
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", iterations=1)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD (arXiv 2405.15682): weights are y in training, and x, which is what it returns, after eval."""
+
+    returned: list[torch.Tensor] = []
+
+    def __init__(self, params, lr, momentum=0.9):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "training": False, "steps": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["training"]
+            group["steps"] += 1
+            share, rate, momentum = 1 / group["steps"], group["lr"], group["momentum"]
+            for y in group["params"]:
+                z = self.state[y].setdefault("z", y.clone())
+                y.lerp_(z, share).add_(y.grad, alpha=rate * (momentum * (1 - share) - 1))
+                z.sub_(y.grad, alpha=rate)
+
+    def train(self):
+        self._turn(True, lambda momentum: 1 - momentum)
+
+    def eval(self):
+        self._turn(False, lambda momentum: 1 - 1 / momentum)
+        ScheduleFree.returned = [weight.detach().clone() for group in self.param_groups for weight in group["params"]]
+
+    @torch.no_grad()
+    def _turn(self, training, share):
+        for group in self.param_groups:
+            for weight in group["params"] if group["training"] != training else ():
+                if "z" in self.state[weight]:
+                    weight.lerp_(self.state[weight]["z"], share(group["momentum"]))
+            group["training"] = training
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_what_an_optimizer_returns_is_the_checkpoint(tmp_path, model_folder, rows, monkeypatch, lora):
+    """Not the weights that it takes gradients at, with which a stopped training goes on."""
+    monkeypatch.setattr(
+        Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda args, model=None: (ScheduleFree, {"lr": 1.0}))
+    )
+    settings = {"num_train_epochs": 3, "method": "sft", "lora": lora}  # 6 steps
+    _, (result,) = play(tmp_path / "whole", model_folder, rows, **settings)
+    folder = result.model_path if lora is None else result.model_path.parent / ADAPTER
+    written = load_file(next(folder.glob("*.safetensors"))).values()
+    assert ScheduleFree.returned
+    for weight in ScheduleFree.returned:
+        assert any(weight.shape == other.shape and torch.equal(weight, other) for other in written)
+    for step in (3, 6):
+        args = SelfPlayConfig(output_dir=str(tmp_path / "stopped"), **{**SETTINGS, **settings})
+        with pytest.raises(Stopped):
+            SelfPlayTrainer(model_folder, args, rows, callbacks=[SignalAt(step, signal.SIGTERM)]).train()
+    play(tmp_path / "stopped", model_folder, rows, **settings)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", iterations=1)
 
 

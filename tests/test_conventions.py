@@ -21,7 +21,15 @@ from tspin.cards import _origin
 from tspin.engines.adapters import lora_settings
 from tspin.engines.trackers import check_trackers
 from tspin.errors import UserError
-from tspin.models import policy_fingerprint
+from tspin.models import (
+    POCKET_MODEL,
+    dtype_name,
+    load_model,
+    load_tokenizer,
+    loading_of,
+    policy_fingerprint,
+    tokenizer_fingerprint,
+)
 from tspin.objectives import METHODS
 from tspin.runs.stages import run_stage
 from tspin.states import IterationResult, advance
@@ -98,6 +106,61 @@ def test_a_run_with_held_out_rows_and_its_state(tmp_path, model_folder, rows):
         again.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-3")
     with pytest.raises(UserError, match="best_iteration: .* was begun with held_out_nll"):
         trainer_of(tmp_path / "run", str(model_folder), rows[4:], eval_dataset=held_out).train()
+
+
+DTYPES = [  # arguments of from_pretrained, and the type of the weights
+    ({}, torch.float32),
+    ({"dtype": None}, torch.float32),
+    ({"dtype": "auto"}, torch.bfloat16),  # the checkpoint's own
+    ({"torch_dtype": "auto"}, torch.bfloat16),
+    ({"torch_dtype": torch.bfloat16}, torch.bfloat16),
+    ({"dtype": "bfloat16", "torch_dtype": torch.bfloat16}, torch.bfloat16),
+    ({"dtype": torch.float32}, torch.float32),
+]
+
+
+@pytest.mark.parametrize("given, dtype", DTYPES)
+def test_a_type_of_weights_is_had_by_all_its_names(tmp_path, model_folder, tiny_model, tokenizer, rows, given, dtype):
+    tiny_model.to(torch.bfloat16).save_pretrained(model_folder)
+    assert load_model(str(model_folder), given).dtype == dtype
+    for model in (str(model_folder), tiny_model):
+        engine = trainer_of(tmp_path / "run", model, rows, model_arguments=given, processing_class=tokenizer).run.engine
+        assert dtype_name(engine.loading) == str(dtype).removeprefix("torch.")
+
+
+def test_no_canary_is_off_in_the_checkpoints_own_type(tmp_path, model_folder, tiny_model, rows):
+    tiny_model.to(torch.bfloat16).save_pretrained(model_folder)
+    trainer = trainer_of(
+        tmp_path / "run", str(model_folder), rows, {"iterations": 1}, model_arguments={"dtype": "auto"}
+    )
+    (result,) = trainer.train()
+    assert trainer.model.dtype == torch.bfloat16
+    assert not {"first loss", "first reward", "sampler"} & result.warnings.keys()
+    assert json.loads((tmp_path / "run" / "iteration-0" / "guards.json").read_text())["canaries"]["sampler"]["sound"]
+
+
+def test_types_of_weights_that_are_none_are_refused(model_folder):
+    for given, line in (
+        ({"dtype": torch.float32, "torch_dtype": torch.bfloat16}, "dtype is torch.float32 and torch_dtype torch.bfloa"),
+        ({"dtype": "bf16"}, "dtype is 'bf16': give torch.float32 or torch.bfloat16"),
+        ({"torch_dtype": "half precision"}, "dtype is 'half precision': give"),
+    ):
+        with pytest.raises(UserError, match=f"^model_arguments: {line}"):
+            loading_of(str(model_folder), given)
+    config = model_folder / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "dtype"}))
+    with pytest.raises(UserError, match="^model_arguments: dtype is 'auto': give"):
+        loading_of(str(model_folder), {"dtype": "auto"})
+
+
+def test_a_tokenizer_that_has_padded_is_the_same_one():
+    """An untouched one has the name that kept examples have in their own."""
+    tokenizer = load_tokenizer(str(POCKET_MODEL))
+    assert tokenizer_fingerprint(tokenizer) == "82c7ab8f65b9aa34"
+    tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
+    assert tokenizer.backend_tokenizer.padding and tokenizer.backend_tokenizer.truncation
+    assert tokenizer_fingerprint(tokenizer) == "82c7ab8f65b9aa34"
+    assert tokenizer.backend_tokenizer.padding and tokenizer.backend_tokenizer.truncation
 
 
 def test_what_cannot_be_is_refused_at_construction(tmp_path, model_folder, rows):

@@ -37,6 +37,7 @@ from tspin.fits import (
     position_table,
 )
 from tspin.models import POCKET_MODEL, load_shape, load_tokenizer
+from tspin.sampling import generation_settings
 
 SETTINGS = {"iterations": 1, "max_new_tokens": 6, "batch_size": 4, "bf16": False, "use_cpu": True, "disable_tqdm": True}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -253,6 +254,36 @@ def test_a_cap_that_sdpa_leaves_out_is_told(capsys):
     assert not capsys.readouterr().err
     check_softcap(model, {"attn_implementation": "sdpa"})
     assert "leaves out the cap of 50 on the model's attention logits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_settings_of_sampling_that_do_not_say_so_end_no_training(tmp_path, model_folder, tiny_model, rows, file):
+    """As Vicuna's: Transformers reads them and saves no model with them. The checkpoint says what they said."""
+    given, other = {"temperature": 0.9, "top_p": 0.6}, model_folder / "generation_config.json"
+    if file == "config.json":
+        other.unlink()  # they count where there is no file of their own
+    path = model_folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **given}))
+    tiny_model.generation_config.update(**given)
+    for name, model in {"folder": str(model_folder), "model": tiny_model}.items():
+        tokenizer = load_tokenizer(str(model_folder))
+        (result,) = trainer(tmp_path / name, model, rows, tokenizer, method="sft", diagnostics=False).train()
+        kept = generation_settings(str(result.model_path))
+        assert (kept.temperature, kept.top_p, kept.do_sample) == (0.9, 0.6, True)
+
+
+def test_settings_that_no_checkpoint_can_have_are_refused_at_once(tmp_path, model_folder, tiny_model, rows, tokenizer):
+    tiny_model.generation_config.length_penalty = 2.0
+    path = model_folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "length_penalty": 2.0}))
+    for model in (str(model_folder), tiny_model):
+        with pytest.raises(UserError, match=r"^generation_config.json: .*`length_penalty`: .*num_beams") as refused:
+            trainer(tmp_path, model, rows, tokenizer)
+        assert "\n" not in str(refused.value)
+    path.write_text(json.dumps({"num_return_sequences": 2}))
+    with pytest.raises(UserError, match=r"^generation_config.json: .*num_return_sequences"):
+        trainer(tmp_path, str(model_folder), rows)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_routers_auxiliary_loss_is_refused():

@@ -71,6 +71,19 @@ def assert_same(model, prompts=PROMPTS, roles=ROLES):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item() + 1e-6 * largest)
 
 
+def test_a_compiled_model_has_the_same_numbers():
+    """Attention by segments, whose batches are others in each run of tokens, stays out of what is compiled."""
+    model = random_model("mistral with a window")
+    assert choose_layout(model, "shared") == "shared"
+    for part in (slice(2), slice(None)):  # another run: the graphs of the first do not do
+        found = []
+        for each in (model, torch.compile(model, backend="eager")):
+            logps = flat_logps(each, **flat_run(PROMPTS[part], [role[part] for role in ROLES]))
+            found.append([logps, *torch.autograd.grad(logps.sum(), list(model.parameters()))])
+        assert all(torch.equal(plain, compiled) for plain, compiled in zip(*found, strict=True))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("name", SHARING)
 def test_families_share_and_have_the_numbers_of_plain_rows(name):
     """Ragged lengths, one-token responses, windows shorter than prompts, short examples and long ones."""

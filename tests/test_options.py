@@ -1,5 +1,6 @@
 """TrainingArguments' options that cannot work here, each refused in one line before anything is loaded."""
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -8,8 +9,10 @@ from transformers import TrainingArguments
 
 from tspin import SelfPlayConfig
 from tspin.config import OPERATIONAL, OURS, build_config
+from tspin.engines.launch import plain_arguments
 from tspin.errors import UserError
-from tspin.options import BESIDE, UNUSABLE, UNUSABLE_VALUES, USED
+from tspin.experiment.preset import training_arguments
+from tspin.options import BESIDE, OF_SEVERAL, UNUSABLE, UNUSABLE_VALUES, USED
 
 BY_NAME = [
     ({"eval_strategy": "steps"}, "eval_strategy: no training here has an evaluation set"),
@@ -24,6 +27,10 @@ BY_NAME = [
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: with noise on the embeddings"),
     ({"auto_find_batch_size": True}, "auto_find_batch_size: batch_size is part of the method"),
     ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy=group_by_length: micro-batches"),
+    ({"optim": "galore_adamw_layerwise"}, "optim=galore_adamw_layerwise: it moves weights within a backward pass"),
+    ({"optim": "apollo_adamw_layerwise", "optim_target_modules": ["q_proj"]}, "optim=apollo_adamw_layerwise: it moves"),
+    ({"optim": "lomo"}, "optim=lomo: it moves weights within a backward pass"),
+    ({"optim": "adalomo"}, "optim=adalomo: it moves weights within a backward pass"),
     ({"fp16": True}, "fp16: a gradient that overflows"),
     ({"save_only_model": True}, "save_only_model: a training could not go on"),
     ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint: the same command goes on"),
@@ -32,7 +39,7 @@ BY_NAME = [
     ({"eval_do_concat_batches": False}, "eval_do_concat_batches: no training here has an evaluation set"),
     ({"save_steps": 10}, "save_steps: does nothing without save_strategy=steps"),
     ({"trackio_space_id": "me/space"}, "trackio_space_id: does nothing without report_to=trackio"),
-    ({"ddp_backend": "gloo"}, "ddp_backend: does nothing without launcher"),
+    ({"ddp_backend": "gloo"}, "ddp_backend: processes that train together exchange by NCCL on GPUs"),
     ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "gradient_checkpointing_kwargs: does nothing"),
 ]
 BY_TRIAL = [  # what this environment lacks, and options without those that they need
@@ -47,6 +54,8 @@ BY_TRIAL = [  # what this environment lacks, and options without those that they
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr, .*min_lr"),
     ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type=warmup_stable_decay, .*num_decay_steps"),
     ({"dataloader_persistent_workers": True}, "dataloader_num_workers=0, .*persistent_workers"),
+    ({"ddp_static_graph": True}, "ddp_static_graph: does nothing without a launch file: --launcher accelerate"),
+    ({"ddp_bucket_cap_mb": 10}, "ddp_bucket_cap_mb: does nothing without a launch file: --launcher accelerate"),
     ({"use_liger_kernel": True}, "use_liger_kernel: its package is not installed"),
     ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches: every process"),
 ]
@@ -89,6 +98,25 @@ def test_the_rest_stands_and_draws_no_random_number(given):
     state = torch.get_rng_state()
     SelfPlayConfig(**given)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_several_processes_have_a_use_for_reaches_them(tmp_path):
+    """A preset is read before its launch file is known, and the processes are told that there is one."""
+    given = {"ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 10, "ddp_broadcast_buffers": True,
+             "ddp_static_graph": True, "accelerator_config": {"use_seedable_sampler": False}}  # fmt: skip
+    assert given.keys() > set(OF_SEVERAL)
+    settings = build_config({**given, "use_cpu": True}).for_method("spin")
+    file = tmp_path / "two.yaml"
+    file.write_text("{distributed_type: MULTI_CPU, num_processes: 1, use_cpu: true}")
+    args = training_arguments(settings, tmp_path, seed=0, launcher=file)
+    there = SelfPlayConfig(**json.loads(json.dumps(plain_arguments(args))))
+    for name in OF_SEVERAL:
+        assert getattr(there, name) == getattr(args, name) == given[name]
+    assert there.accelerator_config == args.accelerator_config and not there.accelerator_config.use_seedable_sampler
+    assert there.computed() == args.computed()
+    file.write_text("{distributed_type: FSDP, fsdp_config: {fsdp_version: 2}}")
+    with pytest.raises(UserError, match="^ddp_find_unused_parameters: does nothing under FSDP, as .*two.yaml has it"):
+        training_arguments(settings, tmp_path, seed=0, launcher=file)
 
 
 def test_every_option_of_the_installed_version_acts_or_is_refused():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import Trainer
 
 from tspin import SelfPlayConfig
 from tspin.errors import UserError
@@ -43,6 +44,14 @@ def test_other_shapes_and_no_warm_up():
     assert rates(4, lr_scheduler_type="constant_with_warmup", warmup_steps=4) == pytest.approx([1 / 3, 2 / 3, 1, 1])
     assert rates(3, warmup_steps=0) == pytest.approx([1, 2 / 3, 1 / 3])
     assert rates(20, lr_scheduler_type="cosine")[:3] == pytest.approx([1 / 2, 1, 1])
+
+
+def test_there_is_one_warm_up(monkeypatch):
+    """Schedule-free optimizers have their own, counted in steps, which Trainer would set to a share of them."""
+    asked = (torch.optim.SGD, {"lr": 1.0, "warmup_steps": 0.1})
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda args, model=None: asked))
+    kind, given = object.__new__(TripletTrainer).get_optimizer_cls_and_kwargs(None)
+    assert kind is torch.optim.SGD and given == {"lr": 1.0, "warmup_steps": 0}
 
 
 def test_a_state_of_the_schedule_goes_on():

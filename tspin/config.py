@@ -22,7 +22,7 @@ from tspin.devices import multiplies_bfloat16
 from tspin.errors import UserError
 from tspin.names import COEFFICIENTS, SECTIONS, TAKE_MORE, preset_fields, read_preset, refusal
 from tspin.objectives import METHODS, Coefficients, Method, find_method, with_sft
-from tspin.options import refuse, try_out
+from tspin.options import OF_SEVERAL, is_given, refuse, try_out
 from tspin.sections import Section, mapping, read
 from tspin.settings import (
     Backend,
@@ -198,8 +198,9 @@ class SelfPlayConfig(_WithCoefficients):
         paths = {name: str(value) for name, value in given.items() if isinstance(value, Path)}
         for name, value in complete(read(Settings, given | paths)):
             setattr(self, name, value)
-        for name, idle in {"hosts": None, "scoring": "auto"}.items():
-            if self.launcher is None and getattr(self, name) != idle:
+        used = {"hosts": self.hosts is not None, "scoring": self.scoring != "auto"}
+        for name, acts in (used | {name: is_given(self, name) for name in OF_SEVERAL}).items():
+            if acts and self.launcher is None:
                 raise UserError(
                     f"{name}: does nothing without a launch file: --launcher accelerate --launcher-config FILE"
                 )

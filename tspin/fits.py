@@ -5,6 +5,7 @@ would go on to something else than was asked for. The model is looked at by its 
 part of its weights.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,8 +24,9 @@ from tspin.config import SelfPlayConfig
 from tspin.data.encoding import Examples
 from tspin.data.mapped import BATCH
 from tspin.data.responses import Responses
-from tspin.errors import UserError, tell
-from tspin.models import dtype_name, load_shape
+from tspin.errors import UserError, reason, tell
+from tspin.models import dtype_name, load_shape, say_sampling
+from tspin.sampling import generation_settings
 from tspin.triplets import pad_token
 
 HOTTEST = 2.0  # temperature (vllm.sampling_params)
@@ -132,6 +134,8 @@ def check_training(source: str | PreTrainedModel, loading: Mapping[str, Any], ar
     model = source if isinstance(source, PreTrainedModel) else load_shape(source, dict(loading))
     check_router(model)
     check_softcap(model, loading)
+    if model.can_generate():
+        check_generation(source)
     if args.gradient_checkpointing:
         check_checkpointing(model)
     if args.lora:
@@ -170,6 +174,21 @@ def check_router(model: PreTrainedModel) -> None:
             "output_router_logits: the model's config asks for its router's auxiliary loss, which no objective here "
             "has; set it to false in the model's config.json to train without"
         )
+
+
+def check_generation(source: str | PreTrainedModel) -> None:
+    """Raise UserError for generation settings that Transformers would not save, and so no checkpoint with them."""
+    try:
+        settings = source.generation_config if isinstance(source, PreTrainedModel) else generation_settings(source)
+        settings = copy.deepcopy(settings)
+        say_sampling(settings)
+        settings.validate(strict=True)
+    except ValueError as error:
+        listed = (line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- "))
+        raise UserError(
+            f"generation_config.json: Transformers saves no model with such settings: {next(listed, reason(error))} "
+            "Correct that file of the model"
+        ) from error
 
 
 def check_softcap(model: PreTrainedModel, loading: Mapping[str, Any]) -> None:

@@ -39,7 +39,7 @@ from tspin.engines.here import FIRST_STEP, Training
 from tspin.engines.launch import trains_in_bfloat16
 from tspin.engines.trackers import Tracked
 from tspin.errors import tell
-from tspin.models import Policy
+from tspin.models import Policy, dtype_name
 from tspin.objectives import Coefficients, Method
 from tspin.runs.files import read_json, sha256, write_json
 from tspin.runs.unfinished import Unfinished
@@ -363,7 +363,7 @@ def canaries_of(
     """The canaries of an iteration that is trained (tspin.canaries). table: its diagnostics, if there are any."""
     run, method, prompt_ids = iteration.run, iteration.run.method, iteration.run.examples.prompt_ids
     same = method.uses_reference and iteration.reference == iteration.policy
-    coarse = run.args.bf16 or trains_in_bfloat16(run.args) or "bfloat16" in run.loading.get("dtype", "")
+    coarse = run.args.bf16 or trains_in_bfloat16(run.args) or dtype_name(run.engine.loading).endswith("float16")
     arithmetic = "bfloat16" if coarse else "float32"
     first = read_json(iteration.folder / FIRST_STEP)
     # An earlier iteration's y′, which has a prompt's number too, changes nothing where policy and reference are one.

@@ -1,5 +1,6 @@
 """Loading policies and tokenizers, with one clear line when there is none."""
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -97,20 +99,54 @@ def in_hub_cache(folder: Path) -> bool:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """What identifies a tokenizer: all that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and (backend.padding or backend.truncation):  # left there by a call: the next sets its own
+        backend = copy.deepcopy(backend)
+        backend.no_padding()
+        backend.no_truncation()
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return fingerprint([type(tokenizer).__name__, rules, tokenizer.chat_template, str(tokenizer.special_tokens_map)])
+
+
+def loading_of(source: str | PreTrainedModel, model_arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` in one form: `torch_dtype` is `dtype`, and "auto" what it stands for in `source`.
+
+    source: the model, or its folder. Raises UserError for two types of weights, for what is none, and for "auto" where
+    the model's config says none.
+    """
+    loading = {name: value for name, value in (model_arguments or {}).items() if value is not None or name != "dtype"}
+    if older := loading.pop("torch_dtype", None):  # its name before Transformers 5
+        if dtype_name({"dtype": loading.setdefault("dtype", older)}) != dtype_name({"dtype": older}):
+            raise UserError(
+                f"model_arguments: dtype is {loading['dtype']} and torch_dtype {older}, two names of one argument: "
+                "leave torch_dtype out"
+            )
+    if loading.get("dtype") == "auto":
+        loading["dtype"] = _own_dtype(source, bool(loading.get("trust_remote_code")))
+    if not isinstance(getattr(torch, dtype_name(loading), None), torch.dtype):
+        given = (model_arguments or {}).get("dtype", older)
+        raise UserError(f"model_arguments: dtype is {given!r}: give torch.float32 or torch.bfloat16")
+    return loading
+
+
+def _own_dtype(source: str | PreTrainedModel, trusted: bool) -> torch.dtype | str | None:
+    """The type that a model says its weights have; None where its config does not."""
+    if isinstance(source, PreTrainedModel):
+        return source.dtype
+    own: torch.dtype | str | None = _load(AutoConfig.from_pretrained, source, {"trust_remote_code": trusted}).dtype
+    return own
 
 
 def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> PreTrainedModel:
     """A causal language model, float32 unless told otherwise.
 
-    model_arguments: of `from_pretrained`; and `quantize`, "nf4" for its layers' matrices in 4 bits, which are computed
-    with in the type of the others (LoraSettings).
+    model_arguments: of `from_pretrained` (see `loading_of`); and `quantize`, "nf4" for its layers' matrices in 4 bits,
+    which are computed with in the type of the others (LoraSettings). Generation settings are such as can be saved,
+    where `say_sampling` helps.
     Raises UserError for files that cannot be read, and for weights that are missing: Transformers
     would fill them with random numbers.
     """
     refuse_pickles(Path(folder))
-    arguments = {"dtype": torch.float32, "use_safetensors": True, **(model_arguments or {})}
+    arguments = {"dtype": torch.float32, "use_safetensors": True, **loading_of(folder, model_arguments)}
     if kind := arguments.pop("quantize", None):
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -121,7 +157,29 @@ def load_model(folder: str, model_arguments: dict[str, Any] | None = None) -> Pr
     model, info = _load(AutoModelForCausalLM.from_pretrained, folder, {**arguments, "output_loading_info": True})
     if info["missing_keys"]:
         raise UserError(f"{folder}: the weights of {sorted(info['missing_keys'])[0]} are missing from this model")
+    if model.can_generate():
+        say_sampling(model.generation_config)
     return model
+
+
+def say_sampling(generation: GenerationConfig) -> None:
+    """Have settings of how to sample (temperature, top_p) say that there is sampling (do_sample), as Vicuna's do not.
+
+    Transformers reads such settings, and refuses to save them: a trained model would be lost. Whoever asks for greedy
+    responses says so.
+    """
+    if not _can_be_saved(generation):
+        said, generation.do_sample = generation.do_sample, True
+        if not _can_be_saved(generation):  # for another reason (tspin.fits.check_generation)
+            generation.do_sample = said
+
+
+def _can_be_saved(generation: GenerationConfig) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -21,6 +21,7 @@ NO_EVALUATION = "no training here has an evaluation set: benchmarks are the sect
 NO_UPLOAD = "nothing is uploaded while a run goes on: trainer.push_to_hub() uploads the iteration that you choose"
 NO_LENGTHS = "micro-batches are planned by tokens already, for which no triplet has to move to another step"
 SHARDS = "a launch file says how processes share a training: --launcher accelerate --launcher-config fsdp2"
+WITHIN_BACKWARD = "it moves weights within a backward pass, of which a step here has one for each micro-batch"
 NEWEST = "only the newest state of a training is kept, until it ends"
 EVALUATION = (
     *(
@@ -42,6 +43,7 @@ UNUSABLE = {
     **dict.fromkeys(EVALUATION, NO_EVALUATION),
     **dict.fromkeys(UPLOAD, NO_UPLOAD),
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), SHARDS),
+    "ddp_backend": "processes that train together exchange by NCCL on GPUs and by gloo on CPUs",
     "length_column_name": NO_LENGTHS,
     "label_smoothing_factor": "the objectives are of whole responses, and have no labels that could be smoothed",
     "label_names": "the objectives are of whole responses, and have no labels",
@@ -63,12 +65,13 @@ UNUSABLE_VALUES = {
     ("save_strategy", "best"): NO_EVALUATION,
     ("train_sampling_strategy", "group_by_length"): NO_LENGTHS,
     ("train_sampling_strategy", "batch_rebalance"): NO_LENGTHS,
+    **{("optim", name.value): WITHIN_BACKWARD for name in OptimizerNames if name.endswith(("layerwise", "lomo"))},
 }
+# What one process has no use for, and a launch file's processes have (tspin.config.SelfPlayConfig).
+OF_SEVERAL = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
 # Option → the one without which it would do nothing.
 BESIDE = {
     **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "report_to=trackio"),
-    **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), "launcher"),
-    **dict.fromkeys(("ddp_static_graph", "ddp_backend"), "launcher"),
     "save_steps": "save_strategy=steps",
     "gradient_checkpointing_kwargs": "gradient_checkpointing",
     "liger_kernel_config": "use_liger_kernel",
@@ -83,6 +86,7 @@ USED = {
     **dict.fromkeys(("use_liger_kernel", "torch_empty_cache_steps", "use_cache", "use_cpu"), "device"),
     **dict.fromkeys(("seed", "full_determinism"), "chance"),
     **dict.fromkeys(("logging_strategy", "logging_first_step"), "log"),
+    **dict.fromkeys(OF_SEVERAL, "processes"),
     "restore_callback_states_from_checkpoint": "states",
     "gradient_accumulation_steps": "refused",  # by tspin.config.complete, with batch_size in its place
     "remove_unused_columns": "off",  # always: rows are triplets, whose columns no model knows
@@ -95,7 +99,7 @@ TRIED_STEPS = 100  # of the schedule that is tried
 def refuse(settings: Any) -> None:
     """Raise UserError for the first option that could only fail or do nothing. settings: TrainingArguments' fields."""
     for name, why in UNUSABLE.items():
-        if given(settings, name):
+        if is_given(settings, name):
             raise UserError(f"{name}: {why} (got {getattr(settings, name)!r})")
     for (name, value), why in UNUSABLE_VALUES.items():
         if getattr(settings, name) == value:
@@ -103,11 +107,11 @@ def refuse(settings: Any) -> None:
     for name, needed in BESIDE.items():
         option, _, wanted = needed.partition("=")
         there = getattr(settings, option)
-        if given(settings, name) and not (wanted in str(getattr(there, "value", there)) if wanted else there):
+        if is_given(settings, name) and not (wanted in str(getattr(there, "value", there)) if wanted else there):
             raise UserError(f"{name}: does nothing without {needed} (got {getattr(settings, name)!r})")
 
 
-def given(settings: Any, name: str) -> bool:
+def is_given(settings: Any, name: str) -> bool:
     """Whether an option is neither at its default nor off, as None, False and "no" are where the default is off too."""
     value, default = getattr(settings, name), TrainingArguments.__dataclass_fields__[name].default
     return value != default and (default is True or value not in (None, False, "no", []))
@@ -146,7 +150,7 @@ def _check_optimizer_options(args: TrainingArguments, taken: dict[str, Any]) -> 
     """Raise UserError for what the chosen optimizer does not look at. taken: the arguments that it is made with."""
     optimizer = OptimizerNames(args.optim).value
     for name, argument in {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}.items():
-        if given(args, name) and argument not in taken:
+        if is_given(args, name) and argument not in taken:
             raise UserError(f"{name}: optim={optimizer} has none; its own are set by optim_args")
     if args.optim_target_modules and not optimizer.startswith(PROJECTED):
         raise UserError(f"optim_target_modules: optim={optimizer} trains all weights alike; see lora")

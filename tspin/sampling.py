@@ -307,7 +307,7 @@ def _ended_by_text(ids: list[int], stop: Stops, tokenizer: PreTrainedTokenizerBa
     return Response(ids[:count], text, True)
 
 
-def generation_settings(folder: str) -> GenerationConfig | None:
+def generation_settings(folder: str) -> GenerationConfig:
     """The checkpoint's generation settings; what its config says where it has none of its own. Raises UserError."""
     try:
         return GenerationConfig.from_pretrained(folder)

@@ -237,6 +237,7 @@ class Segments(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
+    @torch.compiler.disable  # its batches are others in each run of tokens: nothing that a compiled graph could keep
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None
     ) -> Tensor:

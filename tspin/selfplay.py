@@ -26,7 +26,7 @@ from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.data.encoding import Example, encode_dataset
 from tspin.data.responses import write_parquet
 from tspin.data.turns import writes_date
-from tspin.engines.adapters import ADAPTER, CONFIG, WEIGHTS, check_lora, check_source, lora_settings
+from tspin.engines.adapters import ADAPTER, CONFIG, WEIGHTS, check_lora, check_source, check_targets, lora_settings
 from tspin.engines.engine import Engine
 from tspin.engines.here import FIRST_STEP
 from tspin.engines.trackers import Tracked, check_trackers, end_trackers, run_id
@@ -45,7 +45,17 @@ from tspin.iteration import (
     take_generated,
     train,
 )
-from tspin.models import Adapter, Policy, load_model, load_tokenizer, policy_fingerprint, resolve, tokenizer_fingerprint
+from tspin.models import (
+    Adapter,
+    Policy,
+    load_model,
+    load_tokenizer,
+    loading_of,
+    policy_fingerprint,
+    resolve,
+    say_sampling,
+    tokenizer_fingerprint,
+)
 from tspin.runs.claims import claim_folder
 from tspin.runs.dates import date_of_run, record_date
 from tspin.runs.files import atomic_path, fingerprint, fingerprint_of, folder_fingerprint, read_json, sha256, write_json
@@ -71,7 +81,7 @@ class SelfPlayTrainer:
         carry an integer "prompt_id". tspin.data.sources.source_of says more: other columns, all rounds, a split.
     processing_class: the tokenizer, loaded from `model` when left out.
     callbacks: transformers callbacks for every iteration's training.
-    model_arguments: arguments of `from_pretrained`.
+    model_arguments: arguments of `from_pretrained`; weights are float32 where they name no dtype.
     eval_dataset: labelled rows that are not trained on: −log π(y) of them is recorded after each iteration, and by it
         args.best_iteration can choose.
     peft_config: a peft.LoraConfig, in place of args.lora.
@@ -107,26 +117,27 @@ class SelfPlayTrainer:
         self.shared = Path(args.shared_dir) if args.shared_dir else self.folder
         self._names: dict[str, str] = {}  # of y0 and the first y′ in `shared`, where they are not the usual ones
         self.callbacks: list[TrainerCallback] = []
-        tokenizer = processing_class or load_tokenizer(str(self.source), model_arguments)
+        loading = loading_of(self.source, model_arguments)
+        tokenizer = processing_class or load_tokenizer(str(self.source), loading)
         self.args = args = copy.copy(args)
         for callback in callbacks or ():
             self.add_callback(callback)
         if peft_config is not None:
-            args.lora = self._lora(peft_config, model_arguments or {})
+            args.lora = self._lora(peft_config, loading)
         check_lora(args)
         check_trackers(args)
-        self.proto_source = args.proto_model and _alike(args.proto_model, tokenizer, model_arguments)
+        self.proto_source = args.proto_model and _alike(args.proto_model, tokenizer, loading)
         if args.date is None and writes_date(tokenizer):
             args.date = date_of_run(self.shared)
         self.examples = encode_dataset(train_dataset, tokenizer, args)
-        loading = model_arguments or {}
         check_rows(self.source, loading, tokenizer, self.examples, new_tokens=args.max_new_tokens)
         check_engine(self.source, loading, args, self.examples)
         check_training(self.source, loading, args, len(self.examples))
+        if args.lora:
+            check_targets(self.source, loading, args.lora)
         self.held_out = None
         if eval_dataset is not None:
             self.held_out = encode_dataset(eval_dataset, tokenizer, args, "eval_dataset")
-        if self.held_out is not None:
             check_rows(self.source, loading, tokenizer, self.held_out)
         self.run = Run(args, self.examples, Engine(args, tokenizer, loading))
         self.state = TrainerState()
@@ -342,6 +353,8 @@ class SelfPlayTrainer:
         # under another name until the run is known to be the same one.
         initial = self.folder / "initial"
         candidate = self.folder / "initial.candidate"
+        if self.source.can_generate():
+            say_sampling(self.source.generation_config)
         with atomic_path(candidate) as temporary:
             self.source.save_pretrained(temporary)
             self.run.engine.tokenizer.save_pretrained(temporary)
@@ -469,10 +482,10 @@ class SelfPlayTrainer:
         return run_stage(iteration.folder / "held_out.json", inputs, produce)
 
 
-def _alike(model: str, tokenizer: PreTrainedTokenizerBase, model_arguments: dict[str, Any] | None) -> str:
+def _alike(model: str, tokenizer: PreTrainedTokenizerBase, loading: dict[str, Any]) -> str:
     """The folder of a model whose responses are tokens of this tokenizer's too. Raises UserError where they are not."""
     folder = resolve(model)
-    if tokenizer_fingerprint(load_tokenizer(folder, model_arguments)) != tokenizer_fingerprint(tokenizer):
+    if tokenizer_fingerprint(load_tokenizer(folder, loading)) != tokenizer_fingerprint(tokenizer):
         raise UserError(f"proto_model: {model} has another tokenizer than the model: its y0 would be other texts")
     return folder
 

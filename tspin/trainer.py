@@ -150,6 +150,15 @@ class TripletTrainer(Trainer):
         losses.append(super().training_step(model, last))
         return torch.stack(losses).sum()
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        """Trainer's, without the warm-up of a schedule-free optimizer: the schedule has one.
+
+        It would take a share of the steps, a tenth, for their number, and have ten times the rate at its first.
+        """
+        kind, given = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return kind, {name: 0 if name == "warmup_steps" else value for name, value in given.items()}
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Trainer's schedule, its warm-up a step earlier: of w steps, step k has k/w of the rate, counted from 1.
 

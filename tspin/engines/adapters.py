@@ -13,6 +13,10 @@ Single steps on files (tspin.experiment.steps) put new adapters into the whole m
 weights of a 4-bit run are what the 4 bits stand for, and so are those of its checkpoints.
 """
 
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +32,7 @@ from transformers import PreTrainedModel
 
 from tspin.config import LoraSettings, SelfPlayConfig
 from tspin.errors import UserError, reason, unknown
-from tspin.models import Policy, dtype_name, load_model
+from tspin.models import Policy, dtype_name, load_model, load_shape, meta_model
 from tspin.runs.files import atomic_path
 
 ADAPTER = "adapter"  # the folder, beside a checkpoint
@@ -88,6 +92,28 @@ def check_lora(args: SelfPlayConfig) -> None:
             "lora.quantize: the first responses are the 4-bit model's, and vLLM would draw them from the whole one; "
             "set sampling_backend=transformers, or leave lora.quantize out"
         )
+
+
+def check_targets(source: str | PreTrainedModel, loading: Mapping[str, Any], settings: LoraSettings) -> None:
+    """Raise UserError where adapters have no place in a model, or one in a weight that is another layer's too.
+
+    Such an adapter acts in one of the layers, and a checkpoint with it merged would have it in both: another policy.
+    source: the model, or its folder, of which the shape alone is looked at. loading: arguments of `from_pretrained`.
+    """
+    if isinstance(source, PreTrainedModel):
+        shape = meta_model(copy.deepcopy(source.config), bool(loading.get("trust_remote_code")))
+    else:
+        shape = load_shape(source, dict(loading))
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT warns of is said below, or when the adapters are trained
+        add_adapters(shape, lora_config(settings))
+    holders = Counter(id(weight) for _, weight in shape.named_parameters(remove_duplicate=False))
+    for name, layer in shape.named_modules():
+        if isinstance(layer, LoraLayer) and holders[id(layer.get_base_layer().weight)] > 1:
+            raise UserError(
+                f"lora.target_modules: the weight of {name} is another layer's too (tie_word_embeddings of the model), "
+                f"and a checkpoint would have its adapter in both: leave {name.rsplit('.', 1)[-1]} out"
+            )
 
 
 def lora_config(settings: LoraSettings, called: str = "lora.options") -> LoraConfig:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -93,11 +93,10 @@ def train(
     bit; in another number of processes, up to rounding. Raises Stopped at a signal, after the step in hand; without
     `unfinished` nothing of it is kept.
 
-    Returns steps, training_seconds, tokens, changed_share (of the trained weights; none where they are sharded),
-    gradient_signal (where args.gradient_signal asks for it; of the steps since a training went on),
+    Returns steps, training_seconds, tokens, changed_share (of the weights that had a gradient; none where they are
+    sharded), gradient_signal (where args.gradient_signal asks for it; of the steps since a training went on),
     peak_memory_bytes (see tspin.devices: on a CPU, that of the whole process; of several processes, the first one's),
-    and of several processes their number. Raises UserError when the loss is no
-    longer finite.
+    and of several processes their number. Raises UserError when the loss is no longer finite.
     """
     begun = unfinished.newest() if unfinished else State()
     set_seed(training.arguments.seed)  # adapters start from random numbers, the same after a restart
@@ -121,7 +120,10 @@ def train(
         )
         _train_until_asked(trainer, unfinished, begun.checkpoint, training.args.checkpoint_steps)
     seconds = round(time.perf_counter() - start, 2)
-    changed = changed_share(weights, sampled_weights(model))
+    optimizer: Any = trainer.optimizer
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()  # a schedule-free one puts averaged weights in the place of those that it takes gradients at
+    changed = changed_share(weights, sampled_weights(model), with_gradient(model, optimizer))
     measured = {"training_seconds": seconds, "changed_share": changed, "peak_memory_bytes": peak_bytes()}
     if training.args.lora and training.args.process_index == 0:
         save_adapter(model, training.log_folder / ADAPTER)
@@ -138,9 +140,20 @@ def sampled_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }
 
 
-def changed_share(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> float | None:
-    """The share of sampled weights that differ; None where there is nothing to compare."""
-    pairs = [(before[name], after[name]) for name in before.keys() & after.keys()]
+def with_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> set[str]:
+    """The names of a model's weights that had a gradient: none of what reads images, where there are only texts.
+
+    An optimizer keeps a state of these, which is part of a training's; all names where it keeps none.
+    """
+    names = {name for name, weight in model.named_parameters() if optimizer.state.get(weight)}
+    return names or {name for name, _ in model.named_parameters()}
+
+
+def changed_share(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], names: Set[str]
+) -> float | None:
+    """The share of sampled weights of these names that differ; None where there is nothing to compare."""
+    pairs = [(before[name], after[name]) for name in before.keys() & after.keys() & names]
     count = sum(old.numel() for old, _ in pairs)
     return sum(int((old != new.to(old.device)).sum()) for old, new in pairs) / count if count else None
 

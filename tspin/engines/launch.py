@@ -23,6 +23,7 @@ from tspin.engines.machines import check_machines
 from tspin.engines.processes import Work, job_folder, launch_settings, run_job
 from tspin.errors import UserError
 from tspin.models import Policy, dtype_name, load_shape
+from tspin.options import OF_SEVERAL, is_given
 from tspin.runs.unfinished import Unfinished
 from tspin.triplets import Triplets
 
@@ -64,6 +65,9 @@ def check_launcher(path: Path, args: SelfPlayConfig) -> None:
             f"gradient_signal: DeepSpeed leaves no gradients to look at, as {path} has it: set it to false, or use "
             "experiments/accelerate/fsdp2.yaml"
         )
+    for name in OF_SEVERAL:
+        if kind in {"DEEPSPEED", "FSDP"} and is_given(args, name):
+            raise UserError(f"{name}: does nothing under {kind}, as {path} has it; use experiments/accelerate/ddp.yaml")
     if args.lora and kind in {"DEEPSPEED", "FSDP"}:
         raise UserError(
             f"lora: adapters are merged from whole weights, {path} cuts them into shards; use "
@@ -173,6 +177,6 @@ def launch_scoring(
 def plain_arguments(args: SelfPlayConfig) -> dict[str, Any]:
     """What SelfPlayConfig is made from again, as JSON values."""
     given = args.to_dict()
-    for name in ("hub_token", "push_to_hub_token", "accelerator_config", "launcher", "hosts", "scoring"):
+    for name in ("hub_token", "push_to_hub_token", "hosts", "scoring"):
         given.pop(name, None)  # tokens are masked by to_dict; the others are the launched process's own
     return given

@@ -18,7 +18,7 @@ from tspin.data.encoding import encode_dataset
 from tspin.data.responses import Responses, read_responses
 from tspin.data.turns import writes_date
 from tspin.devices import device
-from tspin.engines.adapters import check_lora
+from tspin.engines.adapters import check_lora, check_targets
 from tspin.engines.engine import Engine
 from tspin.errors import UserError
 from tspin.evaluation.harness import evaluate
@@ -125,7 +125,10 @@ def train_from_files(step: Step) -> dict[str, Any]:
     if step.out.exists():
         raise UserError(f"{step.out} exists: choose a new folder for the checkpoint, nothing is written over")
     method, iteration = step.run.method, step.iteration()
-    check_training(step.policy.folder, step.run.engine.loading, step.run.args, len(step.run.examples))
+    args, loading = step.run.args, step.run.engine.loading
+    check_training(step.policy.folder, loading, args, len(step.run.examples))
+    if args.lora:
+        check_targets(step.policy.folder, loading, args.lora)
     for role in method.gradient_roles(iteration.coefficients):
         if role in (SYNTHETIC, PROTO) and role not in iteration.responses:
             raise UserError(
