@@ -101,7 +101,6 @@ def run_experiment(preset: str, config: Config, methods: Sequence[str], seeds: S
     # Everything that can be wrong with settings, model and data is found before anything is written.
     suite, config = load_suite(config.evaluation.suite), dated(config, runs)
     evaluator = Evaluator(config, suite, runs)
-    check_chat_template(evaluator.suite, load_tokenizer(evaluator.policy.folder, evaluator.loading))
     trainers = {
         (method, seed): build_trainer(
             config.for_method(method), runs / f"seed-{seed}", seed, where.launcher, where.shared, evaluator.serving
@@ -325,8 +324,9 @@ class Evaluator:
     """Scores checkpoints on a config's suite, each kept as a stage.
 
     suite: asks as the config's runs write their prompts, in all that it does not say itself.
-    runs: the experiment's folder, where large held-out sets are kept encoded. Raises UserError for what they lack.
+    runs: the experiment's folder, where large held-out sets are kept encoded.
     serving: vLLM's engines, which stay there for what is drawn from a checkpoint after its evaluation.
+    Raises UserError for a suite, a model and held-out labels that do not fit together.
     """
 
     def __init__(self, config: Config, suite: Suite, runs: Path = Path("runs")):
@@ -338,9 +338,10 @@ class Evaluator:
         self.policy = Policy(folder, policy_fingerprint(folder))
         if self.settings.dtype is not None:
             self.loading["dtype"] = getattr(torch, self.settings.dtype)
+        tokenizer = load_tokenizer(folder, self.loading)
+        check_chat_template(self.suite, tokenizer)
         self.held_out: Examples | None = None
         if self.settings.held_out:  # read and encoded once, and before anything is trained
-            tokenizer = load_tokenizer(folder, self.loading)
             self.arguments = held_out_arguments(config.training, runs)
             self.held_out = held_out_examples(self.settings.held_out, tokenizer, self.arguments, self.settings.limit)
         vllm = self.settings.backend == "vllm"
