@@ -12,9 +12,9 @@ the tokenizer, special tokens included.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -129,8 +129,7 @@ class Template:
 
     def encode_after(self, response: str, hidden: Hidden) -> list[int]:
         """Token ids of a text amid a sequence, with no space before it that nobody wrote."""
-        line, ids = (self._with_hidden(text, hidden) for text in ("\n", "\n" + response))
-        return ids[len(line) :] if ids[: len(line)] == line else self._with_hidden(response, hidden)
+        return _amid(response, partial(self._with_hidden, hidden=hidden))
 
     def _uses_chat(self, messages: Sequence[Message]) -> bool:
         chat = self.form == "chat" or [message["role"] for message in messages] != ["user"]
@@ -186,16 +185,11 @@ class Template:
             elif part:
                 for mark, token in hidden:
                     part = part.replace(mark, token)
-                ids += self._amid(part) if number and self._joins else self._as_text(part)
+                ids += _amid(part, self._as_text) if number and self._joins else self._as_text(part)
         return ids
 
     def _as_text(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-    def _amid(self, text: str) -> list[int]:
-        """Token ids of a text that follows others, with no space before it that nobody wrote."""
-        line, ids = self._as_text("\n"), self._as_text("\n" + text)
-        return ids[len(line) :] if ids[: len(line)] == line else self._as_text(text)
 
     @cached_property
     def _joins(self) -> bool:
@@ -206,6 +200,12 @@ class Template:
         control, word = next(iter(self.special), ""), FIRST_WORDS[0]
         whole = self.tokenizer(control + word, add_special_tokens=False)["input_ids"]
         return bool(control) and list(whole[1:]) != self._as_text(word)
+
+
+def _amid(text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """Token ids of a text that follows others, with no space before it that nobody wrote. encode: of a text alone."""
+    line, ids = encode("\n"), encode("\n" + text)
+    return ids[len(line) :] if ids[: len(line)] == line else encode(text)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -30,7 +30,7 @@ def held_out_inputs(path: str | None) -> dict[str, str]:
 
 def held_out_arguments(settings: Any, folder: Path) -> SelfPlayConfig:
     """Of a config's settings (tspin.config.Settings) those that say how labels are written and scored."""
-    names = [*SETTINGS, "template", *(entry.name for entry in fields(Rendering)), *SCORING]
+    names = [*SETTINGS, *(entry.name for entry in fields(Rendering)), *SCORING]
     return SelfPlayConfig(output_dir=str(folder), **{name: getattr(settings, name) for name in names})
 
 
